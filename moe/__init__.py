@@ -1,0 +1,1 @@
+"""A small Mixture-of-Experts transformer: its model, training, test-time training, data and serving loop."""

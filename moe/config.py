@@ -1,0 +1,154 @@
+"""The shape of a model: one frozen dataclass and the four shipped instances of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+Task = Literal["vision", "language"]
+Size = Literal["tiny", "base"]
+TASKS: tuple[Task, ...] = ("vision", "language")
+SIZES: tuple[Size, ...] = ("tiny", "base")
+
+IMAGE_SIZE = 28  # pixels; Fashion-MNIST is 28 x 28, one grey channel
+ALIGNMENT = 8  # 16 bytes of bfloat16: grouped_mm refuses rows that are not a multiple of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a Mixture-of-Experts transformer.
+
+    Attributes:
+        task: ``"vision"`` (28x28 grey images to classes) or ``"language"`` (bytes to the next byte).
+        d_model: Width D of the residual stream.
+        n_layers: Number of blocks, each attention followed by a Mixture-of-Experts layer.
+        n_heads: Query heads.
+        n_kv_heads: Key and value heads, each shared by ``n_heads / n_kv_heads`` query heads.
+        head_dim: Width of one head.
+        expert_widths: Hidden width F of each expert, widest first. Width 0 is a zero-computation expert.
+        top_k: Experts per token when the caller names none.
+        top_k_choices: Values of K the model is trained for, ascending.
+        norm: ``"batch"`` (BatchNorm over batch and tokens) or ``"rms"``.
+        patch_size: Edge of a square image patch in pixels (vision).
+        context_length: Longest byte sequence (language).
+        n_classes: Width of the output: classes, or 256 byte values.
+
+    Raises:
+        ValueError: A rule between the fields is broken.
+    """
+
+    task: Task
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    expert_widths: tuple[int, ...]
+    top_k: int = 4
+    top_k_choices: tuple[int, ...] = (1, 2, 4, 8)
+    norm: Literal["batch", "rms"]
+    patch_size: int = 7
+    context_length: int = 128
+    n_classes: int
+
+    def __post_init__(self) -> None:
+        """Refuse a shape that could not run."""
+        if self.task not in TASKS:
+            raise ValueError(f"task must be one of {TASKS}, got {self.task!r}")
+        if self.norm not in ("batch", "rms"):
+            raise ValueError(f"norm must be 'batch' or 'rms', got {self.norm!r}")
+        if self.norm == "batch" and self.task == "language":
+            raise ValueError("norm 'batch' mixes a token with later ones; use 'rms' for task 'language'")
+        for name in (
+            "d_model",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "n_classes",
+            "context_length",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % ALIGNMENT or any(width % ALIGNMENT for width in self.expert_widths):
+            raise ValueError(
+                f"d_model and every expert width must be a multiple of {ALIGNMENT} (16-byte rows for "
+                f"grouped_mm), got d_model={self.d_model}, expert_widths={self.expert_widths}"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
+        if list(self.expert_widths) != sorted(self.expert_widths, reverse=True):
+            raise ValueError(f"expert_widths must be sorted, widest first, got {self.expert_widths}")
+        if not self.expert_widths or self.expert_widths[0] <= 0 or self.expert_widths[-1] < 0:
+            raise ValueError(
+                f"expert_widths needs one positive and no negative width, got {self.expert_widths}"
+            )
+        if self.n_experts > 255:
+            raise ValueError(f"at most 255 experts (they are sorted as bytes), got {self.n_experts}")
+        choices = self.top_k_choices
+        if (
+            not choices
+            or list(choices) != sorted(set(choices))
+            or not 1 <= choices[0] <= choices[-1] <= self.n_experts
+        ):
+            raise ValueError(f"top_k_choices must ascend within 1..{self.n_experts}, got {choices}")
+        if self.top_k not in choices:
+            raise ValueError(f"top_k must be one of top_k_choices {choices}, got {self.top_k}")
+        if self.task == "vision" and (self.patch_size < 1 or IMAGE_SIZE % self.patch_size):
+            raise ValueError(f"patch_size must divide {IMAGE_SIZE}, got {self.patch_size}")
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts E in each layer."""
+        return len(self.expert_widths)
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Tokens of one request: patches of an image, or bytes of a full context."""
+        return (IMAGE_SIZE // self.patch_size) ** 2 if self.task == "vision" else self.context_length
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON types."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Build a config from ``to_dict``'s output.
+
+        Raises:
+            ValueError: A field is unknown or missing, or a rule is broken.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != known:
+            unknown, missing = sorted(set(values) - known), sorted(known - set(values))
+            raise ValueError(
+                f"model config: unknown fields {unknown}, missing {missing}; known: {sorted(known)}"
+            )
+        return cls(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        )
+
+
+def model_config(task: str, size: str) -> ModelConfig:
+    """Return the shipped config of a task and size.
+
+    ``tiny`` trains on two CPU cores in about a minute. ``base`` keeps an H100 at its power cap: almost all of
+    its work is the experts' matrix products.
+
+    Raises:
+        ValueError: The task or size is unknown.
+    """
+    if task not in TASKS or size not in SIZES:
+        raise ValueError(f"task must be one of {TASKS} and size one of {SIZES}, got {task!r}, {size!r}")
+    shape: dict[str, Any] = {
+        "tiny": {"d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16},
+        "base": {"d_model": 2048, "n_layers": 4, "n_heads": 8, "n_kv_heads": 2, "head_dim": 128},
+    }[size]
+    shape["expert_widths"] = {"tiny": (160,) * 4 + (96,) * 4, "base": (1280,) * 8 + (768,) * 8}[size]
+    if task == "vision":
+        shape |= {"norm": "batch", "n_classes": 10}
+    else:
+        shape |= {"norm": "rms", "n_classes": 256, "context_length": {"tiny": 64, "base": 128}[size]}
+    return ModelConfig(task=cast(Task, task), **shape)

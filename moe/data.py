@@ -1,0 +1,196 @@
+"""The two data sets: Fashion-MNIST for vision, and the running Python's standard library for language.
+
+Nothing is downloaded. Vision reads the complete Fashion-MNIST where its files are installed and a shipped subset
+elsewhere. Language reads the text every Python brings along: its reference and docstrings are ``prose``, its source
+without docstrings and comments is ``code``, and going from one to the other is a distribution shift. Both change
+with the machine (the subset, the Python release), so results should record `describe`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import lzma
+import math
+import os
+import platform
+import zlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe.errors import DataCorruptError, DataMissingError
+from moe.stdlib_text import language_bytes
+
+Task = Literal["vision", "language"]
+Domain = Literal["prose", "code"]
+Split = Literal["train", "test"]
+
+VISION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+IMAGE_BYTES = 28 * 28
+SUBSET_SIZE: dict[Split, int] = {"train": 10_000, "test": 5_000}  # images, the same number of every class
+
+FULL_FOLDER_VARIABLE = "THERMALMOE_DATA"
+SYSTEM_FULL_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+SUBSET_FOLDER = Path(__file__).parent / "datasets" / "fashion_mnist"
+SUBSET_SHA256: dict[Split, str] = {  # of the unpacked bytes
+    "train": "73194a0c06a93deab58b95e00e618cc5c80fb5c9a84df26bbc429eeb3507846a",
+    "test": "0a62ba09413158889c7f1e8ba43492db67098c41be02e570099f54959cc26a6f",
+}
+_IDX_PREFIX: dict[Split, str] = {"train": "train", "test": "t10k"}
+
+
+def load_vision(split: Split, full: bool | None = None) -> tuple[Tensor, Tensor]:
+    """Load Fashion-MNIST (Xiao et al., 2017).
+
+    The complete set (60,000 train, 10,000 test images) is looked for in the folder the environment variable
+    ``THERMALMOE_DATA`` names, else where Debian's package ``dataset-fashion-mnist`` puts it. The shipped subset
+    (10,000 and 5,000) holds official train images in ``train`` and official test images in ``test``.
+
+    Args:
+        split: ``"train"`` or ``"test"``.
+        full: True for the complete set, False for the shipped subset, None for the complete set where it is found.
+
+    Returns:
+        Images, uint8 ``[N, 28, 28]``, and class indices into `VISION_CLASSES`, int64 ``[N]``.
+
+    Raises:
+        ValueError: The split is unknown.
+        DataMissingError: The complete set was asked for and is not here.
+        DataCorruptError: A file does not hold what it should.
+    """
+    _check("split", split, Split)
+    folder = full_vision_folder() if full is None or full else None
+    if full and folder is None:
+        raise DataMissingError(
+            f"no complete Fashion-MNIST in {SYSTEM_FULL_FOLDER}: `apt-get install dataset-fashion-mnist`, or set "
+            f"{FULL_FOLDER_VARIABLE} to a folder with its four *-ubyte.gz files, or use the shipped subset (full=False)"
+        )
+    images, labels = _read_subset(split) if folder is None else _read_full(folder, split)
+    return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))  # [N, 28, 28], [N]
+
+
+def load_language(domain: Domain, split: Split) -> Tensor:
+    """Load text of the running Python's standard library, as bytes in UTF-8.
+
+    ``prose`` is the language reference (``pydoc_data.topics``) and every docstring; ``code`` is the source without
+    docstrings and comments. A file is wholly in one split, its prose and its code in the same one.
+
+    Args:
+        domain: ``"prose"`` or ``"code"``.
+        split: ``"train"`` or ``"test"``; ``test`` is at most 256 KiB.
+
+    Returns:
+        Byte values, uint8 ``[n]``, in an order that depends on the files' names only.
+
+    Raises:
+        ValueError: The domain or split is unknown.
+        DataMissingError: This Python comes without its source.
+    """
+    _check("domain", domain, Domain)
+    _check("split", split, Split)
+    return torch.frombuffer(bytearray(language_bytes()[domain, split]), dtype=torch.uint8)  # [n]
+
+
+def data_digest(task: Task, full: bool | None = None) -> str:
+    """Return the SHA-256 (hex) of every byte that loading ``task`` would use, all splits and domains in fixed order.
+
+    Raises:
+        ValueError: The task is unknown.
+        DataMissingError: As `load_vision` and `load_language`.
+        DataCorruptError: As `load_vision`.
+    """
+    digest = hashlib.sha256()
+    for part in _parts(task, full).values():
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def describe(task: Task, full: bool | None = None) -> dict[str, Any]:
+    """Return what identifies the data of ``task``: where it came from, the sizes in bytes and the digest."""
+    parts = _parts(task, full)
+    if task == "language":
+        source = "standard library of the running Python"
+    else:
+        source = "Fashion-MNIST, complete" if len(parts["train"]) > 60_000 * IMAGE_BYTES else "Fashion-MNIST, shipped subset"
+    return {
+        "task": task,
+        "source": source,
+        "python": platform.python_version(),
+        "bytes": {name: len(part) for name, part in parts.items()},
+        "sha256": data_digest(task, full),
+    }
+
+
+def full_vision_folder() -> Path | None:
+    """Return the folder with the complete Fashion-MNIST, or None where there is none.
+
+    Raises:
+        DataMissingError: ``THERMALMOE_DATA`` is set to a folder without it.
+    """
+    named = os.environ.get(FULL_FOLDER_VARIABLE)
+    folder = Path(named) if named else SYSTEM_FULL_FOLDER
+    missing = [file for split in _IDX_PREFIX for file in _idx_files(split) if not (folder / file).is_file()]
+    if not missing:
+        return folder
+    if named:
+        raise DataMissingError(f"{FULL_FOLDER_VARIABLE}={named} lacks {missing}; put them there or unset it")
+    return None
+
+
+def _check(name: str, value: object, known: Any) -> None:
+    if value not in get_args(known):
+        raise ValueError(f"{name} must be one of {get_args(known)}, got {value!r}")
+
+
+def _parts(task: Task, full: bool | None) -> dict[str, bytes]:
+    _check("task", task, Task)
+    if task == "language":
+        return {f"{domain}/{split}": part for (domain, split), part in language_bytes().items()}
+    loaded = {split: load_vision(split, full) for split in get_args(Split)}
+    return {split: x.numpy().tobytes() + y.to(torch.uint8).numpy().tobytes() for split, (x, y) in loaded.items()}
+
+
+def _idx_files(split: Split) -> tuple[str, str]:
+    prefix = _IDX_PREFIX[split]
+    return f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"
+
+
+def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Read a gzipped IDX file of unsigned bytes: 0, 0, type 8, rank, then big-endian uint32 sizes."""
+    try:
+        raw = gzip.decompress(path.read_bytes())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataCorruptError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
+    header = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
+    if not raw.startswith(header) or len(raw) != len(header) + math.prod(shape):
+        raise DataCorruptError(f"{path}: not an IDX file of unsigned bytes of shape {shape}; fetch it again")
+    return np.frombuffer(raw, np.uint8, offset=len(header)).reshape(shape)
+
+
+@lru_cache
+def _read_full(folder: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    count = {"train": 60_000, "test": 10_000}[split]
+    images, labels = _idx_files(split)
+    return _read_idx(folder / images, (count, 28, 28)), _read_idx(folder / labels, (count,))
+
+
+@lru_cache
+def _read_subset(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    path, count = SUBSET_FOLDER / f"{split}.xz", SUBSET_SIZE[split]
+    try:
+        raw = lzma.decompress(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataMissingError(f"{path}: part of this package is missing; install it again") from error
+    except lzma.LZMAError as error:
+        raise DataCorruptError(f"{path}: not a whole xz file ({error}); install the package again") from error
+    if hashlib.sha256(raw).hexdigest() != SUBSET_SHA256[split]:
+        raise DataCorruptError(f"{path}: SHA-256 of the unpacked bytes is not {SUBSET_SHA256[split]}; install again")
+    images, labels = np.split(np.frombuffer(raw, np.uint8), [count * IMAGE_BYTES])
+    return images.reshape(count, 28, 28), labels

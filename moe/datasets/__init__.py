@@ -1,0 +1,1 @@
+"""The data shipped with the package, and the script that cut it."""

@@ -1,0 +1,82 @@
+"""SwiGLU experts of unequal width, computed by grouped matrix products.
+
+A SwiGLU network is a sum over its hidden units, so a wide expert is exactly a narrow one plus further units. They
+are stored in *slices*: slice 0 holds the first units of every expert, slice 1 the next ones of those that have
+more, and so on. Within a slice all experts are equally wide, as one grouped product needs, and with the widest
+expert first they own a prefix of the sorted rows, behind which it stops. So any mix of widths costs just its own
+arithmetic, and the host never learns how many rows went where.
+
+Shapes: D model, F hidden units of a slice, E experts of a slice, R rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+from moe.dispatch import Dispatch, combine_rows, gather_rows, make_dispatch, rows_of_experts
+from moe.kernels import swiglu, swiglu_backward
+from moe.router import Routing
+
+
+class ExpertSlice(nn.Module):
+    """Equally many hidden units of the first ``n_experts`` experts."""
+
+    def __init__(self, d_model: int, n_experts: int, n_units: int) -> None:
+        super().__init__()
+        self.n_experts = n_experts
+        self.gate_up = nn.Parameter(torch.empty(n_experts, d_model, 2 * n_units))  # [E, D, 2F]
+        self.down = nn.Parameter(torch.empty(n_experts, n_units, d_model))  # [E, F, D]
+
+    def forward(self, rows: Tensor, dispatch: Dispatch) -> Tensor:
+        """Return this slice's part of the outputs, [R + 1, D], uninitialised in other experts' rows."""
+        ends = dispatch.expert_ends[: self.n_experts]
+        rows = rows_of_experts(rows, dispatch, self.n_experts)
+        gate_up = F.grouped_mm(rows, self.gate_up.to(rows.dtype), offs=ends)  # [R + 1, 2F]
+        hidden = _SwiGlu.apply(gate_up, ends[-1])  # [R + 1, F]
+        return F.grouped_mm(hidden, self.down.to(rows.dtype), offs=ends)  # pyright: ignore[reportArgumentType]
+
+
+class _SwiGlu(Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate_up: Tensor, end: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, end)
+        return swiglu(gate_up, end)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        gate_up, end = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        return swiglu_backward(grads[0], gate_up, end), None
+
+
+class Experts(nn.Module):
+    """All experts of a layer.
+
+    Args:
+        d_model: Width D of the tokens.
+        expert_widths: Hidden width of each expert, widest first; width 0 is the zero function.
+    """
+
+    def __init__(self, d_model: int, expert_widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.n_experts = len(expert_widths)
+        levels = [0, *sorted(set(expert_widths) - {0})]
+        self.slices = nn.ModuleList(
+            ExpertSlice(d_model, sum(width >= high for width in expert_widths), high - low)
+            for low, high in itertools.pairwise(levels)
+        )
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Return the mixed outputs of the chosen experts (SwiGLU: arXiv 2002.05202, eq. 6), [T, D]."""
+        dispatch = make_dispatch(routing.experts, self.n_experts)
+        rows = gather_rows(x, dispatch)  # [R + 1, D]
+        parts = [
+            combine_rows(expert_slice(rows, dispatch), routing.weights, dispatch, expert_slice.n_experts)
+            for expert_slice in self.slices
+        ]
+        return sum(parts[1:], parts[0])

@@ -1,0 +1,63 @@
+"""The steps between the experts' matrix products: Triton on CUDA, torch operators on a CPU.
+
+Shapes: T tokens, D model, F hidden units, K experts per token, R rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mix_rows(rows: Tensor, row_of_pair: Tensor, weights: Tensor, spare_row: int) -> Tensor:
+    """Sum each token's rows by weight, in a fixed order, passing over the spare row without reading it.
+
+    Args:
+        rows: Values.  # [R, D]
+        row_of_pair: Row of each (token, choice), or ``spare_row``.  # [T, K]
+        weights: Float32.  # [T, K]
+        spare_row: The row that stands for "no row".
+
+    Returns:
+        Sums in the type of ``rows``.  # [T, D]
+    """
+    if rows.is_cuda:
+        from moe import triton_kernels
+
+        return triton_kernels.mix_rows(rows, row_of_pair, weights, spare_row)
+    return F.embedding_bag(
+        row_of_pair, rows, per_sample_weights=weights.to(rows.dtype), mode="sum", padding_idx=spare_row
+    )
+
+
+def swiglu(gate_up: Tensor, end: Tensor) -> Tensor:
+    """Return ``silu(gate) * up`` of the rows before ``end``; the others are uninitialised.
+
+    Args:
+        gate_up: Gates, then ups.  # [R, 2F]
+        end: 0-dim row count.
+    """
+    if gate_up.is_cuda:
+        from moe import triton_kernels
+
+        return triton_kernels.swiglu(gate_up, end)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up  # [R, F]
+
+
+def swiglu_backward(grad_hidden: Tensor, gate_up: Tensor, end: Tensor) -> Tensor:
+    """Return the gradient of ``gate_up`` in the rows before ``end``; the others are uninitialised.
+
+    Args:
+        grad_hidden: Gradient of ``swiglu``'s result.  # [R, F]
+        gate_up: Its argument.  # [R, 2F]
+        end: 0-dim row count.
+    """
+    if gate_up.is_cuda:
+        from moe import triton_kernels
+
+        return triton_kernels.swiglu_backward(grad_hidden, gate_up, end)
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad_gate = torch.ops.aten.silu_backward(grad_hidden * up, gate)
+    return torch.cat([grad_gate, grad_hidden * F.silu(gate)], dim=-1)  # [R, 2F]

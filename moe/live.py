@@ -1,0 +1,370 @@
+"""The live service: real micro-batches of a real model, in real time, from the queue of `moe.queueing`.
+
+The service's clock runs only inside `LiveWorkload.run` and stands still between calls. An interval ends at a whole
+multiple of its length on that clock; one that had to wait for a batch makes the next one shorter.
+
+On CUDA a full batch is launched shortly before the one before it is expected to end, so that the device is
+never without work at full load, and no earlier, so that its requests are chosen as late as possible. A partial
+batch waits until the device is free. On a CPU a launch returns when the batch is done.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from moe.model import MoEModel
+from moe.queueing import (
+    SLOT_S,
+    arrived_by,
+    expire,
+    late_count,
+    next_launch,
+    oldest_arrival,
+    record_latencies,
+    slot_of,
+)
+from moe.runner import ADAPT_BATCH, Batch, BatchResult, Runner
+from moe.samples import SamplePool
+from moe.traffic import RequestStream, TrafficConfig, draw_stream
+from moe.workload import LATENCY_EDGES_S, Knobs, WorkStats
+
+POLL_S = 2e-4
+"""Time between looks at a device at work."""
+LAUNCH_AHEAD_S = 10e-3
+"""A full batch is launched this long before the running one should end: a launch itself takes milliseconds."""
+
+
+class KnobRefusedError(ValueError):
+    """The live service cannot apply a knob's value; the message names the remedy."""
+
+
+class Service(Protocol):
+    """Terms of service per class (interactive, deferrable), in seconds."""
+
+    @property
+    def deadline_s(self) -> tuple[float, float]:
+        """Latency above which an answer is late."""
+        ...
+
+    @property
+    def max_wait_s(self) -> tuple[float, float]:
+        """Age of the oldest request at which a partial batch is launched; above 0."""
+        ...
+
+    @property
+    def expire_after_s(self) -> tuple[float, float]:
+        """Age at which a waiting request is given up."""
+        ...
+
+
+@dataclass
+class _InFlight:
+    """A launched batch and the requests [first, last) of each class in it."""
+
+    batch: Batch
+    ranges: list[tuple[int, int]]
+    heads: list[int]
+    """Per class, a slot not later than the first request's."""
+    knobs: Knobs
+
+    @property
+    def size(self) -> int:
+        return sum(last - first for first, last in self.ranges)
+
+
+@dataclass
+class _Tally:
+    """Sums of one interval."""
+
+    answered: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))
+    late: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))
+    expired: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(LATENCY_EDGES_S) + 1, np.int64))
+    tokens_per_expert: np.ndarray | None = None
+    correct: int = 0
+    good: int = 0
+    batches: int = 0
+    fill: float = 0.0
+    busy_s: float = 0.0
+    ttt_busy_s: float = 0.0
+    ttt_steps: int = 0
+    confidence: float = 0.0
+    entropy: float = 0.0
+
+
+class LiveWorkload:
+    """`Workload` (see `moe.workload`) that answers every request with the model."""
+
+    def __init__(
+        self,
+        model: MoEModel,
+        samples: SamplePool,
+        traffic: TrafficConfig,
+        capacity_rps: float,
+        episode_s: float,
+        service: Service,
+        device: torch.device | str,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Build a service; call `warm_up` before the first episode.
+
+        Args:
+            model: what answers; its norms are adapted and restored.
+            samples: what the requests ask, on `device`.
+            traffic: arrival process; its shifts index `samples.shifts`.
+            capacity_rps: requests per second that load 1.0 stands for.
+            episode_s: length of the request stream.
+            service: terms of service.
+            device: where model and samples are.
+            clock: seconds that only grow. sleep: waits for seconds of `clock`.
+
+        Raises:
+            ValueError: the traffic names a shift that the samples lack.
+        """
+        if max(traffic.shifts) >= len(samples.shifts):
+            raise ValueError(f"traffic.shifts {traffic.shifts} exceed the samples' shifts {samples.shifts}")
+        self.runner = Runner(model, samples, device, clock)
+        self._traffic, self._capacity_rps, self._episode_s = traffic, capacity_rps, math.ceil(episode_s)
+        self._deadline_s, self._max_wait_s, self._expire_after_s = (
+            np.array(terms, np.float64) for terms in (service.deadline_s, service.max_wait_s, service.expire_after_s)
+        )
+        self._clock, self._sleep = clock, sleep
+        self._stream: RequestStream | None = None
+
+    def warm_up(self, batch_sizes: Sequence[int], expert_counts: Sequence[int], ttt: int) -> None:
+        """Run every shape once, largest first, so that no episode pays for compiling, loading or allocating.
+
+        Args:
+            batch_sizes: batch sizes to come; partial batches are stood for by powers of two.
+            expert_counts: experts per token to come.
+            ttt: most adaptation steps per batch to come.
+        """
+        largest = max(batch_sizes)
+        sizes = sorted({*batch_sizes, *(2**i for i in range(largest.bit_length()) if 2**i <= largest)}, reverse=True)
+        for k in expert_counts:
+            for n in sizes:
+                steps = min(ttt, 1) if self.runner.adapts and (n <= ADAPT_BATCH or n == largest) else 0
+                self.runner.launch([(0, n), (0, 0)], 0, Knobs(batch_size=n, expert_count=k, ttt_steps=steps))
+                self.runner.synchronize()
+        self._compile_queue()
+        self._stream = None
+        self.runner.reset(0)
+
+    def reset(self, seed: int) -> None:
+        """Start an empty queue, an unadapted model and the request stream that belongs to `seed`."""
+        self.runner.reset(seed)
+        self._stream = draw_stream(self._traffic, seed, self._episode_s, self._capacity_rps)
+        self._next = np.zeros(2, np.int64)  # number of the next request to launch
+        self._head = np.zeros(2, np.int64)
+        self._arrived = np.zeros(2, np.int64)
+        self._in_flight: deque[_InFlight] = deque()
+        self._expected_s: dict[Knobs, float] = {}  # device time of the last full batch
+        self._started_s = self._free_at_s = 0.0
+        self._time_s = self._end_s = 0.0
+
+    def run(self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True) -> WorkStats:
+        """Serve in real time; a batch still under way at the end counts as waiting.
+
+        Raises:
+            KnobRefusedError: a knob cannot be applied here.
+            NonFiniteAnswersError: the model answered with numbers that are not finite.
+            RuntimeError: the workload was not reset, or is closed.
+        """
+        if self._stream is None:
+            raise RuntimeError("the live workload has no request stream; call reset(seed) first")
+        self._refuse(knobs)
+        tally = _Tally()
+        shift = self._shift_at(self._end_s)
+        self._end_s += duration_s
+        self._resumed = self._clock() - self._time_s
+        while True:
+            now = self._now()
+            self._collect(now, tally)
+            if now >= self._end_s:
+                break
+            self._expire(now, tally)
+            wake = self._serve(now, knobs, serve_deferrable)
+            if wake > now:
+                self._sleep(max(min(wake, self._end_s) - now, POLL_S))
+        self._time_s = now
+        return self._stats(now, shift, tally)
+
+    def close(self) -> None:
+        """End the episode; the model stays as adapted until the next `reset`. May be called twice."""
+        self._stream = None
+
+    def _serve(self, now: float, knobs: Knobs, serve_deferrable: bool) -> float:
+        """Launch a batch if one is due; returns when to look again, `now` after a launch."""
+        arrivals = self._arrivals
+        if self._in_flight:
+            full = sum(self._waiting(c, now) for c in range(1 + serve_deferrable)) >= knobs.batch_size
+            # An adaptation step makes the host wait, which would hide when the running batch is done.
+            allowed = len(self._in_flight) == 1 and knobs.pace == 1.0 and knobs.ttt_steps == 0
+            if not (full and allowed and now >= self._expected_end() - LAUNCH_AHEAD_S):
+                return now + POLL_S
+        elif now < self._free_at_s:
+            return self._free_at_s
+        else:
+            until = (math.floor(now / SLOT_S + 1e-9) + 1) * SLOT_S
+            due = next_launch(
+                arrivals, self._next, self._head, now, until, knobs.batch_size, self._max_wait_s, serve_deferrable
+            )
+            if due > now:
+                return min(due, until)
+        ranges, heads, room = [], [], knobs.batch_size
+        for c in range(2):
+            taken = min(self._waiting(c, now), room) if c == 0 or serve_deferrable else 0
+            first, last = int(self._next[c]), int(self._next[c]) + taken
+            ranges.append((first, last))
+            heads.append(int(self._head[c]))
+            if taken:
+                self._head[c] = slot_of(arrivals[c], last - 1, self._head[c])
+                self._next[c] = last
+                room -= taken
+        if room == knobs.batch_size:  # rounding: the request that is due arrives a moment later
+            return now + POLL_S
+        if not self._in_flight:
+            self._started_s = now
+        batch = self.runner.launch(ranges, self._shift_at(now), knobs)
+        self._in_flight.append(_InFlight(batch, ranges, heads, knobs))
+        return now
+
+    def _collect(self, now: float, tally: _Tally) -> None:
+        """Account for the batches that are done."""
+        while self._in_flight and self._in_flight[0].batch.done():
+            flight = self._in_flight.popleft()
+            result = flight.batch.result()
+            completion = flight.batch.answered_at - self._resumed
+            busy_s = result.answer_s + result.ttt_s
+            freed = flight.batch.freed_at - self._resumed
+            self._free_at_s = freed + busy_s * (1.0 / flight.knobs.pace - 1.0)
+            self._started_s = freed
+            if flight.size == flight.knobs.batch_size:
+                self._expected_s[flight.knobs] = busy_s
+            self._account(flight, result, completion, tally)
+
+    def _account(self, flight: _InFlight, result: BatchResult, completion: float, tally: _Tally) -> None:
+        position = 0
+        for c, (first, last) in enumerate(flight.ranges):
+            if last == first:
+                continue
+            arrivals = self._arrivals[c]
+            late = late_count(arrivals, first, last, completion, self._deadline_s[c])
+            record_latencies(arrivals, first, last, flight.heads[c], completion, tally.histogram)
+            tally.answered[c] += last - first
+            tally.late[c] += late
+            # A class's requests lie in order of arrival: the late ones are its first.
+            tally.good += int(result.correct[position + late : position + last - first].sum())
+            position += last - first
+        tally.correct += int(result.correct.sum())
+        tally.confidence += result.confidence_sum
+        tally.entropy += result.entropy_sum
+        tally.batches += 1
+        tally.fill += flight.size / flight.knobs.batch_size
+        tally.busy_s += result.answer_s + result.ttt_s
+        tally.ttt_busy_s += result.ttt_s
+        tally.ttt_steps += flight.knobs.ttt_steps if flight.size > 1 else 0
+        load = result.tokens_per_expert
+        tally.tokens_per_expert = load if tally.tokens_per_expert is None else tally.tokens_per_expert + load
+
+    def _expire(self, now: float, tally: _Tally) -> None:
+        for c in range(2):
+            self._next[c], self._head[c], expired = expire(
+                self._arrivals[c], self._next[c], self._head[c], now, self._expire_after_s[c]
+            )
+            tally.expired[c] += expired
+
+    def _stats(self, now: float, shift: int, tally: _Tally) -> WorkStats:
+        arrived = np.array([arrived_by(self._arrivals[c], now) for c in range(2)], np.int64)
+        new, self._arrived = arrived - self._arrived, arrived
+        waiting = arrived - self._next
+        for flight in self._in_flight:
+            waiting += [last - first for first, last in flight.ranges]
+        oldest = [
+            max(0.0, now - oldest_arrival(self._arrivals[c], self._next[c], self._head[c], now)) for c in range(2)
+        ]
+        answered = max(1, int(tally.answered.sum()))
+        load = tally.tokens_per_expert
+        return WorkStats(
+            arrived_interactive=float(new[0]),
+            arrived_deferrable=float(new[1]),
+            answered_interactive=float(tally.answered[0]),
+            answered_deferrable=float(tally.answered[1]),
+            late_interactive=float(tally.late[0]),
+            late_deferrable=float(tally.late[1]),
+            expired_interactive=float(tally.expired[0]),
+            expired_deferrable=float(tally.expired[1]),
+            waiting_interactive=float(waiting[0]),
+            waiting_deferrable=float(waiting[1]),
+            oldest_interactive_s=oldest[0],
+            oldest_deferrable_s=oldest[1],
+            correct=float(tally.correct),
+            good=float(tally.good),
+            batches=float(tally.batches),
+            batch_fill=tally.fill / max(1, tally.batches),
+            busy_s=tally.busy_s,
+            ttt_busy_s=tally.ttt_busy_s,
+            ttt_steps=float(tally.ttt_steps),
+            confidence=tally.confidence / answered,
+            entropy=tally.entropy / answered,
+            load_imbalance=0.0 if load is None else float((load.std(axis=-1) / load.mean(axis=-1)).mean()),
+            shift_id=float(shift),
+            latency_histogram=tally.histogram,
+            tokens_per_expert=load,
+        )
+
+    def _refuse(self, knobs: Knobs) -> None:
+        if knobs.sm_clock != 1.0:
+            raise KnobRefusedError(
+                f"sm_clock={knobs.sm_clock}: the live service does not set clocks; leave sm_clock at 1.0 and lower "
+                "the load with pace, batch_size or expert_count"
+            )
+        n_experts = self.runner.model.config.n_experts
+        if knobs.expert_count > n_experts:
+            raise KnobRefusedError(f"expert_count={knobs.expert_count}: the model has {n_experts} experts; ask for fewer")
+        if knobs.ttt_steps and not self.runner.adapts:
+            raise KnobRefusedError(
+                f"ttt_steps={knobs.ttt_steps}: the {self.runner.samples.task} model has no batch norms to adapt; set "
+                "ttt_steps to 0, or serve the vision model"
+            )
+
+    def _now(self) -> float:
+        return self._clock() - self._resumed
+
+    @property
+    def _arrivals(self) -> np.ndarray:
+        assert self._stream is not None
+        return self._stream.arrivals
+
+    def _waiting(self, c: int, now: float) -> int:
+        return arrived_by(self._arrivals[c], now) - int(self._next[c])
+
+    def _shift_at(self, now: float) -> int:
+        assert self._stream is not None
+        return int(self._stream.shift_id[min(int(now + 1e-9), len(self._stream.shift_id) - 1)])
+
+    def _expected_end(self) -> float:
+        """When the running batch should end; in the past where no full batch like it was timed."""
+        return self._started_s + self._expected_s.get(self._in_flight[0].knobs, 0.0)
+
+    def _compile_queue(self) -> None:
+        """Have the compiled queue functions loaded before the clock runs."""
+        self.reset(0)
+        zero = np.zeros((2, 2), np.int32)
+        arrivals = np.array([[0, 1], [0, 1]], np.int32)
+        next_launch(zero, self._next, self._head, 0.0, SLOT_S, 1, self._max_wait_s, True)
+        oldest_arrival(arrivals[0], self._next[0], self._head[0], SLOT_S)
+        expire(arrivals[0], self._next[0], self._head[0], 0.0, self._expire_after_s[0])
+        late_count(arrivals[0], 0, 1, SLOT_S, self._deadline_s[0])
+        record_latencies(arrivals[0], 0, 1, 0, SLOT_S, _Tally().histogram)
+        slot_of(arrivals[0], 0, self._head[0])

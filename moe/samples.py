@@ -1,0 +1,91 @@
+"""What the requests ask: a pool of test samples on the device, under every input shift.
+
+One vision request is one image. One language request is one text chunk whose next byte is asked for.
+Shapes: S shifts, N samples of the pool, B samples of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe import data
+from moe.corruptions import corrupt
+
+CHUNK_BYTES = 128
+"""Length of a text chunk; a model with a shorter context reads the end of it."""
+TEXT_CHUNKS = 8192
+"""Chunks per domain. They overlap where the text is short, but each asks for another byte."""
+CORRUPTION_SEED = 0
+
+DEFAULT_SHIFTS: dict[str, tuple[str, ...]] = {
+    "vision": ("clean", "gaussian_noise-5", "contrast-5", "brightness-5", "blur-5", "pixelate-5"),
+    "language": ("clean", "code"),
+}
+"""Shifts measured by default: clean, then the corruption and its severity, or the text's domain."""
+_TEXT_OF_SHIFT: dict[str, data.Domain] = {"clean": "prose", "code": "code"}
+
+
+class SamplePool:
+    """Test samples under every shift, ready on the device.
+
+    Attributes:
+        task: ``"vision"`` or ``"language"``.
+        shifts: Names of the shifts.
+        inputs: uint8, [S, N, 28, 28] images or [S, N, `CHUNK_BYTES`] text.
+        targets: Right answers, int64.  # [S, N]
+    """
+
+    def __init__(self, task: str, shifts: Sequence[str], device: torch.device | str) -> None:
+        """Load the test split and shift it.
+
+        Args:
+            task: ``"vision"`` or ``"language"``.
+            shifts: Names: ``"clean"``; for vision ``KIND-SEVERITY`` (`moe.corruptions`), such as
+                ``"blur-5"``; for language ``"code"``.
+            device: Where the pool lives.
+
+        Raises:
+            ValueError: A task or shift is unknown.
+        """
+        if task not in DEFAULT_SHIFTS:
+            raise ValueError(f"task must be one of {tuple(DEFAULT_SHIFTS)}, got {task!r}")
+        self.task, self.shifts = task, tuple(shifts)
+        make = _vision_shift if task == "vision" else _language_shift
+        parts = [make(shift, torch.device(device)) for shift in self.shifts]
+        self.inputs = torch.stack([inputs for inputs, _ in parts])  # [S, N, ...]
+        self.targets = torch.stack([targets for _, targets in parts])  # [S, N]
+
+    def __len__(self) -> int:
+        """Number of samples N under each shift."""
+        return self.targets.shape[1]
+
+    def take(self, shift: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather a batch: inputs [B, ...] and right answers [B]; ``index`` is int64 on the device.  # [B]"""
+        return self.inputs[shift].index_select(0, index), self.targets[shift].index_select(0, index)
+
+
+def _vision_shift(shift: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    images, labels = (tensor.to(device) for tensor in data.load_vision("test"))  # [N, 28, 28], [N]
+    if shift == "clean":
+        return images, labels
+    kind, _, severity = shift.rpartition("-")
+    if not severity.isdecimal():
+        raise ValueError(f'a vision shift is "clean" or KIND-SEVERITY such as "blur-5", got {shift!r}')
+    # Each shift from its own generator: a shift's images do not depend on which others are in the pool.
+    generator = torch.Generator().manual_seed(CORRUPTION_SEED)
+    return corrupt(images, kind, int(severity), generator), labels
+
+
+def _language_shift(shift: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    if shift not in _TEXT_OF_SHIFT:
+        raise ValueError(f"a language shift is one of {tuple(_TEXT_OF_SHIFT)}, got {shift!r}")
+    text = data.load_language(_TEXT_OF_SHIFT[shift], "test")  # [n_bytes]
+    windows = text.unfold(0, CHUNK_BYTES + 1, 1)  # [n_bytes - CHUNK_BYTES, CHUNK_BYTES + 1]
+    if len(windows) < TEXT_CHUNKS:
+        raise ValueError(f"the text of shift {shift!r} has {len(text)} bytes, too few for {TEXT_CHUNKS} requests")
+    chosen = torch.arange(TEXT_CHUNKS) * len(windows) // TEXT_CHUNKS  # evenly spaced, all different
+    chunks = windows[chosen]
+    return chunks[:, :-1].to(device), chunks[:, -1].long().to(device)

@@ -1,0 +1,87 @@
+"""The memory-bound steps between the experts' matrix products, each as one pass over memory (CUDA only).
+
+Composed from torch operators these steps take longer than the matrix products themselves. Row counts are read
+on the device, so uninitialised rows behind an expert prefix cost nothing and are never read. ``kernels`` holds
+the same functions for the CPU.
+
+Shapes: T tokens, D model, F hidden units, K experts per token, R rows.
+"""
+# pyright: reportMissingImports=false, reportArgumentType=false, reportIndexIssue=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024  # elements per program
+
+
+@triton.jit
+def _mix_rows(
+    rows, row_of_pair, weights, mixed, spare_row, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for choice in tl.static_range(K):
+        row = tl.load(row_of_pair + token * K + choice)
+        weight = tl.load(weights + token * K + choice)
+        used = (columns < D) & (row != spare_row)
+        total += weight * tl.load(rows + row * D + columns, mask=used, other=0.0).to(tl.float32)
+    tl.store(mixed + token * D + columns, total, mask=columns < D)
+
+
+@triton.jit
+def _swiglu(gate_up, hidden, end, F: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, column = index // F, index % F
+    used = row < tl.load(end)
+    gate = tl.load(gate_up + row * 2 * F + column, mask=used, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * F + F + column, mask=used, other=0.0).to(tl.float32)
+    tl.store(hidden + index, gate * tl.sigmoid(gate) * up, mask=used)
+
+
+@triton.jit
+def _swiglu_backward(grad_hidden, gate_up, grad_gate_up, end, F: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row, column = index // F, index % F
+    used = row < tl.load(end)
+    grad = tl.load(grad_hidden + index, mask=used, other=0.0).to(tl.float32)
+    gate = tl.load(gate_up + row * 2 * F + column, mask=used, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * F + F + column, mask=used, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+    tl.store(grad_gate_up + row * 2 * F + column, grad_gate, mask=used)
+    tl.store(grad_gate_up + row * 2 * F + F + column, grad * gate * sigmoid, mask=used)
+
+
+def mix_rows(rows: Tensor, row_of_pair: Tensor, weights: Tensor, spare_row: int) -> Tensor:
+    """See ``kernels.mix_rows``."""
+    n_tokens, top_k = row_of_pair.shape
+    width = rows.shape[1]
+    mixed = rows.new_empty(n_tokens, width)  # [T, D]
+    grid = (n_tokens, triton.cdiv(width, BLOCK))
+    _mix_rows[grid](
+        rows.contiguous(), row_of_pair, weights.contiguous(), mixed, spare_row, D=width, K=top_k, BLOCK=BLOCK
+    )
+    return mixed
+
+
+def swiglu(gate_up: Tensor, end: Tensor) -> Tensor:
+    """See ``kernels.swiglu``."""
+    n_rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    hidden = gate_up.new_empty(n_rows, width)  # [R, F]
+    _swiglu[(triton.cdiv(hidden.numel(), BLOCK),)](gate_up, hidden, end, F=width, BLOCK=BLOCK)
+    return hidden
+
+
+def swiglu_backward(grad_hidden: Tensor, gate_up: Tensor, end: Tensor) -> Tensor:
+    """See ``kernels.swiglu_backward``."""
+    grad_gate_up = torch.empty_like(gate_up)
+    grid = (triton.cdiv(grad_hidden.numel(), BLOCK),)
+    _swiglu_backward[grid](
+        grad_hidden.contiguous(), gate_up, grad_gate_up, end, F=grad_hidden.shape[1], BLOCK=BLOCK
+    )
+    return grad_gate_up

@@ -1,0 +1,111 @@
+"""The seam between a service that answers requests and whoever steers it.
+
+A `Workload` is reset with a seed, run for an interval under a set of `Knobs`, and says what
+happened in a `WorkStats`. The live service (`moe.live`) and the profiled one
+(`thermoe_env.profiled`) are interchangeable behind it. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Protocol
+
+import numpy as np
+
+REQUEST_CLASSES = ("interactive", "deferrable")
+"""Service order: class first, then arrival."""
+
+LATENCY_EDGES_S = np.geomspace(1e-3, 240.0, 241)
+"""Edges of the latency histogram: 5% wide bins from 1 ms to 240 s."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs:
+    """What a policy sets for one control interval."""
+
+    routing_bias: float = 0.0
+    """Strength of the cost term in the router's choice, 0 to 1."""
+    batch_size: int = 256
+    """Requests per micro-batch."""
+    expert_count: int = 4
+    """Experts per token (top-k)."""
+    ttt_steps: int = 0
+    """Adaptation steps after each micro-batch."""
+    pace: float = 1.0
+    """Cap on the busy fraction of the device: after each batch it idles to keep below it."""
+    sm_clock: float = 1.0
+    """SM clock as a fraction of the device's maximum."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.routing_bias <= 1.0:
+            raise ValueError(f"routing_bias must lie in [0, 1], got {self.routing_bias}")
+        if self.batch_size < 1 or self.expert_count < 1 or self.ttt_steps < 0:
+            raise ValueError(f"batch_size and expert_count must be >= 1 and ttt_steps >= 0, got {self}")
+        if not 0.0 < self.pace <= 1.0 or not 0.0 < self.sm_clock <= 1.0:
+            raise ValueError(f"pace and sm_clock must lie in (0, 1], got {self.pace} and {self.sm_clock}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkStats:
+    """What one interval of service did. Counts of requests are per class where both matter.
+
+    A request is *answered* when its batch has been launched (profiled) or has come back (live);
+    until then it is *waiting*. So arrived = answered + expired + change of waiting, always.
+    *Good* means correct and within the deadline of its class.
+    """
+
+    arrived_interactive: float = 0.0
+    arrived_deferrable: float = 0.0
+    answered_interactive: float = 0.0
+    answered_deferrable: float = 0.0
+    late_interactive: float = 0.0
+    late_deferrable: float = 0.0
+    expired_interactive: float = 0.0
+    expired_deferrable: float = 0.0
+    waiting_interactive: float = 0.0
+    waiting_deferrable: float = 0.0
+    oldest_interactive_s: float = 0.0
+    """Age of the oldest request that is not launched yet; 0 when there is none."""
+    oldest_deferrable_s: float = 0.0
+    correct: float = 0.0
+    """Answers that were right: counted live, expected value in a profiled workload."""
+    good: float = 0.0
+    batches: float = 0.0
+    batch_fill: float = 0.0
+    """Mean requests per launched batch over `batch_size`; 0 when nothing was launched."""
+    busy_s: float = 0.0
+    """Device time spent serving and adapting."""
+    ttt_busy_s: float = 0.0
+    ttt_steps: float = 0.0
+    confidence: float = 0.0
+    """Mean probability of the answer given, 0 when nothing was answered."""
+    entropy: float = 0.0
+    """Mean entropy of the answers over its maximum, 0 to 1."""
+    load_imbalance: float = 0.0
+    """Coefficient of variation of tokens per expert, mean over layers."""
+    shift_id: float = 0.0
+    """Index of the input shift in force (ground truth; no policy sees it)."""
+
+    latency_histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(LATENCY_EDGES_S) + 1, np.int64))
+    """Answered requests by latency: below the first edge, between edges, above the last."""
+    tokens_per_expert: np.ndarray | None = None
+    """[layers, experts] tokens routed in the interval."""
+    slot_energy_j: np.ndarray | None = None
+    """[slots] modelled energy above idle; None where a meter measures it."""
+
+
+STAT_NAMES: tuple[str, ...] = tuple(f.name for f in fields(WorkStats) if f.type == "float")
+"""The scalar fields of `WorkStats`, in order."""
+
+
+class Workload(Protocol):
+    """A service under a queue of requests."""
+
+    def reset(self, seed: int) -> None:
+        """Start an empty queue and the request stream that belongs to `seed`."""
+
+    def run(self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True) -> WorkStats:
+        """Serve for `duration_s` seconds of the service's clock, which stands still between calls."""
+
+    def close(self) -> None:
+        """Release what the service holds. May be called twice."""

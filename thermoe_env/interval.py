@@ -1,0 +1,202 @@
+"""What an interval means: averages, stage, quality account, reward and the raw observation.
+
+`settle` is the one place where work and reading become reward and observation, in both worlds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from moe.queueing import jit
+from thermoe_env.knobs import KNOB_NAMES
+from thermoe_env.problem import Problem
+from thermoe_env.reward import Prices, reward_terms
+from thermoe_env.signals import next_stage
+
+COST_NAMES = ("above_limit_s", "missed", "over_budget_j")
+"""Constraint costs of an interval, apart from the reward."""
+
+TRACK_DTYPE = np.dtype(
+    [
+        (name, np.float64)
+        for name in (
+            "step", "stage", "temp_c", "power_slow_w", "energy_j", "load_fast", "load_slow", "late_share_slow",
+            "confidence_slow", "confidence_sum", "answered_sum", "ttt_effort", "quality_debt",
+        )
+    ]
+)  # fmt: skip
+"""What the environment remembers between intervals."""
+
+
+class Rules(NamedTuple):
+    """The scenario's limits and references, as compiled code reads them."""
+
+    limit_c: float
+    stage_begin_c: np.ndarray  # [3]
+    hysteresis_c: float
+    deferrable_below: int
+    capacity: float
+    """Requests of the standard service in one interval."""
+    quality_floor: np.ndarray  # [S]
+    interval_s: float
+    steps: int
+    notice: int
+    """Intervals by which budgets are announced."""
+    max_clock_mhz: float
+
+
+def prices_of(problem: Problem) -> Prices:
+    """Weights and references of the reward."""
+    s, w = problem.scenario, problem.scenario.reward
+    return Prices(
+        w.good, w.energy, w.late, w.over_budget, w.heat, w.quality,
+        problem.reference_power_w * s.interval_s, problem.reference_good_rps * s.interval_s, s.interval_s,
+    )  # fmt: skip
+
+
+def rules_of(problem: Problem) -> Rules:
+    """Rules of a problem."""
+    s = problem.scenario
+    return Rules(
+        s.limits.temperature_c, np.array(s.limits.stage_margins_c), s.limits.hysteresis_c,
+        s.limits.deferrable_below, problem.capacity_rps * s.interval_s, problem.quality_floor, s.interval_s, s.steps,
+        round(s.power_budget.notice_s / s.interval_s), problem.twin.max_clock_mhz,
+    )  # fmt: skip
+
+
+@jit
+def _average(old, new, interval_s, tau_s):
+    """Exponential average with time constant `tau_s`."""
+    return new + (old - new) * math.exp(-interval_s / tau_s)
+
+
+@jit
+def look_ahead(rules, budget_w, step, raw):
+    """Fill the budget's fields: now, lowest within the notice, time until it changes."""
+    now = budget_w[step]
+    ahead, change = now, rules.notice
+    for later in range(1, rules.notice + 1):
+        ahead = min(ahead, budget_w[step + later])
+        if change == rules.notice and budget_w[step + later] != now:
+            change = later
+    raw.budget_w = now
+    raw.budget_ahead_w = ahead
+    raw.budget_change_s = change * rules.interval_s
+
+
+@jit
+def begin(rules, track, gpu, budget_w, knob_level, raw):
+    """Start an episode: clear `track` and fill the raw observation of a device at rest.
+
+    Args:
+        rules: `Rules`. track: record of `TRACK_DTYPE`, zeroed by the caller. gpu: first reading.
+        budget_w: float [steps + notice + 1].
+        knob_level: float [knobs], levels in force as a share of the highest.
+        raw: record of `RAW_DTYPE`, zeroed by the caller.
+    """
+    track.temp_c = gpu.temp_c
+    track.power_slow_w = gpu.power_w
+    margin = rules.limit_c - gpu.temp_c
+    track.stage = next_stage(0, margin, rules.stage_begin_c, rules.hysteresis_c)
+    raw.temp_c, raw.mem_temp_c, raw.margin_c = gpu.temp_c, gpu.mem_temp_c, margin
+    raw.stage = track.stage
+    raw.power_w, raw.power_slow_w = gpu.power_w, gpu.power_w
+    raw.sm_clock_share = gpu.sm_clock_mhz / rules.max_clock_mhz
+    look_ahead(rules, budget_w, 0, raw)
+    _knob_fields(knob_level, raw)
+    raw.time_left = 1.0
+
+
+@jit
+def settle(rules, prices, track, work, gpu, budget_w, ttt_steps, knob_level, raw, terms, cost):
+    """Account for one interval.
+
+    Args:
+        rules: `Rules`. prices: `Prices`. track: memory, updated. work, gpu: what was done and read.
+        budget_w: float [steps + notice + 1]. ttt_steps: adaptation steps asked for.
+        knob_level: float [knobs]. raw: filled. terms: float [6], filled. cost: float [3], filled.
+
+    Returns:
+        The reward.
+    """
+    step = int(track.step)
+    budget_now = budget_w[step]
+    dt = rules.interval_s
+    answered = work.answered_interactive + work.answered_deferrable
+    missed = work.late_interactive + work.late_deferrable + work.expired_interactive + work.expired_deferrable
+    over_c = gpu.temp_c - rules.limit_c
+    # The floor binds on the mean over the episode: answers above it earn slack for later ones.
+    debt_before = max(0.0, track.quality_debt)
+    track.quality_debt += answered * rules.quality_floor[int(work.shift_id)] - work.correct
+    shortfall = max(0.0, track.quality_debt) - debt_before
+    reward = reward_terms(
+        prices, work.good, gpu.energy_j, missed, gpu.power_w, budget_now, over_c, shortfall, terms
+    )
+    cost[0] = dt if over_c > 0.0 else 0.0
+    cost[1] = missed
+    cost[2] = max(0.0, gpu.power_w - budget_now) * dt
+
+    arrived = work.arrived_interactive + work.arrived_deferrable
+    load = arrived / rules.capacity
+    late_share = missed / max(1.0, answered + work.expired_interactive + work.expired_deferrable)
+    first = step == 0
+    track.load_fast = load if first else _average(track.load_fast, load, dt, 5.0)
+    track.load_slow = load if first else _average(track.load_slow, load, dt, 30.0)
+    track.late_share_slow = _average(track.late_share_slow, late_share, dt, 30.0)
+    track.power_slow_w = _average(track.power_slow_w, gpu.power_w, dt, 20.0)
+    track.energy_j += gpu.energy_j
+    track.ttt_effort = _average(track.ttt_effort, 1.0 if ttt_steps > 0 else 0.0, dt, 30.0)
+    indicator = 0.0
+    if answered > 0:
+        slow = work.confidence if track.answered_sum == 0.0 else track.confidence_slow
+        indicator = work.confidence - slow
+        track.confidence_slow = _average(slow, work.confidence, dt, 20.0)
+        track.confidence_sum += work.confidence * answered
+        track.answered_sum += answered
+    margin = rules.limit_c - gpu.temp_c
+    track.stage = next_stage(int(track.stage), margin, rules.stage_begin_c, rules.hysteresis_c)
+
+    raw.temp_c, raw.mem_temp_c, raw.margin_c, raw.stage = gpu.temp_c, gpu.mem_temp_c, margin, track.stage
+    raw.temp_slope_c_per_s = (gpu.temp_c - track.temp_c) / dt
+    raw.power_w, raw.power_slow_w = gpu.power_w, track.power_slow_w
+    raw.energy_share = track.energy_j / (prices.reference_j * rules.steps)
+    raw.sm_clock_share = gpu.sm_clock_mhz / rules.max_clock_mhz
+    raw.power_capped_s, raw.thermal_throttle_s = gpu.power_capped_s, gpu.thermal_throttle_s
+    raw.queue_interactive_s = work.waiting_interactive / rules.capacity * dt
+    raw.queue_deferrable_s = work.waiting_deferrable / rules.capacity * dt
+    raw.oldest_interactive_s, raw.oldest_deferrable_s = work.oldest_interactive_s, work.oldest_deferrable_s
+    raw.load, raw.load_fast, raw.load_slow = load, track.load_fast, track.load_slow
+    raw.interactive_share = work.arrived_interactive / max(1.0, arrived)
+    raw.late_share, raw.late_share_slow = late_share, track.late_share_slow
+    raw.batch_fill, raw.busy = work.batch_fill, work.busy_s / dt
+    raw.confidence, raw.entropy = work.confidence, work.entropy
+    raw.shift_indicator = indicator
+    raw.confidence_mean = track.confidence_sum / max(1.0, track.answered_sum)
+    raw.ttt_effort = track.ttt_effort
+    raw.load_imbalance = work.load_imbalance
+    track.temp_c = gpu.temp_c
+    track.step = step + 1
+    look_ahead(rules, budget_w, step + 1, raw)
+    _knob_fields(knob_level, raw)
+    raw.time_left = 1.0 - track.step / rules.steps
+    return reward
+
+
+@jit
+def _knob_fields(knob_level, raw):
+    """Fill the knob levels, in the order of the knob table."""
+    raw.routing_bias_level = knob_level[0]
+    raw.batch_size_level = knob_level[1]
+    raw.expert_count_level = knob_level[2]
+    raw.ttt_steps_level = knob_level[3]
+    raw.pace_level = knob_level[4]
+    raw.sm_clock_level = knob_level[5]
+
+
+def knob_level(problem: Problem, index: np.ndarray) -> np.ndarray:
+    """Level indices [..., knobs] as shares of each knob's highest level."""
+    highest = np.array([max(1, len(problem.knobs.levels[name]) - 1) for name in KNOB_NAMES])
+    return index / highest

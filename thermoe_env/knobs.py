@@ -1,0 +1,140 @@
+"""The knobs: one table of names, levels and units, and the three forms an action may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moe.workload import Knobs
+
+if TYPE_CHECKING:
+    from gymnasium import Space
+
+    from moe.profiles import Profile
+    from thermoe_env.scenario import Scenario
+
+KNOBS: dict[str, tuple[str, str]] = {
+    "routing_bias": ("1", "strength of the expert-cost term in the router's choice"),
+    "batch_size": ("requests", "requests per micro-batch"),
+    "expert_count": ("experts", "experts per token"),
+    "ttt_steps": ("steps", "adaptation steps after each micro-batch"),
+    "pace": ("1", "cap on the device's busy fraction (idle injection, needs no privilege)"),
+    "sm_clock": ("1", "SM clock over its maximum (modelled in the twin; needs privilege live)"),
+}
+"""Name -> (unit, meaning)."""
+
+KNOB_NAMES = tuple(KNOBS)
+ACTION_MODES = ("multi_discrete", "discrete", "box")
+
+_ROUTING_BIAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_PACE = (0.2, 0.4, 0.6, 0.8, 1.0)
+_SM_CLOCK = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_BATCH_LEVELS = 6
+
+
+def knob_levels(profile: Profile) -> dict[str, tuple[float, ...]]:
+    """Levels of every knob on the machine and model that `profile` describes."""
+    largest = int(profile.batch_size[-1])
+    smallest = max(int(profile.batch_size[0]), largest >> (_BATCH_LEVELS - 1))
+    batch = [largest >> shift for shift in range(_BATCH_LEVELS - 1, -1, -1)]
+    return {
+        "routing_bias": tuple(b for b in _ROUTING_BIAS if b <= profile.routing_bias[-1]),
+        "batch_size": tuple(float(b) for b in batch if b >= smallest),
+        "expert_count": tuple(float(k) for k in profile.expert_count),
+        "ttt_steps": (0.0, 1.0, 2.0) if profile.ttt_latency_s is not None else (0.0,),
+        "pace": _PACE,
+        "sm_clock": _SM_CLOCK,
+    }
+
+
+@dataclass(frozen=True)
+class KnobTable:
+    """Levels of all knobs, which of them are controlled, and where the others stay."""
+
+    levels: dict[str, tuple[float, ...]]
+    controlled: tuple[str, ...]
+    default_index: tuple[int, ...]
+    """Level of every knob (in `KNOB_NAMES` order) where it is not controlled."""
+
+    @classmethod
+    def of(cls, scenario: Scenario, profile: Profile) -> KnobTable:
+        """Table of a scenario on a profile; a static level that was not measured is refused."""
+        levels = knob_levels(profile)
+        default = []
+        for name in KNOB_NAMES:
+            value = float(getattr(scenario.static, name))
+            if value not in levels[name]:
+                raise ValueError(f"static.{name}={value} is not one of the levels {levels[name]} of this profile")
+            default.append(levels[name].index(value))
+        return cls(levels, scenario.knobs, tuple(default))
+
+    @property
+    def nvec(self) -> np.ndarray:
+        """Number of levels per controlled knob."""
+        return np.array([len(self.levels[name]) for name in self.controlled], np.int64)
+
+    def action_space(self, mode: str) -> Space[Any]:
+        """Action space: `multi_discrete`, `discrete` (flattened) or `box` ([-1, 1] per knob)."""
+        from gymnasium import spaces
+
+        if mode == "multi_discrete":
+            return spaces.MultiDiscrete(self.nvec)
+        if mode == "discrete":
+            return spaces.Discrete(int(self.nvec.prod()))
+        if mode == "box":
+            return spaces.Box(-1.0, 1.0, (len(self.controlled),), np.float32)
+        raise ValueError(f"action_mode must be one of {ACTION_MODES}, got {mode!r}")
+
+    def indices(self, actions: np.ndarray, mode: str) -> np.ndarray:
+        """Level index of every knob, int64 [n, knobs], from a batch of actions.
+
+        Args:
+            actions: [n, controlled] for `multi_discrete` and `box`, [n] for `discrete`.
+            mode: the action mode.
+
+        Raises:
+            ValueError: wrong shape, a level that does not exist, or not a number.
+        """
+        actions = np.asarray(actions)
+        nvec = self.nvec
+        if mode == "discrete":
+            if actions.ndim != 1 or np.any(actions < 0) or np.any(actions >= nvec.prod()):
+                raise ValueError(f"an action must be an integer in [0, {int(nvec.prod())}), got {actions!r}")
+            chosen = np.stack(np.unravel_index(actions.astype(np.int64), tuple(nvec)), axis=1)
+        elif actions.ndim != 2 or actions.shape[1] != len(nvec):
+            raise ValueError(f"an action must have {len(nvec)} entries {self.controlled}, got shape {actions.shape}")
+        elif mode == "box":
+            if not np.all(np.isfinite(actions)) or np.any(np.abs(actions) > 1.0 + 1e-6):
+                raise ValueError(f"every entry of a box action must lie in [-1, 1], got {actions!r}")
+            chosen = np.clip(np.floor((actions + 1.0) * 0.5 * nvec), 0, nvec - 1).astype(np.int64)
+        else:
+            if np.any(actions < 0) or np.any(actions >= nvec) or np.any(actions != np.floor(actions)):
+                raise ValueError(f"every level must lie in [0, {nvec.tolist()}) for {self.controlled}, got {actions!r}")
+            chosen = actions.astype(np.int64)
+        full = np.tile(np.array(self.default_index, np.int64), (len(chosen), 1))
+        full[:, [KNOB_NAMES.index(name) for name in self.controlled]] = chosen
+        return full
+
+    def knobs(self, index: np.ndarray) -> Knobs:
+        """The `Knobs` of one row of level indices."""
+        value = {name: self.levels[name][i] for name, i in zip(KNOB_NAMES, index, strict=True)}
+        whole = {name: int(value[name]) for name in ("batch_size", "expert_count", "ttt_steps")}
+        return Knobs(**{**value, **whole})
+
+    def action(self, **wanted: float) -> np.ndarray:
+        """The multi-discrete action nearest to the wanted values; others as in the static service.
+
+        Raises:
+            ValueError: a name that is not controlled.
+        """
+        unknown = sorted(set(wanted) - set(self.controlled))
+        if unknown:
+            raise ValueError(f"{unknown} are not controlled; controlled knobs are {self.controlled}")
+        action = []
+        for name in self.controlled:
+            default = self.levels[name][self.default_index[KNOB_NAMES.index(name)]]
+            levels = np.array(self.levels[name])
+            action.append(int(np.argmin(np.abs(levels - wanted.get(name, default)))))
+        return np.array(action, np.int64)

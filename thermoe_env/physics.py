@@ -1,0 +1,87 @@
+"""Power, clock and temperature of one device: pure scalar functions, compiled.
+
+They are the only place where the twin's physics is written; the environment, the batched core, the
+calibration and the tests call them.
+
+Thermal model (Foster form of a series RC network, per device):
+
+    T_die = T_inlet + r_die * P + x_spreader + x_sink,   dx_i/dt = (r_i * P - x_i) / tau_i
+
+The die itself settles within the sensor's refresh period, so its resistance acts at once. Memory has a
+node of its own: T_mem = T_inlet + x_mem. Each node is advanced by the exact solution for constant
+power over a step, so the result does not depend on the step where power is constant.
+
+Leakage raises idle power linearly with the die's temperature (first-order form of the curves in
+Price et al., arXiv:1407.8116). Frequency scaling is modelled, not measured: time of compute-bound
+work goes with 1/f, its power with f V^2, V falling linearly with f down to a floor.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numba
+
+jit = numba.njit(cache=True, nogil=True, error_model="numpy")
+
+MIN_CLOCK = 0.25
+"""Lowest clock the throttles may set, as a fraction of the maximum."""
+_VOLTAGE_SLOPE = 0.6
+_VOLTAGE_FLOOR = 0.7
+
+
+@jit
+def relax(x, target, dt_s, tau_s):
+    """First-order approach of `x` to `target` over `dt_s`, exact for a constant target."""
+    return target + (x - target) * math.exp(-dt_s / tau_s)
+
+
+@jit
+def idle_power_w(reference_w, leakage_per_c, die_c, reference_c):
+    """Power of the device with a context and no work, in W."""
+    return reference_w * (1.0 + leakage_per_c * (die_c - reference_c))
+
+
+@jit
+def clock_power_factor(clock):
+    """Dynamic power at a clock fraction over that at full clock: f V(f)^2 (modelled)."""
+    voltage = max(_VOLTAGE_FLOOR, 1.0 - _VOLTAGE_SLOPE * (1.0 - clock))
+    return clock * voltage * voltage
+
+
+@jit
+def capped_power_w(idle_w, dynamic_w, power_cap_w):
+    """Power drawn, with the power cap of the board holding it."""
+    return min(idle_w + dynamic_w, max(power_cap_w, idle_w))
+
+
+@jit
+def next_clock(clock, die_c, memory_c, demand_w, power_cap_w, slowdown_c, hw_slowdown_c, memory_limit_c):
+    """Clock fraction for the next interval and which throttle holds it.
+
+    Software thermal slowdown lowers the clock step by step while the die or the memory is at its
+    operating limit; hardware slowdown halves it at once; the power cap scales it so that demand
+    meets the cap; otherwise it recovers.
+
+    Returns:
+        (clock fraction, power-capped, thermally throttled); the last two are 0.0 or 1.0.
+    """
+    if die_c >= hw_slowdown_c:
+        return max(MIN_CLOCK, 0.5 * clock), 0.0, 1.0
+    if die_c >= slowdown_c or memory_c >= memory_limit_c:
+        return max(MIN_CLOCK, clock - 0.08), 0.0, 1.0
+    if demand_w > power_cap_w:
+        return max(MIN_CLOCK, clock * (power_cap_w / demand_w) ** 0.5), 1.0, 0.0
+    return min(1.0, clock + 0.04), 0.0, 0.0
+
+
+@jit
+def die_temperature_c(inlet_c, r_die, power_w, spreader_c, sink_c):
+    """Temperature of the hottest die in deg C; the two nodes are rises above the inlet."""
+    return inlet_c + r_die * power_w + spreader_c + sink_c
+
+
+@jit
+def sensor_c(temperature_c):
+    """What the driver reports: whole degrees."""
+    return math.floor(temperature_c + 0.5)

@@ -1,0 +1,132 @@
+"""A scenario made concrete: profile, twin, knob levels and the reference the reward is priced in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from moe.profiles import Profile, ProfileError, level_index, load_profile
+from thermoe_env.calibration import TwinParams, load_twin
+from thermoe_env.errors import ScenarioError
+from thermoe_env.knobs import KnobTable
+from thermoe_env.scenario import Scenario, config_path
+
+
+class Tables(NamedTuple):
+    """The profile at the knobs' levels, as compiled code reads it. B biases, else as in `Profile`."""
+
+    log_batch: np.ndarray  # [N]
+    log_latency: np.ndarray  # [N, K, B] log s
+    log_energy: np.ndarray  # [N, K, B] log J
+    ttt_latency_s: np.ndarray  # [N, K]
+    ttt_energy_j: np.ndarray  # [N, K]
+    accuracy: np.ndarray  # [S, K, B, 2]
+    confidence: np.ndarray  # [S, K, B, 2]
+    entropy: np.ndarray  # [S, K, B, 2]
+    adapt_rate: np.ndarray  # [S]
+    carry_over: float
+    load_imbalance: np.ndarray  # [K, B]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that does not change between episodes."""
+
+    scenario: Scenario
+    profile: Profile
+    power_profile: Profile
+    """Profile whose energies the twin uses; differs from `profile` only where no meter exists."""
+    twin: TwinParams
+    knobs: KnobTable
+
+    @classmethod
+    def of(cls, scenario: Scenario, profile: Profile | None = None) -> Problem:
+        """Load what the scenario names.
+
+        Args:
+            scenario: the control problem.
+            profile: profile of the machine that will do the work, where it is another one than the
+                scenario's; its batch levels then stand for the scenario's in the same order, and
+                power is modelled from the scenario's own profile.
+        """
+        named = load_profile(config_path("profiles", scenario.profile, ".json"))
+        if named.task != scenario.task:
+            raise ScenarioError(f"profile {scenario.profile!r} is of task {named.task!r}, not {scenario.task!r}")
+        if named.energy_j is None:
+            raise ScenarioError(f"profile {scenario.profile!r} holds no energies; name one measured with NVML")
+        if max(scenario.traffic.shifts) >= len(named.shifts):
+            raise ScenarioError(f"traffic.shifts {scenario.traffic.shifts} exceed the profile's {named.shifts}")
+        twin = load_twin(config_path("twin", scenario.twin, ".yaml"))
+        if profile is not None and profile is not named:
+            ratio = float(profile.batch_size[-1] / named.batch_size[-1])
+            static = replace(scenario.static, batch_size=max(1, round(scenario.static.batch_size * ratio)))
+            scenario = replace(scenario, static=static)
+        work = profile or named
+        return cls(scenario, work, named, twin, KnobTable.of(scenario, work))
+
+    @cached_property
+    def capacity_rps(self) -> float:
+        """Requests per second of the standard service at full batches; load 1.0."""
+        static = self.scenario.static
+        return static.batch_size / self.profile.latency_at(
+            static.batch_size, static.expert_count, static.routing_bias
+        )
+
+    @cached_property
+    def reference_power_w(self) -> float:
+        """Power of the standard service at load 1.0, the unit of energy prices."""
+        static = self.scenario.static
+        batch = static.batch_size * self.batch_scale
+        idle = self.power_profile.idle_power_w
+        assert idle is not None
+        return idle + self.power_profile.active_power_w(batch, static.expert_count, static.routing_bias)
+
+    @cached_property
+    def batch_scale(self) -> float:
+        """Batch size on the power profile that stands for a batch of 1 on the working one."""
+        return float(self.power_profile.batch_size[-1] / self.profile.batch_size[-1])
+
+    @cached_property
+    def quality_floor(self) -> np.ndarray:
+        """[S] least quality per input shift: the standard service, not adapted, less the margin."""
+        static = self.scenario.static
+        k = level_index("expert_count", static.expert_count, self.profile.expert_count)
+        column = [np.interp(static.routing_bias, self.profile.routing_bias, row) for row in self.profile.accuracy[:, k, :, 0]]
+        return np.array(column) - self.scenario.feasible.quality_margin
+
+    @cached_property
+    def reference_good_rps(self) -> float:
+        """Good answers per second of the standard service at load 1.0, all shifts alike."""
+        floor = self.quality_floor[list(self.scenario.traffic.shifts)].mean()
+        return self.capacity_rps * float(floor + self.scenario.feasible.quality_margin)
+
+    @cached_property
+    def tables(self) -> Tables:
+        """The profile interpolated to the levels of the knobs, for compiled code."""
+        p, bias = self.profile, np.array(self.knobs.levels["routing_bias"])
+
+        def at_bias(table: np.ndarray) -> np.ndarray:
+            """Interpolate axis 2 (measured biases) to the knob's levels."""
+            return np.ascontiguousarray(np.apply_along_axis(lambda row: np.interp(bias, p.routing_bias, row), 2, table))
+
+        if p.energy_j is None:
+            raise ProfileError(f"the profile of {p.device} holds no energies, so no twin can run on it")
+        shape = (len(p.batch_size), len(p.expert_count))
+        share = p.expert_share * p.expert_share.shape[-1]  # [K, R, L, E], 1 = even
+        imbalance = share.std(axis=-1).mean(axis=-1)[None]  # [1, K, R]
+        return Tables(
+            np.log(p.batch_size),
+            np.log(at_bias(p.latency_s)),
+            np.log(at_bias(p.energy_j)),
+            np.zeros(shape) if p.ttt_latency_s is None else p.ttt_latency_s,
+            np.zeros(shape) if p.ttt_energy_j is None else p.ttt_energy_j,
+            at_bias(p.accuracy),
+            at_bias(p.confidence),
+            at_bias(p.entropy),
+            p.adapt_rate,
+            float(p.carry_over),
+            at_bias(imbalance)[0],
+        )

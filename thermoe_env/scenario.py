@@ -1,0 +1,255 @@
+"""Scenarios: what is served, under which limits, and what counts. Strict YAML, checked dataclasses.
+
+A scenario names a profile (what the work costs) and a twin calibration (how the device heats up), and
+states the rest. Unknown keys are refused, so a misspelt one cannot vanish.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from moe.traffic import TrafficConfig
+from moe.workload import Knobs
+from thermoe_env.errors import ScenarioError
+from thermoe_env.knobs import KNOB_NAMES
+
+_STRICT: dict[str, Any] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """Terms of service per request class (interactive, deferrable)."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    deadline_s: tuple[float, float] = (0.3, 60.0)
+    max_wait_s: tuple[float, float] = (0.05, 2.0)
+    """A partial batch is launched when its oldest request has waited this long."""
+    expire_after_s: tuple[float, float] = (3.0, 90.0)
+
+    def __post_init__(self) -> None:
+        for c in range(2):
+            if not 0.0 < self.max_wait_s[c] < self.deadline_s[c] < self.expire_after_s[c]:
+                raise ValueError(
+                    "service needs 0 < max_wait_s < deadline_s < expire_after_s per class, got "
+                    f"{self.max_wait_s[c]}, {self.deadline_s[c]}, {self.expire_after_s[c]}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerBudget:
+    """Demand response: the grid asks for less power for a while and says so ahead."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    normal_w: float = 700.0
+    event_w: tuple[float, float] = (230.0, 340.0)
+    """Budget during an event, uniform."""
+    event_s: tuple[float, float] = (20.0, 50.0)
+    gap_s: tuple[float, float] = (30.0, 90.0)
+    """Time between events, uniform."""
+    notice_s: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("event_w", "event_s", "gap_s"):
+            low, high = getattr(self, name)
+            if not 0.0 < low <= high:
+                raise ValueError(f"power_budget.{name} needs 0 < low <= high, got [{low}, {high}]")
+        if self.notice_s < 1:
+            raise ValueError(f"power_budget.notice_s must be at least 1 s, got {self.notice_s}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThermalLimits:
+    """The virtual temperature limit and the stages below it (hardware limits lie far above)."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    temperature_c: float
+    stage_margins_c: tuple[float, float, float] = (6.0, 3.0, 1.0)
+    """Margins below the limit at which ELEVATED, HOT and CRITICAL begin."""
+    hysteresis_c: float = 1.5
+    """A stage is left once the margin has grown this far beyond its beginning."""
+    deferrable_below: int = 3
+    """Deferrable requests are served in stages below this one (3 is CRITICAL)."""
+
+    def __post_init__(self) -> None:
+        elevated, hot, critical = self.stage_margins_c
+        if not elevated > hot > critical >= 0.0 or self.hysteresis_c < 0.0:
+            raise ValueError(f"limits.stage_margins_c must fall and stay >= 0, got {self.stage_margins_c}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardWeights:
+    """Prices, relative to the energy a good answer costs the standard service (`reward.py`)."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    good: float = 1.0
+    energy: float = 1.0
+    late: float = 1.0
+    over_budget: float = 1.0
+    heat: float = 1.0
+    """Per second above the limit, and again per degree and second."""
+    quality: float = 4.0
+    """Per answer below the quality floor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feasibility:
+    """When a policy counts at all."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    quality_margin: float = 0.01
+    """Quality may fall this far below the standard service on the same requests."""
+    late_fraction: float = 0.01
+    above_limit_s: float = 3.0
+    """Seconds of an episode above the temperature limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Randomize:
+    """Spread of the twin between episodes (relative half-widths, uniform; inlet in degrees)."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    resistance: float = 0.05
+    time_constant: float = 0.1
+    leakage: float = 0.2
+    energy: float = 0.03
+    inlet_c: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("resistance", "time_constant", "leakage", "energy"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"randomize.{name} must lie in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One control problem, for the twin and for a live device alike."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    name: str
+    task: str
+    profile: str
+    """File in configs/profiles (without .json) or a path."""
+    twin: str
+    """File in configs/twin (without .yaml) or a path."""
+    static: Knobs
+    """The standard service; knobs that are not controlled stay here."""
+    knobs: tuple[str, ...] = ("routing_bias", "batch_size", "expert_count", "ttt_steps")
+    """Controlled knobs."""
+    episode_s: int = 300
+    interval_s: float = 1.0
+    traffic: TrafficConfig = field(default_factory=TrafficConfig)
+    service: ServiceConfig = field(default_factory=ServiceConfig)
+    limits: ThermalLimits
+    power_budget: PowerBudget = field(default_factory=PowerBudget)
+    reward: RewardWeights = field(default_factory=RewardWeights)
+    feasible: Feasibility = field(default_factory=Feasibility)
+    randomize: Randomize = field(default_factory=Randomize)
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.knobs if name not in KNOB_NAMES]
+        if unknown or not self.knobs or len(set(self.knobs)) < len(self.knobs):
+            raise ValueError(f"knobs must be different ones of {KNOB_NAMES}, got {self.knobs}")
+        if self.interval_s not in (0.5, 1.0):
+            raise ValueError(f"interval_s must be 0.5 or 1.0 (the energy counter ticks at 0.1), got {self.interval_s}")
+        if self.episode_s < 10:
+            raise ValueError(f"episode_s must be at least 10, got {self.episode_s}")
+
+    @property
+    def steps(self) -> int:
+        """Control intervals in an episode."""
+        return round(self.episode_s / self.interval_s)
+
+
+def configs_dir() -> Path:
+    """Folder of the shipped configuration: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def config_path(kind: str, name: str, suffix: str) -> Path:
+    """Path of a shipped configuration by name, or of the user's own by path.
+
+    Raises:
+        ScenarioError: no such file; the message lists the shipped names.
+    """
+    folder = configs_dir() / kind
+    for path in (Path(name), folder / f"{name}{suffix}"):
+        if path.is_file():
+            return path
+    known = sorted(p.stem for p in folder.glob(f"*{suffix}"))
+    raise ScenarioError(f"no {kind} {name!r}: give one of {known} or the path of a {suffix} file")
+
+
+def load_scenario(scenario: str | Path | Scenario = "default", **overrides: Any) -> Scenario:
+    """Load a scenario by shipped name or path.
+
+    Args:
+        scenario: name in configs/scenarios, path of a YAML file, or a ready `Scenario`.
+        overrides: top-level keys to replace (nested ones as mappings, merged into the file's).
+
+    Raises:
+        ScenarioError: unknown or missing key, or a value its rule refuses.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    adapter = TypeAdapter(Scenario)
+    if isinstance(scenario, Scenario):
+        if not overrides:
+            return scenario
+        path, raw = Path(scenario.name), adapter.dump_python(scenario)
+    else:
+        path = config_path("scenarios", str(scenario), ".yaml")
+        try:
+            raw = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ScenarioError(f"{path}: not YAML ({error})") from error
+    if not isinstance(raw, dict):
+        raise ScenarioError(f"{path}: a scenario is a mapping of keys, got {type(raw).__name__}")
+    try:
+        return adapter.validate_python(_merge(raw, overrides))
+    except ValidationError as error:
+        raise ScenarioError(_explain(path, error)) from error
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def _explain(path: Path, error: Any) -> str:
+    """The validation errors, one a line, with the known keys beside an unknown one."""
+    sections = {
+        (): Scenario,
+        ("traffic",): TrafficConfig,
+        ("service",): ServiceConfig,
+        ("limits",): ThermalLimits,
+        ("power_budget",): PowerBudget,
+        ("reward",): RewardWeights,
+        ("feasible",): Feasibility,
+        ("randomize",): Randomize,
+        ("static",): Knobs,
+    }
+    lines = [f"{path}:"]
+    for item in error.errors():
+        where = ".".join(map(str, item["loc"])) or "scenario"
+        known = ""
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            section = sections[tuple(item["loc"][:-1])]
+            known = f"; known keys: {sorted(section.__dataclass_fields__)}"
+        lines.append(f"  {where}: {item['msg']}{known}")
+    return "\n".join(lines)

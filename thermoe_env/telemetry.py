@@ -1,0 +1,48 @@
+"""The seam between the environment and whatever reads a GPU: NVML or the twin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+from moe.workload import WorkStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuReading:
+    """One device over one control interval."""
+
+    temp_c: float
+    """Die temperature as the sensor gives it at the end of the interval (whole degrees)."""
+    mem_temp_c: float
+    """Memory temperature, likewise."""
+    power_w: float
+    """Mean power over the interval, from the energy counter."""
+    energy_j: float
+    """Energy of the interval."""
+    sm_clock_mhz: float
+    power_capped_s: float
+    """Time in the interval for which the power cap held the clock down."""
+    thermal_throttle_s: float
+    """Time in the interval for which a thermal slowdown, software or hardware, held it down."""
+
+
+READING_NAMES: tuple[str, ...] = tuple(f.name for f in fields(GpuReading))
+
+
+class Telemetry(Protocol):
+    """A device's sensors."""
+
+    simulated: bool
+    """Whether the readings come from a model."""
+    tripped: bool
+    """Whether the device passed its shutdown temperature in this episode."""
+
+    def reset(self, seed: int) -> GpuReading:
+        """Start an episode; returns the state before any work of it."""
+
+    def read(self, work: WorkStats, duration_s: float) -> GpuReading:
+        """Reading over the interval since the last call, in which `work` was done."""
+
+    def close(self) -> None:
+        """Release the device. May be called twice."""
