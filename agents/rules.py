@@ -113,7 +113,9 @@ class RuleBased:
         level = {
             "routing_bias": np.where(saving, c.saving_bias, c.normal_bias),
             "batch_size": np.where(o["load_fast"] > c.busy_load, c.busy_batch, c.quiet_batch),
-            "expert_count": np.where(saving, c.saving_experts, np.where(shifted, c.shifted_experts, c.normal_experts)),
+            "expert_count": np.where(
+                saving, c.saving_experts, np.where(shifted, c.shifted_experts, c.normal_experts)
+            ),
             "ttt_steps": np.where(adapt, c.adapt_steps, 0),
         }
         action = np.tile(self._knobs.action(), (n, 1))

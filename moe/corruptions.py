@@ -1,8 +1,8 @@
 """Graded corruptions of 28x28 grey images, as batches, on the device of the images.
 
 The kinds follow Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and
-Perturbations" (ICLR 2019); the severities do not. Theirs are made for 224 or 32 colour pixels, these for 28 grey ones,
-so accuracies are not comparable with published tables.
+Perturbations" (ICLR 2019); the severities do not. Theirs are made for 224 or 32 colour pixels a side, these
+for 28 grey ones, so accuracies are not comparable with published tables.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def corrupt(images: Tensor, kind: str, severity: int, generator: Generator) -> T
         images: uint8 ``[B, 28, 28]``.
         kind: One of `KINDS`.
         severity: 1 (mild) to 5 (severe).
-        generator: Source of all randomness. It may live on another device than the images: a CPU generator draws the
-            same numbers whatever the images' device.
+        generator: Source of all randomness. It may live on another device than the images: a CPU generator
+            draws the same numbers whatever the images' device.
 
     Returns:
         uint8 ``[B, 28, 28]`` on the images' device. The input is not changed.
@@ -79,8 +79,8 @@ def _pixelate(x: Tensor, pixels: float, generator: Generator) -> Tensor:
 def _rotation(x: Tensor, degrees: float, generator: Generator) -> Tensor:
     """Rotate by exactly ``degrees``, each image to a random side."""
     side = torch.where(_uniform((len(x),), x, generator) < 0.5, -1.0, 1.0)
-    cosine, sine = math.cos(math.radians(degrees)) * torch.ones_like(side), math.sin(math.radians(degrees)) * side
-    zero = torch.zeros_like(side)
+    cosine = torch.full_like(side, math.cos(math.radians(degrees)))
+    sine, zero = side * math.sin(math.radians(degrees)), torch.zeros_like(side)
     matrices = torch.stack([cosine, -sine, zero, sine, cosine, zero], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrices, [len(x), 1, 28, 28], align_corners=False)
     return F.grid_sample(x[:, None], grid, align_corners=False)[:, 0]

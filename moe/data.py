@@ -1,9 +1,10 @@
 """The two data sets: Fashion-MNIST for vision, and the running Python's standard library for language.
 
-Nothing is downloaded. Vision reads the complete Fashion-MNIST where its files are installed and a shipped subset
-elsewhere. Language reads the text every Python brings along: its reference and docstrings are ``prose``, its source
-without docstrings and comments is ``code``, and going from one to the other is a distribution shift. Both change
-with the machine (the subset, the Python release), so results should record `describe`.
+Nothing is downloaded. Vision reads the complete Fashion-MNIST where its files are installed and a shipped
+subset elsewhere. Language reads the text every Python brings along: its reference and docstrings are
+``prose``, its source without docstrings and comments is ``code``, and the step from one to the other is a
+distribution shift. Both depend on the machine (complete set or subset, Python release), so results should
+record `describe`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import lzma
-import math
 import os
 import platform
 import zlib
@@ -39,23 +39,30 @@ SUBSET_SIZE: dict[Split, int] = {"train": 10_000, "test": 5_000}  # images, the 
 FULL_FOLDER_VARIABLE = "THERMALMOE_DATA"
 SYSTEM_FULL_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 SUBSET_FOLDER = Path(__file__).parent / "datasets" / "fashion_mnist"
-SUBSET_SHA256: dict[Split, str] = {  # of the unpacked bytes
-    "train": "73194a0c06a93deab58b95e00e618cc5c80fb5c9a84df26bbc429eeb3507846a",
-    "test": "0a62ba09413158889c7f1e8ba43492db67098c41be02e570099f54959cc26a6f",
+SHA256 = {  # of the unpacked bytes: MNIST itself comes in files of the same names and sizes
+    "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    "train.xz": "73194a0c06a93deab58b95e00e618cc5c80fb5c9a84df26bbc429eeb3507846a",
+    "test.xz": "0a62ba09413158889c7f1e8ba43492db67098c41be02e570099f54959cc26a6f",
 }
-_IDX_PREFIX: dict[Split, str] = {"train": "train", "test": "t10k"}
+_FULL_FILES: dict[Split, tuple[str, str]] = {
+    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+}
 
 
 def load_vision(split: Split, full: bool | None = None) -> tuple[Tensor, Tensor]:
     """Load Fashion-MNIST (Xiao et al., 2017).
 
     The complete set (60,000 train, 10,000 test images) is looked for in the folder the environment variable
-    ``THERMALMOE_DATA`` names, else where Debian's package ``dataset-fashion-mnist`` puts it. The shipped subset
-    (10,000 and 5,000) holds official train images in ``train`` and official test images in ``test``.
+    ``THERMALMOE_DATA`` names, else where Debian's package ``dataset-fashion-mnist`` puts it. The shipped
+    subset (10,000 and 5,000) holds official train images in ``train`` and official test images in ``test``.
 
     Args:
         split: ``"train"`` or ``"test"``.
-        full: True for the complete set, False for the shipped subset, None for the complete set where it is found.
+        full: True for the complete set, False for the shipped subset, None for the complete set where found.
 
     Returns:
         Images, uint8 ``[N, 28, 28]``, and class indices into `VISION_CLASSES`, int64 ``[N]``.
@@ -69,8 +76,9 @@ def load_vision(split: Split, full: bool | None = None) -> tuple[Tensor, Tensor]
     folder = full_vision_folder() if full is None or full else None
     if full and folder is None:
         raise DataMissingError(
-            f"no complete Fashion-MNIST in {SYSTEM_FULL_FOLDER}: `apt-get install dataset-fashion-mnist`, or set "
-            f"{FULL_FOLDER_VARIABLE} to a folder with its four *-ubyte.gz files, or use the shipped subset (full=False)"
+            f"no complete Fashion-MNIST in {SYSTEM_FULL_FOLDER}: `apt-get install dataset-fashion-mnist`, or "
+            f"set {FULL_FOLDER_VARIABLE} to a folder with its four *-ubyte.gz files, or use the shipped "
+            "subset (full=False)"
         )
     images, labels = _read_subset(split) if folder is None else _read_full(folder, split)
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))  # [N, 28, 28], [N]
@@ -79,8 +87,8 @@ def load_vision(split: Split, full: bool | None = None) -> tuple[Tensor, Tensor]
 def load_language(domain: Domain, split: Split) -> Tensor:
     """Load text of the running Python's standard library, as bytes in UTF-8.
 
-    ``prose`` is the language reference (``pydoc_data.topics``) and every docstring; ``code`` is the source without
-    docstrings and comments. A file is wholly in one split, its prose and its code in the same one.
+    ``prose`` is the language reference (``pydoc_data.topics``) and every docstring; ``code`` is the source
+    without docstrings and comments. A file is wholly in one split, its prose and its code in the same one.
 
     Args:
         domain: ``"prose"`` or ``"code"``.
@@ -99,26 +107,24 @@ def load_language(domain: Domain, split: Split) -> Tensor:
 
 
 def data_digest(task: Task, full: bool | None = None) -> str:
-    """Return the SHA-256 (hex) of every byte that loading ``task`` would use, all splits and domains in fixed order.
+    """Return the SHA-256 (hex) of all bytes that loading ``task`` would use.
 
     Raises:
         ValueError: The task is unknown.
         DataMissingError: As `load_vision` and `load_language`.
         DataCorruptError: As `load_vision`.
     """
-    digest = hashlib.sha256()
-    for part in _parts(task, full).values():
-        digest.update(part)
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(_parts(task, full).values())).hexdigest()
 
 
 def describe(task: Task, full: bool | None = None) -> dict[str, Any]:
-    """Return what identifies the data of ``task``: where it came from, the sizes in bytes and the digest."""
+    """Return what identifies the data of ``task``: its source, the sizes in bytes and the digest."""
     parts = _parts(task, full)
     if task == "language":
         source = "standard library of the running Python"
     else:
-        source = "Fashion-MNIST, complete" if len(parts["train"]) > 60_000 * IMAGE_BYTES else "Fashion-MNIST, shipped subset"
+        is_subset = len(parts["test"]) == SUBSET_SIZE["test"] * (IMAGE_BYTES + 1)
+        source = f"Fashion-MNIST, {'shipped subset' if is_subset else 'complete'}"
     return {
         "task": task,
         "source": source,
@@ -136,7 +142,7 @@ def full_vision_folder() -> Path | None:
     """
     named = os.environ.get(FULL_FOLDER_VARIABLE)
     folder = Path(named) if named else SYSTEM_FULL_FOLDER
-    missing = [file for split in _IDX_PREFIX for file in _idx_files(split) if not (folder / file).is_file()]
+    missing = [file for pair in _FULL_FILES.values() for file in pair if not (folder / file).is_file()]
     if not missing:
         return folder
     if named:
@@ -154,43 +160,37 @@ def _parts(task: Task, full: bool | None) -> dict[str, bytes]:
     if task == "language":
         return {f"{domain}/{split}": part for (domain, split), part in language_bytes().items()}
     loaded = {split: load_vision(split, full) for split in get_args(Split)}
-    return {split: x.numpy().tobytes() + y.to(torch.uint8).numpy().tobytes() for split, (x, y) in loaded.items()}
+    return {
+        split: x.numpy().tobytes() + y.to(torch.uint8).numpy().tobytes() for split, (x, y) in loaded.items()
+    }
 
 
-def _idx_files(split: Split) -> tuple[str, str]:
-    prefix = _IDX_PREFIX[split]
-    return f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"
-
-
-def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Read a gzipped IDX file of unsigned bytes: 0, 0, type 8, rank, then big-endian uint32 sizes."""
+def _unpack(path: Path) -> np.ndarray:
+    """Return the bytes of a compressed file, uint8 ``[n]``, after a check of their SHA-256."""
     try:
-        raw = gzip.decompress(path.read_bytes())
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataCorruptError(f"{path}: not a whole gzip file ({error}); fetch it again") from error
-    header = bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
-    if not raw.startswith(header) or len(raw) != len(header) + math.prod(shape):
-        raise DataCorruptError(f"{path}: not an IDX file of unsigned bytes of shape {shape}; fetch it again")
-    return np.frombuffer(raw, np.uint8, offset=len(header)).reshape(shape)
+        packed = path.read_bytes()
+        raw = gzip.decompress(packed) if path.suffix == ".gz" else lzma.decompress(packed)
+    except FileNotFoundError as error:
+        raise DataMissingError(f"{path}: part of this package is missing; install it again") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        raise DataCorruptError(
+            f"{path}: not a whole {path.suffix} file ({error}); install it again"
+        ) from error
+    if hashlib.sha256(raw).hexdigest() != SHA256[path.name]:
+        raise DataCorruptError(
+            f"{path}: not Fashion-MNIST (its SHA-256 unpacked is not {SHA256[path.name]}); install it again"
+        )
+    return np.frombuffer(raw, np.uint8)
 
 
 @lru_cache
 def _read_full(folder: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    count = {"train": 60_000, "test": 10_000}[split]
-    images, labels = _idx_files(split)
-    return _read_idx(folder / images, (count, 28, 28)), _read_idx(folder / labels, (count,))
+    """Read two IDX files: 4 bytes of type and rank, 4 for each size, then the values."""
+    images, labels = (_unpack(folder / file) for file in _FULL_FILES[split])
+    return images[16:].reshape(-1, 28, 28), labels[8:]
 
 
 @lru_cache
 def _read_subset(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    path, count = SUBSET_FOLDER / f"{split}.xz", SUBSET_SIZE[split]
-    try:
-        raw = lzma.decompress(path.read_bytes())
-    except FileNotFoundError as error:
-        raise DataMissingError(f"{path}: part of this package is missing; install it again") from error
-    except lzma.LZMAError as error:
-        raise DataCorruptError(f"{path}: not a whole xz file ({error}); install the package again") from error
-    if hashlib.sha256(raw).hexdigest() != SUBSET_SHA256[split]:
-        raise DataCorruptError(f"{path}: SHA-256 of the unpacked bytes is not {SUBSET_SHA256[split]}; install again")
-    images, labels = np.split(np.frombuffer(raw, np.uint8), [count * IMAGE_BYTES])
-    return images.reshape(count, 28, 28), labels
+    images, labels = np.split(_unpack(SUBSET_FOLDER / f"{split}.xz"), [SUBSET_SIZE[split] * IMAGE_BYTES])
+    return images.reshape(-1, 28, 28), labels

@@ -139,6 +139,7 @@ class LiveWorkload:
             np.array(terms, np.float64) for terms in (service.deadline_s, service.max_wait_s, service.expire_after_s)
         )
         self._clock, self._sleep = clock, sleep
+        self._resumed = 0.0  # reading of `clock` at which the service's clock was 0
         self._stream: RequestStream | None = None
 
     def warm_up(self, batch_sizes: Sequence[int], expert_counts: Sequence[int], ttt: int) -> None:

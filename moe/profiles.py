@@ -69,7 +69,9 @@ class Profile:
     def active_power_w(self, batch_size: float, expert_count: int, routing_bias: float = 0.0) -> float:
         """Mean power above idle while micro-batches of this kind run back to back."""
         if self.energy_j is None:
-            raise ProfileError(f"the profile of {self.device} holds no energies; measure one on a card with NVML")
+            raise ProfileError(
+                f"the profile of {self.device} holds no energies; measure one on a card with NVML"
+            )
         energy = self._at(self.energy_j, batch_size, expert_count, routing_bias)
         return energy / self.latency_at(batch_size, expert_count, routing_bias)
 
@@ -99,7 +101,9 @@ def load_profile(path: str | Path) -> Profile:
     known = {f.name for f in dataclasses.fields(Profile)}
     if not isinstance(raw, dict) or set(raw) != known:
         odd = sorted(set(raw) ^ known) if isinstance(raw, dict) else "no mapping"
-        raise ProfileError(f"{path}: missing or unknown fields {odd}; a profile holds exactly {sorted(known)}")
+        raise ProfileError(
+            f"{path}: missing or unknown fields {odd}; a profile holds exactly {sorted(known)}"
+        )
     arrays = {f.name for f in dataclasses.fields(Profile) if "ndarray" in str(f.type)}
     values = {name: _as_array(path, name, raw[name]) if name in arrays else raw[name] for name in known}
     values["shifts"] = tuple(values["shifts"])
@@ -115,8 +119,11 @@ def save_profile(profile: Profile, path: str | Path) -> None:
     document = {f.name: _as_json(getattr(profile, f.name)) for f in dataclasses.fields(Profile)}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(document, indent=1))
-    os.replace(part, path)
+    try:
+        part.write_text(json.dumps(document, indent=1))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _as_array(path: Path, name: str, value: Any) -> np.ndarray | None:
@@ -125,7 +132,9 @@ def _as_array(path: Path, name: str, value: Any) -> np.ndarray | None:
     try:
         return np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ProfileError(f"{path}: {name} is ragged, or has a cell missing or not a number ({error})") from error
+        raise ProfileError(
+            f"{path}: {name} is ragged, or has a cell missing or not a number ({error})"
+        ) from error
 
 
 def _as_json(value: Any) -> Any:
@@ -135,6 +144,12 @@ def _as_json(value: Any) -> Any:
 
 
 def _check(path: Path, p: Profile) -> None:
+    for name in ("batch_size", "expert_count", "routing_bias", "expert_share"):
+        table = getattr(p, name)
+        if table is None or table.size == 0 or table.ndim != (4 if name == "expert_share" else 1):
+            raise ProfileError(
+                f"{path}: {name} is absent, empty or of the wrong rank; measure the profile again"
+            )
     n, k, r, s = len(p.batch_size), len(p.expert_count), len(p.routing_bias), len(p.shifts)
     shapes = {
         "latency_s": (n, k, r),
@@ -154,7 +169,9 @@ def _check(path: Path, p: Profile) -> None:
                 continue
             raise ProfileError(f"{path}: {name} is absent; measure it with `python -m moe.profile`")
         if table.shape != shape:
-            raise ProfileError(f"{path}: {name} has shape {table.shape}, the axes say {shape}: a cell is missing")
+            raise ProfileError(
+                f"{path}: {name} has shape {table.shape}, the axes say {shape}: a cell is missing"
+            )
         if not np.all(np.isfinite(table)) or np.any(table < 0.0):
             where = np.argwhere(~np.isfinite(table) | (table < 0.0))[0].tolist()
             raise ProfileError(f"{path}: {name}{where} is negative or not a number; measure that cell again")
@@ -165,6 +182,8 @@ def _check(path: Path, p: Profile) -> None:
     for name in ("batch_size", "expert_count", "routing_bias"):
         if np.any(np.diff(getattr(p, name)) <= 0):
             raise ProfileError(f"{path}: {name} must ascend, got {getattr(p, name).tolist()}")
+        if name != "routing_bias" and getattr(p, name)[0] < 1:
+            raise ProfileError(f"{path}: {name} must start at 1 or above, got {getattr(p, name)[0]}")
     for name in ("accuracy", "confidence", "entropy", "adapt_rate", "expert_share"):
         if np.any(getattr(p, name) > 1.0 + 1e-6):
             raise ProfileError(f"{path}: {name} holds a value above 1")
@@ -172,3 +191,19 @@ def _check(path: Path, p: Profile) -> None:
         raise ProfileError(f'{path}: routing_bias must start at 0 and shifts with "clean"')
     if (p.energy_j is None) != (p.idle_power_w is None):
         raise ProfileError(f"{path}: energy_j and idle_power_w are measured together or not at all")
+    if (p.ttt_energy_j is None) != (p.ttt_latency_s is None or p.energy_j is None):
+        raise ProfileError(
+            f"{path}: ttt_energy_j is measured where ttt_latency_s and energy_j are, and only there"
+        )
+    if p.idle_power_w is not None and not _within(p.idle_power_w, 1e-3, 1e5):
+        raise ProfileError(f"{path}: idle_power_w must be above 0, got {p.idle_power_w}")
+    if not _within(p.carry_over, -10.0, 1.0):
+        raise ProfileError(
+            f"{path}: carry_over must lie in [-10, 1], got {p.carry_over}; measure the profile again"
+        )
+    if not np.allclose(p.expert_share.sum(axis=-1), 1.0, atol=1e-3):
+        raise ProfileError(f"{path}: expert_share does not sum to 1 over the experts of a layer")
+
+
+def _within(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and low <= value <= high

@@ -158,6 +158,8 @@ def latency_quantile(histogram: np.ndarray, q: float) -> float:
     total = histogram.sum()
     if total == 0:
         return math.nan
-    index = int(np.searchsorted(np.cumsum(histogram), max(1.0, q * total)))  # the first request is the 0-quantile
+    index = int(
+        np.searchsorted(np.cumsum(histogram), max(1.0, q * total))
+    )  # the first request is the 0-quantile
     edges = np.concatenate(([LATENCY_EDGES_S[0] * 0.5], LATENCY_EDGES_S, [LATENCY_EDGES_S[-1]]))
     return float(math.sqrt(edges[index] * edges[index + 1]))

@@ -21,7 +21,7 @@ TEXT_CHUNKS = 8192
 CORRUPTION_SEED = 0
 
 DEFAULT_SHIFTS: dict[str, tuple[str, ...]] = {
-    "vision": ("clean", "gaussian_noise-5", "contrast-5", "brightness-5", "blur-5", "pixelate-5"),
+    "vision": ("clean", "gaussian_noise@5", "contrast@5", "brightness@5", "blur@5", "pixelate@5"),
     "language": ("clean", "code"),
 }
 """Shifts measured by default: clean, then the corruption and its severity, or the text's domain."""
@@ -43,8 +43,8 @@ class SamplePool:
 
         Args:
             task: ``"vision"`` or ``"language"``.
-            shifts: Names: ``"clean"``; for vision ``KIND-SEVERITY`` (`moe.corruptions`), such as
-                ``"blur-5"``; for language ``"code"``.
+            shifts: Names: ``"clean"``; for vision ``KIND@SEVERITY`` (`moe.corruptions`), such as
+                ``"blur@5"``; for language ``"code"``.
             device: Where the pool lives.
 
         Raises:
@@ -71,9 +71,9 @@ def _vision_shift(shift: str, device: torch.device) -> tuple[Tensor, Tensor]:
     images, labels = (tensor.to(device) for tensor in data.load_vision("test"))  # [N, 28, 28], [N]
     if shift == "clean":
         return images, labels
-    kind, _, severity = shift.rpartition("-")
+    kind, _, severity = shift.rpartition("@")
     if not severity.isdecimal():
-        raise ValueError(f'a vision shift is "clean" or KIND-SEVERITY such as "blur-5", got {shift!r}')
+        raise ValueError(f'a vision shift is "clean" or KIND@SEVERITY such as "blur@5", got {shift!r}')
     # Each shift from its own generator: a shift's images do not depend on which others are in the pool.
     generator = torch.Generator().manual_seed(CORRUPTION_SEED)
     return corrupt(images, kind, int(severity), generator), labels

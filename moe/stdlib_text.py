@@ -15,13 +15,14 @@ from moe.errors import DataMissingError
 TEST_SHARE = 0.05  # of the files
 TEST_CAP_BYTES = 2**18  # keeps an evaluation pass short; test files beyond it are not used at all
 _LEFT_OUT = {  # tests, tables, what distributions leave out or add, and what is written at installation
-    "test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "distutils", "tkinter",
-    "turtledemo", "turtle.py", "ensurepip", "encodings", "pydoc_data", "__phello__", "sitecustomize.py",
+    "test", "tests", "idle_test", "site-packages", "dist-packages", "idlelib", "lib2to3", "distutils",
+    "tkinter", "turtledemo", "turtle.py", "ensurepip", "encodings", "pydoc_data", "__phello__",
+    "sitecustomize.py",
 }  # fmt: skip
 _WRITTEN_AT_INSTALLATION = ("_sysconfigdata", "config-")
 
-# A string literal as a whole, so that a "#" inside it is not taken for a comment; or a comment, with its whole line
-# where it has one. One left-to-right scan decides, as in Python's own lexer.
+# A string literal as a whole, so that a "#" inside it is not taken for a comment; or a comment, with its
+# whole line where it has one. One left-to-right scan decides, as in Python's own lexer.
 _STRING_OR_COMMENT = re.compile(
     r"""
     (?P<string> \"{3} (?: \\. | [^\\] )*? \"{3} | '{3} (?: \\. | [^\\] )*? '{3}
@@ -38,7 +39,7 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 def language_bytes() -> dict[tuple[str, str], bytes]:
     """Return the text of every ``(domain, split)``.
 
-    A file belongs to one split with its prose and its code: the first 5% by the hash of the name are for testing.
+    A file belongs to one split with its prose and its code: the first 5% by the hash of the name are tests.
 
     Raises:
         DataMissingError: This Python comes without its source.
@@ -59,7 +60,9 @@ def _topics() -> dict[str, tuple[str, str]]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise DataMissingError("this Python lacks pydoc_data.topics; install its full standard library") from error
+        raise DataMissingError(
+            "this Python lacks pydoc_data.topics; install its full standard library"
+        ) from error
     return {f"pydoc_data/topics/{name}": (text.strip() + "\n\n", "") for name, text in topics.items()}
 
 
@@ -73,16 +76,18 @@ def source_files() -> dict[str, str]:
     files = {}
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).parts
-        if not _LEFT_OUT & set(parts) and not any(part.startswith(_WRITTEN_AT_INSTALLATION) for part in parts):
+        if not _LEFT_OUT & set(parts) and not parts[0].startswith(_WRITTEN_AT_INSTALLATION):
             with tokenize.open(path) as file:  # decodes by the file's own declaration
                 files["/".join(parts)] = file.read()
     if "argparse.py" not in files:
-        raise DataMissingError(f"no Python source in {root}; use a Python with its standard library as .py files")
+        raise DataMissingError(
+            f"no Python source in {root}; use a Python with its standard library as .py files"
+        )
     return files
 
 
 def prose_and_code(source: str) -> tuple[str, str]:
-    """Split Python source into its docstrings and the rest without comments and long gaps; the rest still compiles."""
+    """Split Python source into its docstrings, and the rest without comments and gaps, which compiles."""
     docstrings: list[str] = []
     lines = source.encode().splitlines(keepends=True)  # ast counts columns in UTF-8 bytes
     for node in ast.walk(ast.parse(source)):

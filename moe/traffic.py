@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from moe.queueing import SLOT_S
 
 _SLOTS_PER_S = round(1.0 / SLOT_S)
+_LONGEST_TRACE_S = 31 * 86400.0
 
 
 class TraceError(ValueError):
@@ -28,7 +30,7 @@ class TraceError(ValueError):
 class TrafficConfig:
     """Arrival process of a scenario. Loads are fractions of the reference capacity."""
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     kind: str = "bursts"
     """`poisson` (constant mean), `bursts` (Markov-modulated), `diurnal` (sine) or `trace` (CSV)."""
@@ -53,13 +55,17 @@ class TrafficConfig:
         if self.kind not in kinds:
             raise ValueError(f"traffic.kind must be one of {kinds}, got {self.kind!r}")
         if not 0.0 < self.low_load <= self.high_load:
-            raise ValueError(f"traffic needs 0 < low_load <= high_load, got {self.low_load}, {self.high_load}")
+            raise ValueError(
+                f"traffic needs 0 < low_load <= high_load, got {self.low_load}, {self.high_load}"
+            )
         if not 0.0 <= self.interactive_share <= 1.0:
             raise ValueError(f"traffic.interactive_share must lie in [0, 1], got {self.interactive_share}")
         if self.levels < 2 or min(self.dwell_s, self.period_s, self.shift_dwell_s) <= 0.0:
             raise ValueError("traffic needs levels >= 2 and dwell_s, period_s, shift_dwell_s > 0")
         if (self.kind == "trace") != (self.trace is not None):
-            raise ValueError("traffic.trace names a CSV file for kind 'trace' and is absent for any other kind")
+            raise ValueError(
+                "traffic.trace names a CSV file for kind 'trace' and is absent for any other kind"
+            )
         if not self.shifts:
             raise ValueError("traffic.shifts must name at least one input shift (0 is the clean one)")
 
@@ -139,25 +145,34 @@ def _trace_per_second(path: str) -> np.ndarray:
     """Arrivals per second of a request trace, over their mean. [seconds]"""
     if not Path(path).is_file():
         raise TraceError(f"{path}: no such trace; traffic.trace must name a CSV file")
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames is None or "TIMESTAMP" not in reader.fieldnames:
-            raise TraceError(f"{path}: no column TIMESTAMP in the header {reader.fieldnames}")
-        times = [_timestamp_s(path, line, row["TIMESTAMP"]) for line, row in enumerate(reader, start=2)]
-    if len(times) < 2:
-        raise TraceError(f"{path}: holds {len(times)} requests, at least 2 are needed")
-    t = np.asarray(times)
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames is None or "TIMESTAMP" not in reader.fieldnames:
+                raise TraceError(f"{path}: no column TIMESTAMP in the header {reader.fieldnames}")
+            rows = [
+                (reader.line_num, _timestamp_s(path, reader.line_num, row["TIMESTAMP"])) for row in reader
+            ]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise TraceError(f"{path}: not a CSV file in UTF-8 ({error})") from error
+    if len(rows) < 2:
+        raise TraceError(f"{path}: holds {len(rows)} requests, at least 2 are needed")
+    t = np.asarray([time_s for _, time_s in rows])
     if np.any(np.diff(t) < 0):
-        line = int(np.argmax(np.diff(t) < 0)) + 3
+        line = rows[int(np.argmax(np.diff(t) < 0)) + 1][0]
         raise TraceError(f"{path}, line {line}: time runs backward; sort the trace by TIMESTAMP")
+    if t[-1] - t[0] > _LONGEST_TRACE_S:
+        raise TraceError(
+            f"{path}: spans {(t[-1] - t[0]) / 86400:.0f} days, at most 31 are read; check its dates"
+        )
     counts = np.bincount((t - t[0]).astype(np.int64))
     return counts / counts.mean()
 
 
-def _timestamp_s(path: str, line: int, text: str) -> float:
+def _timestamp_s(path: str, line: int, text: str | None) -> float:
+    # Of the public traces some name a zone; the others mean UTC, never a local zone with its summer time.
     try:
-        # The public traces carry seven digits of fractional seconds; Python reads six.
-        whole, _, fraction = text.partition(".")
-        return datetime.fromisoformat(whole).timestamp() + float(f"0.{fraction or 0}")
+        time = datetime.fromisoformat(text or "")
     except ValueError as error:
         raise TraceError(f"{path}, line {line}: TIMESTAMP {text!r} is not an ISO date and time") from error
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()

@@ -86,7 +86,9 @@ class WorkStats:
     shift_id: float = 0.0
     """Index of the input shift in force (ground truth; no policy sees it)."""
 
-    latency_histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(LATENCY_EDGES_S) + 1, np.int64))
+    latency_histogram: np.ndarray = field(
+        default_factory=lambda: np.zeros(len(LATENCY_EDGES_S) + 1, np.int64)
+    )
     """Answered requests by latency: below the first edge, between edges, above the last."""
     tokens_per_expert: np.ndarray | None = None
     """[layers, experts] tokens routed in the interval."""

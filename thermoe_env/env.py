@@ -84,7 +84,9 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self._episode = 0
         self._running = False
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode. With `seed`, episode 0 of that seed; without, the next one."""
         super().reset(seed=seed)
         if seed is not None:
@@ -157,13 +159,17 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         if not np.all(np.isfinite(row)):
             bad = [f.name for f, value in zip(FIELDS, row, strict=True) if not np.isfinite(value)]
             self._running = False
-            raise ReadingError(f"not a number in the observation's {bad}; the episode is over, check the sensors")
+            raise ReadingError(
+                f"not a number in the observation's {bad}; the episode is over, check the sensors"
+            )
         observation = np.zeros(len(FIELDS), np.float32)
         encode_row(row, observation)
         return observation
 
 
-ThermalMoEEnv.__doc__ = (ThermalMoEEnv.__doc__ or "").replace("{fields}", fields_table().replace("\n", "\n    "))
+ThermalMoEEnv.__doc__ = (ThermalMoEEnv.__doc__ or "").replace(
+    "{fields}", fields_table().replace("\n", "\n    ")
+)
 
 
 def _work_row(work: WorkStats) -> np.ndarray:

@@ -36,7 +36,13 @@ FIELDS: tuple[Field, ...] = (
     Field("power_slow_w", "W", 0.0, 800.0, "mean power, 20 s average"),
     Field("budget_w", "W", 0.0, 800.0, "power budget of the coming interval"),
     Field("budget_ahead_w", "W", 0.0, 800.0, "lowest announced budget within the notice"),
-    Field("budget_change_s", "s", 0.0, 30.0, "time until the announced budget changes; the notice if it does not"),
+    Field(
+        "budget_change_s",
+        "s",
+        0.0,
+        30.0,
+        "time until the announced budget changes; the notice if it does not",
+    ),
     Field("energy_share", "1", 0.0, 1.5, "energy used so far over the standard service's at full load"),
     Field("sm_clock_share", "1", 0.0, 1.0, "SM clock over its maximum"),
     Field("power_capped_s", "s", 0.0, 1.0, "time the power cap held the clock down"),
@@ -55,11 +61,20 @@ FIELDS: tuple[Field, ...] = (
     Field("busy", "1", 0.0, 1.2, "busy time of the device over the interval"),
     Field("confidence", "1", 0.0, 1.0, "mean probability of the answers given"),
     Field("entropy", "1", 0.0, 1.0, "mean entropy of the answers over its maximum"),
-    Field("shift_indicator", "1", -0.3, 0.3, "confidence less its 20 s average: a sudden fall means shifted inputs"),
+    Field(
+        "shift_indicator",
+        "1",
+        -0.3,
+        0.3,
+        "confidence less its 20 s average: a sudden fall means shifted inputs",
+    ),
     Field("confidence_mean", "1", 0.0, 1.0, "mean confidence of the episode so far"),
     Field("ttt_effort", "1", 0.0, 1.0, "share of the last intervals with adaptation, 30 s average"),
     Field("load_imbalance", "1", 0.0, 3.0, "coefficient of variation of tokens per expert"),
-    *(Field(f"{name}_level", "1", 0.0, 1.0, f"level of the knob {name}, 0 lowest to 1 highest") for name in KNOB_NAMES),
+    *(
+        Field(f"{name}_level", "1", 0.0, 1.0, f"level of the knob {name}, 0 lowest to 1 highest")
+        for name in KNOB_NAMES
+    ),
     Field("time_left", "1", 0.0, 1.0, "share of the episode still to come"),
 )
 
@@ -98,5 +113,9 @@ def decode(observation: np.ndarray) -> dict[str, np.ndarray]:
 
 def fields_table() -> str:
     """The table in Markdown, for documentation."""
-    rows = [f"| {i} | `{f.name}` | {f.unit} | {f.low:g} | {f.high:g} | {f.source} |" for i, f in enumerate(FIELDS)]
-    return "\n".join(["| Num | Observation | Unit | Min | Max | Source |", "|---|---|---|---|---|---|", *rows])
+    rows = [
+        f"| {i} | `{f.name}` | {f.unit} | {f.low:g} | {f.high:g} | {f.source} |" for i, f in enumerate(FIELDS)
+    ]
+    return "\n".join(
+        ["| Num | Observation | Unit | Min | Max | Source |", "|---|---|---|---|---|---|", *rows]
+    )

@@ -66,7 +66,9 @@ class KnobTable:
         for name in KNOB_NAMES:
             value = float(getattr(scenario.static, name))
             if value not in levels[name]:
-                raise ValueError(f"static.{name}={value} is not one of the levels {levels[name]} of this profile")
+                raise ValueError(
+                    f"static.{name}={value} is not one of the levels {levels[name]} of this profile"
+                )
             default.append(levels[name].index(value))
         return cls(levels, scenario.knobs, tuple(default))
 
@@ -104,14 +106,18 @@ class KnobTable:
                 raise ValueError(f"an action must be an integer in [0, {int(nvec.prod())}), got {actions!r}")
             chosen = np.stack(np.unravel_index(actions.astype(np.int64), tuple(nvec)), axis=1)
         elif actions.ndim != 2 or actions.shape[1] != len(nvec):
-            raise ValueError(f"an action must have {len(nvec)} entries {self.controlled}, got shape {actions.shape}")
+            raise ValueError(
+                f"an action must have {len(nvec)} entries {self.controlled}, got shape {actions.shape}"
+            )
         elif mode == "box":
             if not np.all(np.isfinite(actions)) or np.any(np.abs(actions) > 1.0 + 1e-6):
                 raise ValueError(f"every entry of a box action must lie in [-1, 1], got {actions!r}")
             chosen = np.clip(np.floor((actions + 1.0) * 0.5 * nvec), 0, nvec - 1).astype(np.int64)
         else:
             if np.any(actions < 0) or np.any(actions >= nvec) or np.any(actions != np.floor(actions)):
-                raise ValueError(f"every level must lie in [0, {nvec.tolist()}) for {self.controlled}, got {actions!r}")
+                raise ValueError(
+                    f"every level must lie in [0, {nvec.tolist()}) for {self.controlled}, got {actions!r}"
+                )
             chosen = actions.astype(np.int64)
         full = np.tile(np.array(self.default_index, np.int64), (len(chosen), 1))
         full[:, [KNOB_NAMES.index(name) for name in self.controlled]] = chosen

@@ -7,9 +7,10 @@ Thermal model (Foster form of a series RC network, per device):
 
     T_die = T_inlet + r_die * P + x_spreader + x_sink,   dx_i/dt = (r_i * P - x_i) / tau_i
 
-The die itself settles within the sensor's refresh period, so its resistance acts at once. Memory has a
-node of its own: T_mem = T_inlet + x_mem. Each node is advanced by the exact solution for constant
-power over a step, so the result does not depend on the step where power is constant.
+The die itself settles within a few of the sensor's refresh periods, so its resistance acts at once.
+Memory sits under the same heatsink and has a node of its own, and an offset for power that does not
+follow the device's: T_mem = T_inlet + offset + x_mem + x_sink. Each node is advanced by the exact
+solution for constant power over a step, so the result does not depend on the step where power is constant.
 
 Leakage raises idle power linearly with the die's temperature (first-order form of the curves in
 Price et al., arXiv:1407.8116). Frequency scaling is modelled, not measured: time of compute-bound
@@ -34,6 +35,12 @@ _VOLTAGE_FLOOR = 0.7
 def relax(x, target, dt_s, tau_s):
     """First-order approach of `x` to `target` over `dt_s`, exact for a constant target."""
     return target + (x - target) * math.exp(-dt_s / tau_s)
+
+
+@jit
+def relax_mean(x, target, dt_s, tau_s):
+    """Mean over `dt_s` of what `relax` does to `x`: what a sensor averaged over the step shows."""
+    return target - (x - target) * math.expm1(-dt_s / tau_s) * tau_s / dt_s
 
 
 @jit
@@ -79,6 +86,12 @@ def next_clock(clock, die_c, memory_c, demand_w, power_cap_w, slowdown_c, hw_slo
 def die_temperature_c(inlet_c, r_die, power_w, spreader_c, sink_c):
     """Temperature of the hottest die in deg C; the two nodes are rises above the inlet."""
     return inlet_c + r_die * power_w + spreader_c + sink_c
+
+
+@jit
+def memory_temperature_c(inlet_c, offset_c, memory_c, sink_c):
+    """Temperature of the memory in deg C; its node and the sink's are rises above the inlet."""
+    return inlet_c + offset_c + memory_c + sink_c
 
 
 @jit

@@ -54,11 +54,17 @@ class Problem:
         """
         named = load_profile(config_path("profiles", scenario.profile, ".json"))
         if named.task != scenario.task:
-            raise ScenarioError(f"profile {scenario.profile!r} is of task {named.task!r}, not {scenario.task!r}")
+            raise ScenarioError(
+                f"profile {scenario.profile!r} is of task {named.task!r}, not {scenario.task!r}"
+            )
         if named.energy_j is None:
-            raise ScenarioError(f"profile {scenario.profile!r} holds no energies; name one measured with NVML")
+            raise ScenarioError(
+                f"profile {scenario.profile!r} holds no energies; name one measured with NVML"
+            )
         if max(scenario.traffic.shifts) >= len(named.shifts):
-            raise ScenarioError(f"traffic.shifts {scenario.traffic.shifts} exceed the profile's {named.shifts}")
+            raise ScenarioError(
+                f"traffic.shifts {scenario.traffic.shifts} exceed the profile's {named.shifts}"
+            )
         twin = load_twin(config_path("twin", scenario.twin, ".yaml"))
         if profile is not None and profile is not named:
             ratio = float(profile.batch_size[-1] / named.batch_size[-1])
@@ -94,7 +100,10 @@ class Problem:
         """[S] least quality per input shift: the standard service, not adapted, less the margin."""
         static = self.scenario.static
         k = level_index("expert_count", static.expert_count, self.profile.expert_count)
-        column = [np.interp(static.routing_bias, self.profile.routing_bias, row) for row in self.profile.accuracy[:, k, :, 0]]
+        column = [
+            np.interp(static.routing_bias, self.profile.routing_bias, row)
+            for row in self.profile.accuracy[:, k, :, 0]
+        ]
         return np.array(column) - self.scenario.feasible.quality_margin
 
     @cached_property
@@ -110,7 +119,9 @@ class Problem:
 
         def at_bias(table: np.ndarray) -> np.ndarray:
             """Interpolate axis 2 (measured biases) to the knob's levels."""
-            return np.ascontiguousarray(np.apply_along_axis(lambda row: np.interp(bias, p.routing_bias, row), 2, table))
+            return np.ascontiguousarray(
+                np.apply_along_axis(lambda row: np.interp(bias, p.routing_bias, row), 2, table)
+            )
 
         if p.energy_j is None:
             raise ProfileError(f"the profile of {p.device} holds no energies, so no twin can run on it")

@@ -33,7 +33,10 @@ WORK_DTYPE = np.dtype([(name, np.float64) for name in STAT_NAMES])
 HISTOGRAM_BINS = len(LATENCY_EDGES_S) + 1
 
 SERVER_DTYPE = np.dtype(
-    [(name, np.float64) for name in ("time_s", "free_at_s", "carry_until_s", "carry_power_w", "adaptation", "shift_id")]
+    [
+        (name, np.float64)
+        for name in ("time_s", "free_at_s", "carry_until_s", "carry_power_w", "adaptation", "shift_id")
+    ]
 )
 """State of the server: its clock, when the device is free, the running batch's tail, adaptation."""
 
@@ -85,7 +88,9 @@ def _batch_cost(tables, n, knobs, clock):
     k, b = knobs.expert_index, knobs.bias_index
     latency = math.exp((1.0 - w) * tables.log_latency[i, k, b] + w * tables.log_latency[j, k, b]) / clock
     energy = math.exp((1.0 - w) * tables.log_energy[i, k, b] + w * tables.log_energy[j, k, b])
-    ttt_latency = knobs.ttt_steps * ((1.0 - w) * tables.ttt_latency_s[i, k] + w * tables.ttt_latency_s[j, k]) / clock
+    ttt_latency = (
+        knobs.ttt_steps * ((1.0 - w) * tables.ttt_latency_s[i, k] + w * tables.ttt_latency_s[j, k]) / clock
+    )
     ttt_energy = knobs.ttt_steps * ((1.0 - w) * tables.ttt_energy_j[i, k] + w * tables.ttt_energy_j[j, k])
     return latency, ttt_latency, (energy + ttt_energy) * clock_power_factor(clock) / clock
 
@@ -163,7 +168,14 @@ def serve(
         now = max(slot_start, server.free_at_s)
         while now < slot_end:
             t = next_launch(
-                arrivals, next_request, head_slot, now, slot_end, knobs.batch_size, terms.max_wait_s, serve_deferrable
+                arrivals,
+                next_request,
+                head_slot,
+                now,
+                slot_end,
+                knobs.batch_size,
+                terms.max_wait_s,
+                serve_deferrable,
             )
             if t >= slot_end:
                 break
@@ -179,7 +191,14 @@ def serve(
                 if c == DEFERRABLE and not serve_deferrable:
                     continue
                 taken, late, head_slot[c] = _take(
-                    arrivals[c], next_request[c], head_slot[c], t, room, completion, terms.deadline_s[c], histogram
+                    arrivals[c],
+                    next_request[c],
+                    head_slot[c],
+                    t,
+                    room,
+                    completion,
+                    terms.deadline_s[c],
+                    histogram,
                 )
                 next_request[c] += taken
                 room -= taken
@@ -216,7 +235,9 @@ def serve(
     work.arrived_deferrable = arrivals[1, first + terms.slots] - arrivals[1, first]
     work.waiting_interactive = arrived_by(arrivals[0], end) - next_request[0]
     work.waiting_deferrable = arrived_by(arrivals[1], end) - next_request[1]
-    work.oldest_interactive_s = max(0.0, end - oldest_arrival(arrivals[0], next_request[0], head_slot[0], end))
+    work.oldest_interactive_s = max(
+        0.0, end - oldest_arrival(arrivals[0], next_request[0], head_slot[0], end)
+    )
     work.oldest_deferrable_s = max(0.0, end - oldest_arrival(arrivals[1], next_request[1], head_slot[1], end))
     work.shift_id = shift
 
@@ -225,7 +246,9 @@ def terms_of(problem: Problem) -> Terms:
     """Terms of service of a scenario."""
     service = problem.scenario.service
     slots = round(problem.scenario.interval_s / SLOT_S)
-    return Terms(np.array(service.deadline_s), np.array(service.max_wait_s), np.array(service.expire_after_s), slots)
+    return Terms(
+        np.array(service.deadline_s), np.array(service.max_wait_s), np.array(service.expire_after_s), slots
+    )
 
 
 def knob_levels_row(problem: Problem, index: np.ndarray) -> KnobLevels:
@@ -271,7 +294,9 @@ class ProfiledWorkload:
     def run(self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True) -> WorkStats:
         """Serve one interval. `duration_s` must be the scenario's interval."""
         if duration_s != self._problem.scenario.interval_s:
-            raise ValueError(f"the profiled workload runs whole intervals of {self._problem.scenario.interval_s} s")
+            raise ValueError(
+                f"the profiled workload runs whole intervals of {self._problem.scenario.interval_s} s"
+            )
         levels = self._problem.knobs.levels
         index = np.array([levels[name].index(float(getattr(knobs, name))) for name in KNOB_NAMES])
         work = np.zeros(1, WORK_DTYPE)
@@ -283,7 +308,9 @@ class ProfiledWorkload:
             knob_levels_row(self._problem, index), self._clock(), serve_deferrable, work[0], histogram, slot_energy,
         )  # fmt: skip
         p, k = self._problem.profile, int(index[KNOB_NAMES.index("expert_count")])
-        share = np.apply_along_axis(lambda row: np.interp(knobs.routing_bias, p.routing_bias, row), 0, p.expert_share[k])
+        share = np.apply_along_axis(
+            lambda row: np.interp(knobs.routing_bias, p.routing_bias, row), 0, p.expert_share[k]
+        )
         answered = float(work[0]["answered_interactive"] + work[0]["answered_deferrable"])
         return WorkStats(
             **{name: float(work[0][name]) for name in STAT_NAMES},

@@ -161,7 +161,9 @@ class Scenario:
         if unknown or not self.knobs or len(set(self.knobs)) < len(self.knobs):
             raise ValueError(f"knobs must be different ones of {KNOB_NAMES}, got {self.knobs}")
         if self.interval_s not in (0.5, 1.0):
-            raise ValueError(f"interval_s must be 0.5 or 1.0 (the energy counter ticks at 0.1), got {self.interval_s}")
+            raise ValueError(
+                f"interval_s must be 0.5 or 1.0 (the energy counter ticks at 0.1), got {self.interval_s}"
+            )
         if self.episode_s < 10:
             raise ValueError(f"episode_s must be at least 10, got {self.episode_s}")
 

@@ -31,7 +31,19 @@ _PHYSICS = (
     "hw_slowdown_c", "mem_limit_c", "shutdown_c", "max_clock_mhz",
 )  # fmt: skip
 DEVICE_DTYPE = np.dtype(
-    [(name, np.float64) for name in (*_PHYSICS, "energy_factor", "die_c", "mem_c", "spreader_c", "sink_c", "memory_c", "clock")]
+    [
+        (name, np.float64)
+        for name in (
+            *_PHYSICS,
+            "energy_factor",
+            "die_c",
+            "mem_c",
+            "spreader_c",
+            "sink_c",
+            "memory_c",
+            "clock",
+        )
+    ]
 )
 """One device: its (randomised) parameters, and its state. Nodes are rises above the inlet."""
 
@@ -56,7 +68,9 @@ def heat(device, slot_energy, drift_c, gpu):
         idle = idle_power_w(device.idle_power_w, device.leakage_per_c, device.die_c, device.idle_reference_c)
         dynamic = slot_energy[s] * device.energy_factor / SLOT_S
         power = capped_power_w(idle, dynamic, device.power_cap_w)
-        device.spreader_c = relax(device.spreader_c, device.r_spreader_c_per_w * power, SLOT_S, device.tau_spreader_s)
+        device.spreader_c = relax(
+            device.spreader_c, device.r_spreader_c_per_w * power, SLOT_S, device.tau_spreader_s
+        )
         device.sink_c = relax(device.sink_c, device.r_sink_c_per_w * power, SLOT_S, device.tau_sink_s)
         device.memory_c = relax(device.memory_c, device.r_mem_c_per_w * power, SLOT_S, device.tau_mem_s)
         device.die_c = die_temperature_c(inlet, device.r_die_c_per_w, power, device.spreader_c, device.sink_c)
@@ -118,7 +132,9 @@ def start_device(problem: Problem, seed: int, device: np.ndarray) -> np.ndarray:
     device["spreader_c"] = device["r_spreader_c_per_w"] * power
     device["sink_c"] = device["r_sink_c_per_w"] * power
     device["memory_c"] = device["r_mem_c_per_w"] * power
-    device["die_c"] = device["inlet_c"] + device["r_die_c_per_w"] * power + device["spreader_c"] + device["sink_c"]
+    device["die_c"] = (
+        device["inlet_c"] + device["r_die_c_per_w"] * power + device["spreader_c"] + device["sink_c"]
+    )
     device["mem_c"] = device["inlet_c"] + device["memory_c"]
     device["clock"] = 1.0
     return drift
@@ -166,7 +182,9 @@ class TwinTelemetry:
             ReadingError: the work carries no energies, or the model left the numbers.
         """
         if work.slot_energy_j is None:
-            raise ReadingError("this work carries no modelled energy; pair a live workload with NVML or `Shadow`")
+            raise ReadingError(
+                "this work carries no modelled energy; pair a live workload with NVML or `Shadow`"
+            )
         drift = self._drift[int(self._elapsed_s + 1e-9)]
         self.tripped = bool(heat(self._device[0], work.slot_energy_j, drift, self._gpu[0])) or self.tripped
         self._elapsed_s += duration_s

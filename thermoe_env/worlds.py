@@ -93,14 +93,22 @@ def _live(scenario: Scenario) -> World:
         problem = Problem.of(scenario)
     else:
         problem = Problem.of(scenario, load_profile(config_path("profiles", f"cpu-{scenario.task}", ".json")))
-        _LOG.warning("live world on a CPU: work is measured, the device is modelled after %s", problem.twin.gpu)
+        _LOG.warning(
+            "live world on a CPU: work is measured, the device is modelled after %s", problem.twin.gpu
+        )
     telemetry: Telemetry = NvmlTelemetry() if on_gpu else TwinTelemetry(problem)
     try:
         device = "cuda" if on_gpu else "cpu"
         model = load_model(scenario.task, problem.profile.size, device)
         samples = SamplePool(scenario.task, problem.profile.shifts, device)
         live = LiveWorkload(
-            model, samples, scenario.traffic, problem.capacity_rps, scenario.episode_s + 1, scenario.service, device
+            model,
+            samples,
+            scenario.traffic,
+            problem.capacity_rps,
+            scenario.episode_s + 1,
+            scenario.service,
+            device,
         )
         levels = problem.knobs.levels
         live.warm_up(
@@ -111,4 +119,6 @@ def _live(scenario: Scenario) -> World:
     except BaseException:
         telemetry.close()
         raise
-    return World("live" if on_gpu else "live-cpu", problem, live if on_gpu else Shadow(live, problem), telemetry)
+    return World(
+        "live" if on_gpu else "live-cpu", problem, live if on_gpu else Shadow(live, problem), telemetry
+    )

@@ -1,7 +1,7 @@
 """Cut the shipped subset from the complete Fashion-MNIST: ``python -m moe.datasets.make_subset``.
 
-Of every class the first 1,000 images of the official train split and the first 500 of the official test split, in
-their official order. A file is the images' bytes, then the labels' bytes, compressed as xz.
+Of every class the first 1,000 images of the official train split and the first 500 of the official test
+split, in their official order. A file is the images' bytes, then the labels' bytes, compressed as xz.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
         raw = images[chosen].numpy().tobytes() + labels[chosen].to(torch.uint8).numpy().tobytes()
         path = SUBSET_FOLDER / f"{split}.xz"
         path.write_bytes(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME))
-        print(f"{path}  {path.stat().st_size} bytes  sha256 of the unpacked bytes {hashlib.sha256(raw).hexdigest()}")
+        print(f"{path}: {path.stat().st_size} bytes, unpacked SHA-256 {hashlib.sha256(raw).hexdigest()}")
 
 
 if __name__ == "__main__":

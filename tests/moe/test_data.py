@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gzip
+import hashlib
 import io
 import lzma
 import random
@@ -46,8 +47,8 @@ def write_idx_folder(folder: Path, count: dict[str, int]) -> None:
         size = n.to_bytes(4, "big")
         images = b"\x00\x00\x08\x03" + size + b"\x00\x00\x00\x1c" * 2 + pixels
         labels = b"\x00\x00\x08\x01" + size + bytes(i % 10 for i in range(n))
-        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images, 1))
-        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels, 1))
+        for name, raw in (("images-idx3", images), ("labels-idx1", labels)):
+            (folder / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(raw, 1))
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 10_000), ("test", 5_000)])
@@ -86,20 +87,24 @@ def test_full_set_is_found_by_the_variable(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("THERMALMOE_DATA", str(tmp_path))
     with pytest.raises(DataMissingError, match="THERMALMOE_DATA"):
         load_vision("test")
-    write_idx_folder(tmp_path, {"train": 60_000, "t10k": 10_000})
+    write_idx_folder(tmp_path, {"train": 30, "t10k": 20})
+    for path in tmp_path.iterdir():
+        monkeypatch.setitem(
+            data.SHA256, path.name, hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
+        )
     images, labels = load_vision("test")
-    assert images.flatten().numpy().tobytes() == random.Random(10_000).randbytes(7_840_000)
-    assert labels.tolist() == [i % 10 for i in range(10_000)]
+    assert images.shape == (20, 28, 28) and images.numpy().tobytes() == random.Random(20).randbytes(20 * 784)
+    assert labels.tolist() == [i % 10 for i in range(20)]
     assert describe("vision")["source"] == "Fashion-MNIST, complete"
     assert len(load_vision("test", full=False)[0]) == 5_000
 
 
-@pytest.mark.parametrize("damage", ["short", "cut", "not gzip"])
+@pytest.mark.parametrize("damage", ["another set", "cut", "not gzip"])
 def test_damaged_full_set_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, damage: str) -> None:
     monkeypatch.setenv("THERMALMOE_DATA", str(tmp_path))
-    write_idx_folder(tmp_path, {"train": 10, "t10k": 10})  # fewer images than the complete set has
+    write_idx_folder(tmp_path, {"train": 10, "t10k": 10_000})
     path = tmp_path / "t10k-images-idx3-ubyte.gz"
-    if damage != "short":
+    if damage != "another set":
         path.write_bytes(path.read_bytes()[:100] if damage == "cut" else b"hello")
     with pytest.raises(DataCorruptError, match="t10k-images"):
         load_vision("test")
@@ -111,14 +116,17 @@ def test_damaged_subset_is_refused(own_subset: Path) -> None:
     (own_subset / "test.xz").write_bytes(b"hello")
     with pytest.raises(DataCorruptError, match="xz"):
         load_vision("test", full=False)
-    (own_subset / "test.xz").write_bytes(lzma.compress(bytes(5_000 * 785), preset=0))  # right size, wrong content
+    (own_subset / "test.xz").write_bytes(
+        lzma.compress(bytes(5_000 * 785), preset=0)
+    )  # right size, wrong content
     with pytest.raises(DataCorruptError, match="SHA-256"):
         load_vision("test", full=False)
 
 
 def test_loaded_tensors_are_the_callers_own() -> None:
     images, labels = load_vision("test", full=False)
-    images.zero_(), labels.zero_()
+    images.zero_()
+    labels.zero_()
     text = load_language("prose", "test").zero_()
     assert load_vision("test", full=False)[0].any() and load_vision("test", full=False)[1].any()
     assert load_language("prose", "test").shape == text.shape and load_language("prose", "test").any()
@@ -152,14 +160,16 @@ def test_code_is_the_source_without_docstrings_and_comments() -> None:
     [
         ('"""Doc."""\nx = "#no"  # yes\n', "Doc.\n\n", 'x = "#no"\n'),
         ("def f(): 'doc'\n", "doc\n\n", "def f(): pass\n"),
-        ("class C:\n    '''é\n    b'''\n    # alone\n    y = '''#no'''\n", "é\nb\n\n", "class C:\n    y = '''#no'''\n"),
+        (
+            "class C:\n    '''é\n    b'''\n    # alone\n    y = '''#no'''\n",
+            "é\nb\n\n",
+            "class C:\n    y = '''#no'''\n",
+        ),
         ("x = 1\n\n\n\n\n\n\ny = r'\\'' # it's\n", "", "x = 1\n\n\ny = r'\\''\n"),
     ],
 )
 def test_prose_and_code_of_small_sources(source: str, prose: str, code: str) -> None:
-    got_prose, got_code = prose_and_code(source)
-    assert got_prose == prose
-    assert "\n".join(line for line in got_code.split("\n") if line.strip() or "x = 1" in code) == code
+    assert prose_and_code(source) == (prose, code)
 
 
 def test_data_is_the_same_in_another_process() -> None:
@@ -225,13 +235,17 @@ def test_rotation_by_the_stated_angle() -> None:
     turned = corrupt(line, "rotation", 5, torch.Generator().manual_seed(0))[0].double()
     rows, columns = torch.meshgrid(torch.arange(28.0) - 13.5, torch.arange(28.0) - 13.5, indexing="ij")
     points = torch.stack([rows.flatten(), columns.flatten()]).double()
-    axis = torch.linalg.eigh((turned.flatten() * points) @ points.T).eigenvectors[:, -1]  # principal axis of the mass
+    axis = torch.linalg.eigh((turned.flatten() * points) @ points.T).eigenvectors[
+        :, -1
+    ]  # principal axis of the mass
     angle = torch.rad2deg(torch.atan(axis[0] / axis[1])).abs().item()
     assert angle == pytest.approx(40, abs=1)
 
 
 def test_occlusion_covers_one_grey_square() -> None:
-    covered = corrupt(torch.zeros(100, 28, 28, dtype=torch.uint8), "occlusion", 1, torch.Generator().manual_seed(0))
+    covered = corrupt(
+        torch.zeros(100, 28, 28, dtype=torch.uint8), "occlusion", 1, torch.Generator().manual_seed(0)
+    )
     assert (covered.flatten(1) == 128).sum(1).eq(36).all()
 
 

@@ -1,0 +1,118 @@
+"""Tune the rules' thresholds in the twin: `python -m agents.tune_rules`.
+
+Differential evolution over every threshold, on episodes that evaluation never plays. The result is a
+configs/agents/rule_based.yaml that says how it was found.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+import yaml
+from scipy.optimize import differential_evolution
+from tqdm import tqdm
+
+from agents.policies import Policy
+from agents.rules import RuleBased, RuleConfig
+from thermoe_env.batch import TwinBatch
+from thermoe_env.problem import Problem
+from thermoe_env.scenario import configs_dir, load_scenario
+
+TUNING_SEEDS = tuple(range(910_000, 910_016))
+BOUNDS: dict[str, tuple[float, float]] = {
+    "normal_experts": (0, 3),
+    "shifted_experts": (0, 3),
+    "saving_experts": (0, 3),
+    "normal_bias": (0, 4),
+    "saving_bias": (0, 4),
+    "quiet_batch": (0, 5),
+    "busy_batch": (0, 5),
+    "busy_load": (0.2, 1.3),
+    "low_confidence": (0.4, 1.0),
+    "budget_margin_w": (-50.0, 150.0),
+    "full_queue_s": (0.1, 10.0),
+    "late_share": (0.0, 0.1),
+    "adapt_drop": (0.005, 0.15),
+    "adapt_for_s": (0.0, 30.0),
+    "adapt_steps": (0, 2),
+    "adapt_max_stage": (0, 3),
+    "release_s": (0.0, 10.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Search for the rules' thresholds."""
+
+    scenario: str = "default"
+    trials: int = 600
+    """Rule settings to play, each on all tuning seeds."""
+    seed: int = 0
+    out: Path | None = None
+    """Where to write; default the shipped configs/agents/rule_based.yaml."""
+
+
+def mean_return(problem: Problem, policy: Policy, seeds: tuple[int, ...]) -> float:
+    """Mean return of a policy over one episode of each seed in the twin."""
+    batch = TwinBatch(problem, len(seeds))
+    observation, state = batch.reset(seeds), None
+    start, total = np.ones(len(seeds), bool), np.zeros(len(seeds))
+    for _ in range(problem.scenario.steps):
+        action, state = policy.predict(observation, state, start, deterministic=True)
+        step = batch.step(problem.knobs.indices(action, "multi_discrete"))
+        observation, start = step.observation, step.truncated
+        total += step.reward
+    return float(total.mean())
+
+
+def tune(config: TuneConfig) -> tuple[RuleConfig, float]:
+    """Search; returns the best thresholds and their mean return on the tuning seeds."""
+    problem = Problem.of(load_scenario(config.scenario))
+    whole = {name: isinstance(value, int) for name, value in asdict(RuleConfig()).items()}
+
+    def rules(x: np.ndarray) -> RuleConfig:
+        values = {n: int(v) if whole[n] else round(float(v), 4) for n, v in zip(BOUNDS, x, strict=True)}
+        return RuleConfig(**values)
+
+    population = 3 * len(BOUNDS)
+    with tqdm(total=config.trials, desc="tune rules", unit="trial") as progress:
+
+        def loss(x: np.ndarray) -> float:
+            progress.update()
+            return -mean_return(problem, RuleBased(problem, rules(x)), TUNING_SEEDS)
+
+        found = differential_evolution(
+            loss,
+            list(BOUNDS.values()),
+            integrality=[whole[name] for name in BOUNDS],
+            popsize=3,
+            maxiter=max(1, config.trials // population - 1),
+            x0=[float(getattr(RuleConfig(), name)) for name in BOUNDS],
+            rng=np.random.default_rng(config.seed),
+            polish=False,
+            tol=0.0,
+        )
+    return rules(found.x), -float(found.fun)
+
+
+def main() -> None:
+    """Tune and write."""
+    config = tyro.cli(TuneConfig, description=__doc__)
+    rules, value = tune(config)
+    path = config.out or configs_dir() / "agents" / "rule_based.yaml"
+    note = (
+        f"# Thresholds of the staged rules, found by `python -m agents.tune_rules --scenario {config.scenario}\n"
+        f"# --trials {config.trials} --seed {config.seed}`: mean return {value:.2f} on its tuning seeds.\n"
+    )
+    part = path.with_suffix(".part")
+    part.write_text(note + yaml.safe_dump(asdict(rules), sort_keys=False))
+    os.replace(part, path)
+    print(f"mean return {value:.2f}; wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

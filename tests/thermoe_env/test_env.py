@@ -1,0 +1,178 @@
+"""The Gymnasium and Stable-Baselines3 contracts, and the environment's errors."""
+
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env as gym_check
+from stable_baselines3.common.env_checker import check_env as sb3_check
+
+import thermoe_env  # noqa: F401  (registers the ids)
+from thermoe_env.env import ThermalMoEEnv
+from thermoe_env.errors import GpuLostError, ScenarioError
+from thermoe_env.fields import FIELD_NAMES, FIELDS, decode
+from thermoe_env.knobs import ACTION_MODES
+from thermoe_env.problem import Problem
+from thermoe_env.scenario import load_scenario
+
+
+@pytest.mark.parametrize("mode", ACTION_MODES)
+@pytest.mark.parametrize("env_id", ["ThermalMoETwin-v0", "ThermalMoE-v0"])
+def test_checkers_accept_the_twin_and_the_auto_id(env_id: str, mode: str, problem: Problem) -> None:
+    env = gymnasium.make(env_id, scenario=problem.scenario, action_mode=mode, disable_env_checker=True)
+    assert env.spec is not None and env.spec.max_episode_steps == 300
+    gym_check(env.unwrapped)
+    sb3_check(env.unwrapped)
+
+
+@pytest.mark.parametrize("mode", ACTION_MODES)
+def test_checkers_accept_the_live_id_on_a_cpu(mode: str) -> None:
+    env = gymnasium.make(
+        "ThermalMoELive-v0", action_mode=mode, overrides={"interval_s": 0.5}, disable_env_checker=True
+    )
+    gym_check(env.unwrapped)
+    sb3_check(env.unwrapped)
+    assert env.unwrapped.world in ("live", "live-cpu")
+    env.close()
+    env.close()
+
+
+def test_every_observed_field_is_written(problem: Problem) -> None:
+    """Fields left at zero by mistake would show as constants over an episode of chance."""
+    env = ThermalMoEEnv(problem.scenario, world="twin")
+    env.action_space.seed(0)
+    rows = [env.reset(seed=0)[0]]
+    for _ in range(problem.scenario.steps):
+        rows.append(env.step(env.action_space.sample())[0])
+    values = decode(np.array(rows))
+    still = {name for name in FIELD_NAMES if np.ptp(values[name]) == 0.0}
+    # The default scenario controls neither of these, its device is never throttled, and its traffic is even.
+    assert still <= {
+        "pace_level",
+        "sm_clock_level",
+        "sm_clock_share",
+        "power_capped_s",
+        "thermal_throttle_s",
+        "load_imbalance",
+    }
+
+
+def test_decode_inverts_encode() -> None:
+    rng = np.random.default_rng(0)
+    raw = np.array([[rng.uniform(f.low, f.high) for f in FIELDS] for _ in range(50)])
+    low, high = np.array([f.low for f in FIELDS]), np.array([f.high for f in FIELDS])
+    observation = (2.0 * (raw - low) / (high - low) - 1.0).astype(np.float32)
+    values = decode(observation)
+    for column, f in enumerate(FIELDS):
+        assert values[f.name] == pytest.approx(raw[:, column], abs=1e-5 * (f.high - f.low))
+
+
+@pytest.mark.parametrize(
+    ("mode", "action"),
+    [
+        ("multi_discrete", [0, 0, 99, 0]),
+        ("multi_discrete", [0, 0, -1, 0]),
+        ("multi_discrete", [0, 0]),
+        ("multi_discrete", [0.0, np.nan, 0.0, 0.0]),
+        ("discrete", 10**6),
+        ("box", [0.0, np.nan, 0.0, 0.0]),
+        ("box", [0.0, 2.0, 0.0, 0.0]),
+    ],
+)
+def test_actions_outside_the_space_are_refused(problem: Problem, mode: str, action) -> None:
+    env = ThermalMoEEnv(problem.scenario, world="twin", action_mode=mode)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="must"):
+        env.step(action)
+    env.step(env.action_space.sample())  # a refused action costs nothing: the episode goes on
+
+
+def test_action_modes_reach_the_same_knobs(problem: Problem) -> None:
+    table = problem.knobs
+    for flat in range(0, int(table.nvec.prod()), 7):
+        levels = np.unravel_index(flat, tuple(table.nvec))
+        box = (np.array(levels) + 0.5) / table.nvec * 2.0 - 1.0
+        expected = table.indices(np.array([levels]), "multi_discrete")
+        assert np.array_equal(table.indices(np.array([flat]), "discrete"), expected)
+        assert np.array_equal(table.indices(box[None], "box"), expected)
+
+
+def test_step_needs_a_reset(problem: Problem) -> None:
+    env = ThermalMoEEnv(problem.scenario, world="twin")
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(env.action_space.sample())
+
+
+class _FailingTelemetry:
+    """Telemetry whose device is gone at the n-th reading."""
+
+    simulated = False
+    tripped = False
+
+    def __init__(self, inner, n: int) -> None:
+        self._inner, self._left = inner, n
+
+    def reset(self, seed: int):
+        return self._inner.reset(seed)
+
+    def read(self, work, duration_s):
+        self._left -= 1
+        if self._left == 0:
+            raise GpuLostError("the GPU stopped answering; reset the device and start a new episode")
+        return self._inner.read(work, duration_s)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def test_a_lost_gpu_ends_the_episode_with_a_named_error(problem: Problem) -> None:
+    env = ThermalMoEEnv(problem.scenario, world="twin")
+    env._world.telemetry = _FailingTelemetry(env._world.telemetry, 4)
+    env.reset(seed=0)
+    for _ in range(3):
+        env.step(env.action_space.sample())
+    with pytest.raises(GpuLostError, match="stopped answering"):
+        env.step(env.action_space.sample())
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(env.action_space.sample())
+
+
+def test_an_overheated_device_ends_the_episode(problem: Problem) -> None:
+    env = ThermalMoEEnv(problem.scenario, world="twin")
+    env.reset(seed=0)
+    env._world.telemetry._device[0]["inlet_c"] = 120.0
+    *_, terminated, truncated, info = env.step(env.action_space.sample())
+    assert terminated and not truncated and "shutdown" in info["reason"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"epsiode_s": 3}, "epsiode_s.*known keys.*episode_s"),
+        ({"limits": {"temprature_c": 60}}, "known keys.*temperature_c"),
+        ({"knobs": ["fan_speed"]}, "routing_bias"),
+        ({"interval_s": 0.1}, "0.5 or 1.0"),
+        ({"static": {"batch_size": 0}}, "batch_size"),
+        ({"profile": "no-such"}, "no profiles 'no-such'"),
+        ({"twin": "no-such"}, "no twin 'no-such'"),
+        ({"task": "language"}, "task"),
+        ({"traffic": {"shifts": [0, 99]}}, "shifts"),
+    ],
+)
+def test_bad_scenarios_are_refused(profile_path, overrides, message) -> None:
+    base = {"profile": str(profile_path)}
+    with pytest.raises(ScenarioError, match=f"(?s){message}"):
+        Problem.of(load_scenario("default", **{**base, **overrides}))
+
+
+def test_an_unmeasured_level_is_refused(profile_path) -> None:
+    with pytest.raises(ValueError, match="expert_count"):
+        Problem.of(load_scenario("default", profile=str(profile_path), static={"expert_count": 3}))
+
+
+def test_unknown_world_and_mode_name_the_known_ones(problem: Problem) -> None:
+    with pytest.raises(ValueError, match="twin"):
+        ThermalMoEEnv(problem.scenario, world="mars")
+    with pytest.raises(ValueError, match="multi_discrete"):
+        ThermalMoEEnv(problem.scenario, world="twin", action_mode="knob")
