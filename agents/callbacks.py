@@ -67,7 +67,9 @@ class RolloutLog(BaseCallback):
         self.logger.record("gpu/temp_c", gpu["temp_c"].mean())
         self.logger.record("gpu/peak_temp_c", gpu["temp_c"].max())
         self.logger.record("gpu/power_w", gpu["power_w"].mean())
-        for stage, share in enumerate(np.bincount(self._raw["stage"].astype(np.int64).ravel(), minlength=4) / work.size):
+        for stage, share in enumerate(
+            np.bincount(self._raw["stage"].astype(np.int64).ravel(), minlength=4) / work.size
+        ):
             self.logger.record(f"stage/{STAGES[stage]}", share)
         for name, value in service_metrics(work, gpu).items():
             self.logger.record(f"service/{name}", value)
@@ -164,4 +166,8 @@ def log_validation(logger: Any, result: Validation) -> None:
     logger.record("eval/mean_return", result.mean_return)
     for name, value in result.metrics.items():
         logger.record(f"eval/{name}", value)
-    logger.record("eval/expert_share", LoggedFigure(expert_figure(result.expert_share), close=True), exclude=_KEY_EXCLUDE)
+    logger.record(
+        "eval/expert_share",
+        LoggedFigure(expert_figure(result.expert_share), close=True),
+        exclude=_KEY_EXCLUDE,
+    )

@@ -64,7 +64,7 @@ def episode_metrics(recording: Recording) -> pd.DataFrame:
             "latency_p50_s": quantiles[0.5],
             "latency_p95_s": quantiles[0.95],
             "latency_p99_s": quantiles[0.99],
-            "late_fraction": (cost["missed"]) / (answered + expired),
+            "late_fraction": cost["missed"] / (answered + expired),
             "waiting_fraction": 1.0 - (answered + expired) / arrived,
             "peak_c": recording.gpu["temp_c"].max(0),
             "above_limit_s": cost["above_limit_s"],
@@ -121,8 +121,8 @@ def summarize(episodes: pd.DataFrame, feasible: Feasibility, baseline: str = "st
 
     Per indicator the mean over seeds and its bootstrap interval (`_low`, `_high`: percentile method, 95%;
     NaN from a single seed). `j_per_good_vs_<baseline>` is the ratio of the means on the seeds that both
-    played, with pairs resampled together. A policy that breaks a limit has its reasons in `infeasible`
-    and no `rank`.
+    played, with pairs resampled together. Episodes that were cut short by a failing world or by the user
+    are left out. A policy that breaks a limit has its reasons in `infeasible` and no `rank`.
 
     Args:
         episodes: rows of `episode_metrics`, all policies.
@@ -132,15 +132,16 @@ def summarize(episodes: pd.DataFrame, feasible: Feasibility, baseline: str = "st
     Returns:
         One row per policy: ranked ones first, by energy per good answer.
     """
-    base = episodes[episodes.policy == baseline].set_index("seed")
+    whole = episodes[episodes.whole].set_index("seed")
+    base = whole[whole.policy == baseline]
     rows = []
-    for policy, played in episodes.groupby("policy", sort=False):
-        own = played.set_index("seed")
+    for policy in episodes.policy.unique():
+        own = whole[whole.policy == policy]
         row: dict[str, object] = {"policy": policy, "episodes": len(own)}
         values = own[list(KPIS)].to_numpy(float)
-        low, high = _interval(values)
+        mean, low, high = _mean(values), *_interval(values)
         for k, name in enumerate(KPIS):
-            row |= {name: values[:, k].mean(), f"{name}_low": low[k], f"{name}_high": high[k]}
+            row |= {name: mean[k], f"{name}_low": low[k], f"{name}_high": high[k]}
         seeds = own.index.intersection(base.index)
         ratio = f"j_per_good_vs_{baseline}"
         pair = own.loc[seeds, ["j_per_good"]].to_numpy(float), base.loc[seeds, ["j_per_good"]].to_numpy(float)
@@ -156,17 +157,14 @@ def summarize(episodes: pd.DataFrame, feasible: Feasibility, baseline: str = "st
 
 def _broken(own: pd.DataFrame, base: pd.DataFrame, paired: pd.DataFrame, limits: Feasibility, baseline: str) -> list[str]:
     """Why a policy does not count; empty when it does."""
+    if not len(base):
+        return [f"no whole episode to compare with {baseline}"]
     reasons = []
-    if not own.whole.all():
-        reasons.append(f"{int((~own.whole).sum())} episode(s) not whole")
     if own.shut_down.any():
         reasons.append(f"device shut down in {int(own.shut_down.sum())} episode(s)")
-    if not len(base):
-        reasons.append(f"no episode to compare with {baseline}")
-    else:
-        quality, floor = paired.quality.mean(), base.quality.mean() - limits.quality_margin
-        if not quality >= floor:
-            reasons.append(f"quality {quality:.3f} < {floor:.3f}")
+    quality, floor = paired.quality.mean(), base.quality.mean() - limits.quality_margin
+    if not quality >= floor:
+        reasons.append(f"quality {quality:.3f} < {floor:.3f}")
     late, above = own.late_fraction.mean(), own.above_limit_s.mean()
     if not late <= limits.late_fraction:
         reasons.append(f"late {late:.2%} > {limits.late_fraction:.2%}")
@@ -175,9 +173,14 @@ def _broken(own: pd.DataFrame, base: pd.DataFrame, paired: pd.DataFrame, limits:
     return reasons
 
 
+def _mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Mean over episodes; NaN where there are none."""
+    return values.mean(axis) if len(values) else np.full(values.shape[1:], np.nan)
+
+
 def _ratio(own: np.ndarray, base: np.ndarray, axis: int = 0) -> np.ndarray:
-    with np.errstate(invalid="ignore"):
-        return own.mean(axis) / base.mean(axis)
+    with np.errstate(invalid="ignore"):  # infinite over infinite
+        return _mean(own, axis) / _mean(base, axis)
 
 
 def _interval(own: np.ndarray, base: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -73,6 +73,15 @@ class Recording:
         return decode(self.observation)[name]
 
     @property
+    def origin(self) -> str:
+        """Where the numbers come from, for every title that shows them."""
+        if self.world == "live":
+            return f"measured (live, {self.device})"
+        if self.world == "live-cpu":
+            return f"measured work, simulated device (live-cpu, {self.device})"
+        return f"simulated (twin), {self.device}"
+
+    @property
     def played(self) -> np.ndarray:
         """bool [T, n]: intervals that belong to an episode."""
         return np.arange(len(self.reward))[:, None] < self.length
@@ -120,7 +129,9 @@ def play_twin(problem: Problem, policy: Policy, seeds: Sequence[int], name: str 
     count = np.array(problem.knobs.levels["expert_count"])
     data = _empty(scenario.steps, n, share.shape[2:])
     for i, seed in enumerate(seeds):
-        budget = draw_power_budget(scenario.power_budget, episode_seed(seed, 0), scenario.steps, scenario.interval_s)
+        budget = draw_power_budget(
+            scenario.power_budget, episode_seed(seed, 0), scenario.steps, scenario.interval_s
+        )
         data["budget_w"][:, i] = budget[: scenario.steps]
     length, shut_down = np.zeros(n, np.int64), np.zeros(n, bool)
     observation, state, start = batch.reset(seeds), None, np.ones(n, bool)
@@ -153,7 +164,9 @@ def play_twin(problem: Problem, policy: Policy, seeds: Sequence[int], name: str 
 def _expert_share(problem: Problem) -> np.ndarray:
     """Share of a layer's tokens per expert, at the knobs' levels. [K, B, L, E]"""
     profile, bias = problem.profile, np.array(problem.knobs.levels["routing_bias"])
-    return np.apply_along_axis(lambda row: np.interp(bias, profile.routing_bias, row), 1, profile.expert_share)
+    return np.apply_along_axis(
+        lambda row: np.interp(bias, profile.routing_bias, row), 1, profile.expert_share
+    )
 
 
 def _tokens(share: np.ndarray, count: np.ndarray, batch: TwinBatch) -> np.ndarray:
@@ -187,7 +200,9 @@ def play_live(
         ThermoeError: the world failed before the first interval.
     """
     if env.action_mode != "multi_discrete":
-        raise ValueError(f"policies answer with levels: make the environment with action_mode='multi_discrete', got {env.action_mode!r}")
+        raise ValueError(
+            f"policies answer with levels: make the environment with action_mode='multi_discrete', got {env.action_mode!r}"
+        )
     problem = env.problem
     steps = problem.scenario.steps
     data = _empty(steps, 1, problem.profile.expert_share.shape[2:])

@@ -50,7 +50,9 @@ def new_run_folder(kind: str, out: str | Path | None = None) -> Path:
     if out is not None:
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunFolderError(f"{folder} exists and is not empty: give another --out, or move it away first")
+            raise RunFolderError(
+                f"{folder} exists and is not empty: give another --out, or move it away first"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     name = f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -116,7 +118,9 @@ def load_policy(name_or_path: str | Path, problem: Problem, trust_pickle: bool =
     if path.is_dir():
         best = path / "best_model.zip"
         if not best.is_file():
-            raise ModelFileError(f"{path} holds no best_model.zip: give the folder of a training run, or a zip")
+            raise ModelFileError(
+                f"{path} holds no best_model.zip: give the folder of a training run, or a zip"
+            )
         return _load_model(best, problem, trust_pickle)
     of_run = path.name in ("best_model.zip", "last_model.zip") and (path.parent / "config.yaml").is_file()
     if not (of_run or trust_pickle):
@@ -158,7 +162,9 @@ def _load_model(path: Path, problem: Problem, trust_pickle: bool) -> Policy:
     try:
         model = PPO.load(io.BytesIO(content), device="cpu", custom_objects=custom)
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ModelFileError(f"{path} is not a PPO model of this version ({error}); train it again") from error
+        raise ModelFileError(
+            f"{path} is not a PPO model of this version ({error}); train it again"
+        ) from error
     return _ModelPolicy(model, mode, problem)
 
 
@@ -167,7 +173,11 @@ def _check_spaces(path: Path, data: dict[str, Any], problem: Problem, mode: str)
     found = [data["observation_space"].get("_shape"), data["action_space"].get("nvec")]
     wanted = [[len(FIELDS)], str(problem.knobs.nvec)]
     if mode != "multi_discrete":
-        key, value = ("n", str(problem.knobs.nvec.prod())) if mode == "discrete" else ("_shape", [len(problem.knobs.nvec)])
+        key, value = (
+            ("n", str(problem.knobs.nvec.prod()))
+            if mode == "discrete"
+            else ("_shape", [len(problem.knobs.nvec)])
+        )
         found[1], wanted[1] = data["action_space"].get(key), value
     if found != wanted:
         raise ModelFileError(
@@ -185,14 +195,18 @@ def _read_data(path: Path, content: bytes) -> dict[str, Any]:
                 raise ModelFileError(f"{path}: its part {damaged!r} is damaged; copy or train it again")
             return json.loads(archive.read("data"))
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, json.JSONDecodeError) as error:
-        raise ModelFileError(f"{path} is no whole Stable-Baselines3 zip ({error}); copy or train it again") from error
+        raise ModelFileError(
+            f"{path} is no whole Stable-Baselines3 zip ({error}); copy or train it again"
+        ) from error
 
 
 def _action_mode(path: Path, data: dict[str, Any]) -> str:
     """Action mode that the model was trained in, from the name of its action space's class."""
     kind = str(data.get("action_space", {}).get(":type:", "")).rstrip("'>").rpartition(".")[2]
     if kind not in _MODE_OF_SPACE:
-        raise ModelFileError(f"{path}: action space {kind!r} is none of {sorted(_MODE_OF_SPACE)}; is it a PPO model?")
+        raise ModelFileError(
+            f"{path}: action space {kind!r} is none of {sorted(_MODE_OF_SPACE)}; is it a PPO model?"
+        )
     return _MODE_OF_SPACE[kind]
 
 

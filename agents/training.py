@@ -85,11 +85,21 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.algo not in ALGOS:
             raise ValueError(f"unknown algo {self.algo!r}; known: {ALGOS}")
-        for name in ("total_timesteps", "n_envs", "n_minibatches", "n_epochs", "eval_freq", "eval_episodes", "torch_threads"):
+        for name in (
+            "total_timesteps",
+            "n_envs",
+            "n_minibatches",
+            "n_epochs",
+            "eval_freq",
+            "eval_episodes",
+            "torch_threads",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.seed < 0 or self.learning_rate <= 0.0:
-            raise ValueError(f"seed must be >= 0 and learning_rate > 0, got {self.seed}, {self.learning_rate}")
+            raise ValueError(
+                f"seed must be >= 0 and learning_rate > 0, got {self.seed}, {self.learning_rate}"
+            )
 
 
 def load_train_config(algo: str | Path = "ppo", **overrides: Any) -> TrainConfig:
@@ -106,7 +116,9 @@ def load_train_config(algo: str | Path = "ppo", **overrides: Any) -> TrainConfig
     try:
         return TypeAdapter(TrainConfig).validate_python({**yaml.safe_load(file.read_text()), **overrides})
     except (ValidationError, yaml.YAMLError, TypeError) as error:
-        raise ScenarioError(f"{file}: {error}\nknown keys: {sorted(TrainConfig.__dataclass_fields__)}") from error
+        raise ScenarioError(
+            f"{file}: {error}\nknown keys: {sorted(TrainConfig.__dataclass_fields__)}"
+        ) from error
 
 
 def train(config: TrainConfig, folder: str | Path, *, progress: bool = True) -> Path:
@@ -118,7 +130,9 @@ def train(config: TrainConfig, folder: str | Path, *, progress: bool = True) -> 
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunFolderError(f"{folder} exists and is not empty: name another folder, or continue it with --resume {folder}")
+        raise RunFolderError(
+            f"{folder} exists and is not empty: name another folder, or continue it with --resume {folder}"
+        )
     scenario = load_scenario(config.scenario)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "command.txt", f"{shlex.join(sys.argv)}\n".encode())
@@ -140,11 +154,15 @@ def resume(folder: str | Path, *, progress: bool = True) -> Path:
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
-        raise RunFolderError(f"{folder} holds no config.yaml: name the folder of a run that train_agent.py started")
+        raise RunFolderError(
+            f"{folder} holds no config.yaml: name the folder of a run that train_agent.py started"
+        )
     config = load_train_config(folder / "config.yaml")
     state = read_state(folder / "last_model.zip")
     if state["num_timesteps"] >= config.total_timesteps:
-        raise CheckpointError(f"{folder} is complete ({state['num_timesteps']} steps): start a new run for more")
+        raise CheckpointError(
+            f"{folder} is complete ({state['num_timesteps']} steps): start a new run for more"
+        )
     return _learn(config, folder, state, progress)
 
 
@@ -164,7 +182,9 @@ def read_state(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; {remedy}") from error
     except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is cut or no checkpoint of a training run ({error}); {remedy}") from error
+        raise CheckpointError(
+            f"{path} is cut or no checkpoint of a training run ({error}); {remedy}"
+        ) from error
 
 
 def build_model(config: TrainConfig, env: TwinVecEnv) -> PPO:
@@ -232,7 +252,9 @@ class _Updates(BaseCallback):
                 self._best = result.mean_return
                 _save_model(self.model, self._folder / "best_model.zip")
             self._bar.set_postfix({"return": f"{result.mean_return:.1f}", "best": f"{self._best:.1f}"})
-        _save_model(self.model, self._folder / "last_model.zip", _state(self.model, self._best, self._validated_at))
+        _save_model(
+            self.model, self._folder / "last_model.zip", _state(self.model, self._best, self._validated_at)
+        )
 
 
 def _learn(config: TrainConfig, folder: Path, state: dict[str, Any] | None, progress: bool) -> Path:
@@ -247,7 +269,14 @@ def _learn(config: TrainConfig, folder: Path, state: dict[str, Any] | None, prog
     else:
         _restore(model, folder / "last_model.zip", state)
     done = model.num_timesteps
-    bar = tqdm(total=config.total_timesteps, initial=done, unit="step", unit_scale=True, desc=config.algo, disable=not progress)
+    bar = tqdm(
+        total=config.total_timesteps,
+        initial=done,
+        unit="step",
+        unit_scale=True,
+        desc=config.algo,
+        disable=not progress,
+    )
     callbacks = CallbackList([RolloutLog(env, model.n_steps), _Updates(config, folder, state, bar)])
     try:
         model.learn(config.total_timesteps - done, callbacks, reset_num_timesteps=False)

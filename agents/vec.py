@@ -93,11 +93,17 @@ class TwinVecEnv(VecEnv):
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """Refused: the environments are rows of one batch."""
-        raise AttributeError(f"cannot set {attr_name!r}: a twin batch is fixed by its scenario, change that instead")
+        raise AttributeError(
+            f"cannot set {attr_name!r}: a twin batch is fixed by its scenario, change that instead"
+        )
 
-    def env_method(self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any) -> list[Any]:
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
+    ) -> list[Any]:
         """Refused: there is no environment object behind a row."""
-        raise AttributeError(f"no method {method_name!r}: a twin batch has no single environments, use ThermalMoETwin-v0")
+        raise AttributeError(
+            f"no method {method_name!r}: a twin batch has no single environments, use ThermalMoETwin-v0"
+        )
 
     def env_is_wrapped(self, wrapper_class: type, indices: VecEnvIndices = None) -> list[bool]:
         """True for `Monitor`, whose episode records are in `infos` already."""

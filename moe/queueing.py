@@ -40,7 +40,7 @@ def arrived_by(arrivals, t):
         return int(arrivals[slots])
     slot = int(position)
     in_slot = arrivals[slot + 1] - arrivals[slot]
-    return int(arrivals[slot]) + min(int(math.floor((position - slot) * in_slot + 0.5)), in_slot)
+    return int(arrivals[slot]) + min(math.floor((position - slot) * in_slot + 0.5), in_slot)
 
 
 @jit

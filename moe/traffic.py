@@ -130,7 +130,7 @@ def _draw_load(config: TrafficConfig, rng: np.random.Generator, seconds: int) ->
 def _draw_shifts(config: TrafficConfig, rng: np.random.Generator, seconds: int) -> np.ndarray:
     shift = np.empty(seconds, np.int64)
     choice = rng.integers(len(config.shifts))
-    now = 0
+    now = 0.0
     while now < seconds:
         end = now + max(config.shift_dwell_s / 4.0, rng.exponential(config.shift_dwell_s))
         shift[round(now) : round(end)] = config.shifts[choice]
@@ -142,7 +142,7 @@ def _draw_shifts(config: TrafficConfig, rng: np.random.Generator, seconds: int) 
 
 @lru_cache(maxsize=4)
 def _trace_per_second(path: str) -> np.ndarray:
-    """Arrivals per second of a request trace, over their mean. [seconds]"""
+    """Arrivals per second of a request trace, over their mean, float [seconds]."""
     if not Path(path).is_file():
         raise TraceError(f"{path}: no such trace; traffic.trace must name a CSV file")
     try:

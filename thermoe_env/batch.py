@@ -35,8 +35,9 @@ from thermoe_env.twin import DEVICE_DTYPE, GPU_DTYPE, heat, idle_reading, start_
 
 @numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _step_all(
-    tables, service, rules, prices, levels, index, level_share, arrivals, shift, budget, drift, next_request, head_slot,
-    server, device, track, work, gpu, raw, raw_rows, histogram, slot_energy, terms, cost, observation, reward, tripped,
+    tables, service, rules, prices, levels, index, level_share, arrivals, shift, budget, drift, next_request,
+    head_slot, server, device, track, work, gpu, raw, raw_rows, histogram, slot_energy, terms, cost,
+    observation, reward, tripped,
 ):  # fmt: skip
     """One interval of every environment."""
     for i in numba.prange(index.shape[0]):
@@ -51,8 +52,8 @@ def _step_all(
         )  # fmt: skip
         tripped[i] = heat(device[i], slot_energy[i], drift[i, second], gpu[i])
         reward[i] = settle(
-            rules, prices, track[i], work[i], gpu[i], budget[i], knobs.ttt_steps, level_share[i], raw[i], terms[i],
-            cost[i],
+            rules, prices, track[i], work[i], gpu[i], budget[i], knobs.ttt_steps, level_share[i], raw[i],
+            terms[i], cost[i],
         )  # fmt: skip
         encode_row(raw_rows[i], observation[i])
 
@@ -136,11 +137,11 @@ class TwinBatch:
         for array in (self.work, self.histogram, self._slot_energy):
             array.view(np.uint8)[:] = 0
         _step_all(
-            self._tables, self._service, self._rules, self._prices, self._levels, self.index, knob_level(self.problem, self.index),
-            self._arrivals, self._shift, self._budget, self._drift, self._next_request, self._head_slot, self._server,
-            self.device, self._track, self.work, self.gpu, self.raw,
-            self.raw.view(np.float64).reshape(self.num_envs, -1), self.histogram, self._slot_energy, self.terms,
-            self.cost, self._observation, self._reward, self._tripped,
+            self._tables, self._service, self._rules, self._prices, self._levels, self.index,
+            knob_level(self.problem, self.index), self._arrivals, self._shift, self._budget, self._drift,
+            self._next_request, self._head_slot, self._server, self.device, self._track, self.work, self.gpu,
+            self.raw, self.raw.view(np.float64).reshape(self.num_envs, -1), self.histogram, self._slot_energy,
+            self.terms, self.cost, self._observation, self._reward, self._tripped,
         )  # fmt: skip
         terminated = self._tripped.copy()
         truncated = (self._track["step"] >= self.problem.scenario.steps) & ~terminated

@@ -60,7 +60,9 @@ class TwinParams:
             if f.type == "float" and not (type(value) in (int, float) and math.isfinite(value)):
                 raise ScenarioError(f"{f.name} must be a finite number, got {value!r}")
         if not self.gpu or not isinstance(self.gpu, str) or not isinstance(self.provenance, dict):
-            raise ScenarioError(f"gpu must be a name and provenance a mapping, got {self.gpu!r}, {self.provenance!r}")
+            raise ScenarioError(
+                f"gpu must be a name and provenance a mapping, got {self.gpu!r}, {self.provenance!r}"
+            )
         for name in _POSITIVE:
             if getattr(self, name) <= 0.0:
                 raise ScenarioError(f"{name} must be > 0, got {getattr(self, name)}")
@@ -68,7 +70,9 @@ class TwinParams:
             if getattr(self, name) < 0.0:
                 raise ScenarioError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.power_cap_w <= self.idle_power_w:
-            raise ScenarioError(f"power_cap_w must exceed idle_power_w={self.idle_power_w}, got {self.power_cap_w}")
+            raise ScenarioError(
+                f"power_cap_w must exceed idle_power_w={self.idle_power_w}, got {self.power_cap_w}"
+            )
         if self.tau_spreader_s > self.tau_sink_s:
             raise ScenarioError(
                 f"tau_spreader_s must not exceed tau_sink_s={self.tau_sink_s}, got {self.tau_spreader_s}"

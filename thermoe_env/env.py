@@ -127,8 +127,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         raw, terms, cost = np.zeros(1, RAW_DTYPE), np.zeros(len(REWARD_TERMS)), np.zeros(len(COST_NAMES))
         budget_w = float(self._budget[int(track["step"])])
         reward = settle(
-            self._rules, self._prices, track, _work_row(work), _gpu_row(reading), self._budget, knobs.ttt_steps,
-            knob_level(self.problem, index), raw[0], terms, cost,
+            self._rules, self._prices, track, _work_row(work), _gpu_row(reading), self._budget,
+            knobs.ttt_steps, knob_level(self.problem, index), raw[0], terms, cost,
         )  # fmt: skip
         terminated = bool(self._world.telemetry.tripped)
         truncated = not terminated and int(track["step"]) >= scenario.steps

@@ -16,6 +16,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from thermoe_env.calibration import TwinParams
+from thermoe_env.errors import TraceFormatError
 from thermoe_env.free_run import THERMAL, free_run, validate_twin
 from thermoe_env.traces import DriverInfo, Intervals, Trace
 
@@ -38,7 +39,7 @@ def fit_twin(traces: list[Trace], info: DriverInfo, interval_s: float = 1.0) -> 
         interval_s: interval of the means that are fitted.
 
     Raises:
-        ValueError: the traces lack what the fit needs; says what to record.
+        TraceFormatError: the traces lack what the fit needs; says what to record.
     """
     parts = [trace.intervals(interval_s) for trace in traces]
     twin = _fit(parts, info)
@@ -49,11 +50,18 @@ def fit_twin(traces: list[Trace], info: DriverInfo, interval_s: float = 1.0) -> 
         "measured_on": info.measured_on,
         "driver": info.driver,
         "traces": [
-            {"file": t.path.name, "sha256": t.sha256, "duration_s": round(float(t.t[-1] - t.t[0]), 1)} for t in traces
+            {"file": t.path.name, "sha256": t.sha256, "duration_s": round(float(t.t[-1] - t.t[0]), 1)}
+            for t in traces
         ],
         **twin.provenance,
+        # Of a fit to what lies before `fitted_before_s`, on what lies after it; the twin is fitted to the whole.
         "held_out": [
-            {"file": t.path.name, "fitted_before_s": round(float(p.t_s[c - 1]), 1), "first_part_of_all": True, **h}
+            {
+                "file": t.path.name,
+                "fitted_before_s": round(float(p.t_s[c - 1]), 1),
+                "first_part_of_all": True,
+                **h,
+            }
             for t, p, c, h in zip(traces, parts, cuts, held_out, strict=True)
         ],
     }
@@ -90,7 +98,7 @@ def _electrical(parts: list[Intervals], info: DriverInfo, max_clock_mhz: float) 
         capped.append(part.power_w[part.power_capped > 0.5])
     idle_w, idle_c, capped_w = (np.concatenate(x) for x in (power, temp, capped))
     if len(idle_w) < 10 or np.ptp(idle_c) < 3.0:
-        raise ValueError(
+        raise TraceFormatError(
             f"the traces hold {len(idle_w)} s of idling with a context at {max_clock_mhz:.0f} MHz, over "
             f"{np.ptp(idle_c) if len(idle_c) else 0.0:.1f} degrees; record 30 s of it right after full load"
         )
@@ -112,7 +120,9 @@ def _electrical(parts: list[Intervals], info: DriverInfo, max_clock_mhz: float) 
             "to_c": round(float(idle_c.max()), 1),
             "rmse_w": round(float(np.std(idle_w - at_zero - slope * idle_c)), 2),
         },
-        "power_cap": f"mean of {len(capped_w)} s at the cap" if held else "limit the board reports; never reached",
+        "power_cap": f"mean of {len(capped_w)} s at the cap"
+        if held
+        else "limit the board reports; never reached",
         "power_limit_w": info.power_limit_w,
     }
     return values, notes
@@ -122,7 +132,7 @@ def _thermal(parts: list[Intervals], notes: dict[str, Any]) -> dict[str, float]:
     """Resistances, time constants, inlet and drift; adds the residual and odd findings to `notes`."""
     span = max(float(np.ptp(part.power_w)) for part in parts)
     if span < 100.0:
-        raise ValueError(f"mean power varies by {span:.0f} W only; record steps between idle and full load")
+        raise TraceFormatError(f"mean power varies by {span:.0f} W only; record steps between idle and full load")
     measured = [np.stack([part.temp_c, part.mem_temp_c], axis=1) for part in parts]  # [N, 2] each
     own = len(_FITTED) + 1  # then, per trace: inlet and the three nodes at its start
 
@@ -146,7 +156,7 @@ def _thermal(parts: list[Intervals], notes: dict[str, Any]) -> dict[str, float]:
         lambda x: np.concatenate([e.ravel() for e in misfit(x)]), start, bounds=(low, high), x_scale="jac"
     )
     if not solution.success:
-        raise ValueError(f"the fit did not converge ({solution.message}); record longer steps of power")
+        raise TraceFormatError(f"the fit did not converge ({solution.message}); record longer steps of power")
     residuals = misfit(solution.x)
     drift_c, drift_tau_s = _drift(residuals, parts[0].interval_s)
     at_bound = [name for name, side in zip(_FITTED, solution.active_mask, strict=False) if side]
@@ -173,7 +183,9 @@ def _drift(residuals: list[np.ndarray], interval_s: float) -> tuple[float, float
     """
     common = [e.mean(axis=1) for e in residuals]
     longest = min(len(e) for e in common) // 2
-    covariance = [np.mean(np.concatenate([e[lag:] * e[: len(e) - lag] for e in common])) for lag in range(1, longest)]
+    covariance = [
+        np.mean(np.concatenate([e[lag:] * e[: len(e) - lag] for e in common])) for lag in range(1, longest)
+    ]
     if covariance[0] <= 0.0:
         return 0.0, interval_s
     fallen = np.flatnonzero(np.array(covariance) < covariance[0] / math.e)

@@ -28,8 +28,7 @@ THERMAL = (
 # Noise the filter assumes: means of whole degrees, and what the model misses within a node.
 _SENSOR_C = 0.3
 _NODE_C = 0.7
-_INLET_C = 5.0
-"""How far the inlet of one place and day lies from another's."""
+_INLET_C = 5.0  # one place and day from another
 
 
 @jit
@@ -91,23 +90,29 @@ def validate_twin(intervals: Intervals, twin: TwinParams, first: int = WARM_UP) 
     """
     p, power = thermal_vector(twin), intervals.power_w
     measured = np.stack([intervals.temp_c, intervals.mem_temp_c], axis=1)  # [N, 2]
-    states = _filter(power, measured, intervals.interval_s, p, twin.inlet_drift_c)  # [N, 5]
+    states = filter_states(power, measured, intervals.interval_s, p, twin.inlet_drift_c)  # [N, 5]
     steps = {h: round(h / intervals.interval_s) for h in HORIZONS_S}
     errors: dict[int, list[np.ndarray]] = {h: [] for h in HORIZONS_S}
     stays: dict[int, list[np.ndarray]] = {h: [] for h in HORIZONS_S}
     for now in range(first, len(measured) - 1):
-        ahead, _ = free_run(power[now + 1 : now + 1 + max(steps.values())], intervals.interval_s, states[now, :4], p)
+        ahead, _ = free_run(
+            power[now + 1 : now + 1 + max(steps.values())], intervals.interval_s, states[now, :4], p
+        )
         ahead += states[now, 4]
         for h, step in steps.items():
             if now + step < len(measured):
                 errors[h].append(ahead[step - 1] - measured[now + step])
                 stays[h].append(measured[now] - measured[now + step])
 
-    def table(values: dict[int, list[np.ndarray]], column: int, peak: bool = False) -> dict[str, float | None]:
+    def table(
+        values: dict[int, list[np.ndarray]], column: int, peak: bool = False
+    ) -> dict[str, float | None]:
         cells: dict[str, float | None] = {}
         for h, rows in values.items():
             e = np.abs(np.array(rows)[:, column]) if rows else None
-            cells[str(h)] = None if e is None else float(round(e.max() if peak else np.sqrt(np.mean(e**2)), 3))
+            cells[str(h)] = (
+                None if e is None else float(round(e.max() if peak else np.sqrt(np.mean(e**2)), 3))
+            )
         return cells
 
     return Validation(
@@ -121,8 +126,17 @@ def validate_twin(intervals: Intervals, twin: TwinParams, first: int = WARM_UP) 
     )
 
 
-def _filter(power_w: np.ndarray, measured: np.ndarray, interval_s: float, p: np.ndarray, drift_c: float) -> np.ndarray:
+def _filter(
+    power_w: np.ndarray, measured: np.ndarray, interval_s: float, p: np.ndarray, drift_c: float
+) -> np.ndarray:
     """Kalman-filtered state after each interval, from it and those before.
+
+    Args:
+        power_w: float [N], mean power of each interval.
+        measured: float [N, 2], mean temperature of die and memory, deg C.
+        interval_s: length of an interval.
+        p: float [10], as for `free_run`.
+        drift_c: standard deviation of the inlet's drift.
 
     Returns:
         float [N, 5]: the state of `free_run`, and how far the trace's inlet lies from the twin's.

@@ -23,8 +23,9 @@ TRACK_DTYPE = np.dtype(
     [
         (name, np.float64)
         for name in (
-            "step", "stage", "temp_c", "power_slow_w", "energy_j", "load_fast", "load_slow", "late_share_slow",
-            "confidence_slow", "confidence_sum", "answered_sum", "ttt_effort", "quality_debt",
+            "step", "stage", "temp_c", "power_slow_w", "energy_j", "load_fast", "load_slow",
+            "late_share_slow", "confidence_slow", "confidence_sum", "answered_sum", "ttt_effort",
+            "quality_debt",
         )
     ]
 )  # fmt: skip
@@ -62,8 +63,8 @@ def rules_of(problem: Problem) -> Rules:
     s = problem.scenario
     return Rules(
         s.limits.temperature_c, np.array(s.limits.stage_margins_c), s.limits.hysteresis_c,
-        s.limits.deferrable_below, problem.capacity_rps * s.interval_s, problem.quality_floor, s.interval_s, s.steps,
-        round(s.power_budget.notice_s / s.interval_s), problem.twin.max_clock_mhz,
+        s.limits.deferrable_below, problem.capacity_rps * s.interval_s, problem.quality_floor, s.interval_s,
+        s.steps, round(s.power_budget.notice_s / s.interval_s), problem.twin.max_clock_mhz,
     )  # fmt: skip
 
 
@@ -92,7 +93,9 @@ def begin(rules, track, gpu, budget_w, knob_level, raw):
     """Start an episode: clear `track` and fill the raw observation of a device at rest.
 
     Args:
-        rules: `Rules`. track: record of `TRACK_DTYPE`, zeroed by the caller. gpu: first reading.
+        rules: `Rules`.
+        track: record of `TRACK_DTYPE`, zeroed by the caller.
+        gpu: first reading, record of `GPU_DTYPE`.
         budget_w: float [steps + notice + 1].
         knob_level: float [knobs], levels in force as a share of the highest.
         raw: record of `RAW_DTYPE`, zeroed by the caller.
@@ -115,9 +118,17 @@ def settle(rules, prices, track, work, gpu, budget_w, ttt_steps, knob_level, raw
     """Account for one interval.
 
     Args:
-        rules: `Rules`. prices: `Prices`. track: memory, updated. work, gpu: what was done and read.
-        budget_w: float [steps + notice + 1]. ttt_steps: adaptation steps asked for.
-        knob_level: float [knobs]. raw: filled. terms: float [6], filled. cost: float [3], filled.
+        rules: `Rules`.
+        prices: `Prices`.
+        track: record of `TRACK_DTYPE`, updated.
+        work: record of `WORK_DTYPE`, what was done.
+        gpu: record of `GPU_DTYPE`, what was read.
+        budget_w: float [steps + notice + 1].
+        ttt_steps: adaptation steps asked for.
+        knob_level: float [knobs].
+        raw: record of `RAW_DTYPE`, filled.
+        terms: float [6], filled.
+        cost: float [3], filled.
 
     Returns:
         The reward.

@@ -126,17 +126,20 @@ def _take(arrivals, next_request, head_slot, t, room, completion, deadline_s, hi
 
 @jit
 def serve(
-    tables, terms, arrivals, shift, next_request, head_slot, server, knobs, clock, serve_deferrable, work, histogram,
-    slot_energy,
+    tables, terms, arrivals, shift, next_request, head_slot, server, knobs, clock, serve_deferrable, work,
+    histogram, slot_energy,
 ):  # fmt: skip
     """Serve one interval of the request stream at the profile's cost.
 
     Args:
-        tables: `Tables`. terms: `Terms`. knobs: `KnobLevels`.
+        tables: `Tables`.
+        terms: `Terms`.
         arrivals: int32 [2, slots + 1], the whole stream.
         shift: index of the input shift in force.
-        next_request, head_slot: int64 [2], the queue; updated.
+        next_request: int64 [2], first unserved request per class; updated.
+        head_slot: int64 [2], a slot not later than that request's; updated.
         server: record of `SERVER_DTYPE`; updated.
+        knobs: `KnobLevels`.
         clock: clock fraction that throttling leaves.
         serve_deferrable: whether deferrable requests are served.
         work: record of `WORK_DTYPE`, zeroed by the caller; filled.
@@ -230,7 +233,7 @@ def serve(
         work.entropy = entropy / served
         work.load_imbalance = tables.load_imbalance[knobs.expert_index, knobs.bias_index]
     server.time_s = end
-    first = int(round(origin / SLOT_S))
+    first = round(origin / SLOT_S)
     work.arrived_interactive = arrivals[0, first + terms.slots] - arrivals[0, first]
     work.arrived_deferrable = arrivals[1, first + terms.slots] - arrivals[1, first]
     work.waiting_interactive = arrived_by(arrivals[0], end) - next_request[0]
@@ -305,7 +308,8 @@ class ProfiledWorkload:
         shift = int(self._stream.shift_id[int(self._server[0]["time_s"] + 1e-9)])
         serve(
             self._tables, self._terms, self._stream.arrivals, shift, self._next, self._head, self._server[0],
-            knob_levels_row(self._problem, index), self._clock(), serve_deferrable, work[0], histogram, slot_energy,
+            knob_levels_row(self._problem, index), self._clock(), serve_deferrable, work[0], histogram,
+            slot_energy,
         )  # fmt: skip
         p, k = self._problem.profile, int(index[KNOB_NAMES.index("expert_count")])
         share = np.apply_along_axis(

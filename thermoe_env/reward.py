@@ -39,7 +39,8 @@ def reward_terms(prices, good, energy_j, missed, power_w, budget_w, over_c, shor
         good: right answers in time.
         energy_j: energy of the interval.
         missed: requests answered late or expired.
-        power_w: mean power. budget_w: its budget in this interval.
+        power_w: mean power.
+        budget_w: its budget in this interval.
         over_c: degrees above the virtual limit, negative below.
         shortfall: growth of the answers by which quality falls short of its floor over the episode.
         terms: float [6].

@@ -92,12 +92,16 @@ class Trace:
             )
         count = math.floor((min(self.t[-1] - SENSOR_LAG_S, tick_s[-1]) - tick_s[0]) / interval_s + 1e-9)
         if count < 2:
-            raise TraceFormatError(f"{self.path}: {self.t[-1] - self.t[0]:.1f} s is too short to average; record longer")
+            raise TraceFormatError(
+                f"{self.path}: {self.t[-1] - self.t[0]:.1f} s is too short to average; record longer"
+            )
         edges = tick_s[0] + interval_s * np.arange(count + 1)
         first = np.searchsorted(self.t, edges, side="right")
         late = np.searchsorted(self.t, edges + SENSOR_LAG_S, side="right")
         if not (np.all(np.diff(first) > 0) and np.all(np.diff(late) > 0)):
-            raise TraceFormatError(f"{self.path}: an interval of {interval_s} s holds no sample; record faster")
+            raise TraceFormatError(
+                f"{self.path}: an interval of {interval_s} s holds no sample; record faster"
+            )
 
         def mean(values: np.ndarray, start: np.ndarray) -> np.ndarray:
             sums = np.append(0.0, np.cumsum(values))[start]
@@ -162,7 +166,9 @@ def load_trace(path: str | Path) -> Trace:
     _refuse(path, "t", steps <= 0.0, "time must ascend: remove the repeated or swapped row")
     allowed_s = min(MAX_GAP_S, MAX_GAP_STEPS * float(np.median(steps)))
     _refuse(path, "t", steps > allowed_s, f"gap of more than {allowed_s:.3g} s: cut the trace there")
-    _refuse(path, "energy_mj", np.diff(energy) < 0.0, "the counter fell (driver reloaded?): cut the trace there")
+    _refuse(
+        path, "energy_mj", np.diff(energy) < 0.0, "the counter fell (driver reloaded?): cut the trace there"
+    )
     return Trace(path=path, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), **table)
 
 
@@ -236,7 +242,9 @@ def _read_numbers(path: Path, numbers: tuple[str, ...], texts: tuple[str, ...] =
             header = next(reader, [])
             missing = [name for name in (*numbers, *texts) if name not in header]
             if missing:
-                raise TraceFormatError(f"{path}: row 1: missing column {missing[0]!r}; needs {(*numbers, *texts)}")
+                raise TraceFormatError(
+                    f"{path}: row 1: missing column {missing[0]!r}; needs {(*numbers, *texts)}"
+                )
             at = {name: header.index(name) for name in (*numbers, *texts)}
             columns: dict[str, list] = {name: [] for name in at}
             for row in reader:

@@ -1,0 +1,190 @@
+"""What work costs on this device: time and energy of micro-batches and of adaptation steps, measured under load.
+
+Every cell is measured with its work back to back, so that the device is as warm and as clocked as in service.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from moe.meter import EnergyCounter
+from moe.runner import ADAPT_BATCH, Runner
+from moe.workload import Knobs
+
+WARM_S = 0.1
+"""Load before a window opens: power follows a change of load within about this time."""
+LEAST_UNITS = 4
+"""Units of work in a window at least, however long they take."""
+IDLE_S = 2.0
+
+
+class Cell(NamedTuple):
+    """One kind of work; `ttt` cells are adaptation steps alone."""
+
+    batch_size: int
+    expert_count: int
+    routing_bias: float
+    ttt: bool
+
+
+class Visit(NamedTuple):
+    """One measurement of a cell."""
+
+    latency_s: float
+    """Median device time of a unit of work."""
+    units_per_s: float
+    power_w: float
+    """Mean power over the window, idle included; NaN without a meter."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Mean of a cell's visits."""
+
+    latency_s: float
+    energy_j: float
+    """Per unit of work, above idle; NaN without a meter."""
+    spread: float
+    """(largest - smallest) / mean of the visits' latencies, or of their energies where that is more."""
+
+
+class Load:
+    """Work of one kind, back to back: `step` over and over keeps the device's queue `DEPTH` units long."""
+
+    DEPTH = 2
+
+    def __init__(self, runner: Runner, cell: Cell) -> None:
+        self._runner, self._cell = runner, cell
+        self._knobs = Knobs(
+            batch_size=cell.batch_size, expert_count=cell.expert_count, routing_bias=cell.routing_bias, ttt_steps=1
+        )  # fmt: skip
+        self._first = 0
+        self._queue: deque[tuple[Callable[[], bool], Callable[[], float]]] = deque()
+        self.latencies_s: list[float] = []
+        self.done_at: list[float] = []
+
+    def step(self) -> None:
+        """Launch a unit if there is room, and note what is done."""
+        if len(self._queue) < self.DEPTH:
+            self._queue.append(self._adapt() if self._cell.ttt else self._answer())
+        elif not self._queue[0][0]():
+            time.sleep(1e-4)
+        self._collect()
+
+    def drain(self) -> None:
+        """Wait for the queue to empty."""
+        while self._queue:
+            self._collect()
+
+    def _collect(self) -> None:
+        while self._queue and self._queue[0][0]():
+            _, latency_s = self._queue.popleft()
+            self.latencies_s.append(latency_s())
+            self.done_at.append(time.perf_counter())
+
+    def _answer(self) -> tuple[Callable[[], bool], Callable[[], float]]:
+        first, self._first = self._first, self._first + self._cell.batch_size
+        batch = self._runner.launch([(first, self._first)], 0, _unadapted(self._knobs))
+        return batch.done, lambda: batch.result().answer_s
+
+    def _adapt(self) -> tuple[Callable[[], bool], Callable[[], float]]:
+        images = self._runner.samples.inputs[0, : self._cell.batch_size]
+        start = time.perf_counter()
+        self._runner.adapt(images, self._knobs)
+        self._runner.synchronize()
+        latency_s = time.perf_counter() - start
+        return lambda: True, lambda: latency_s
+
+
+def visit(runner: Runner, cell: Cell, meter: EnergyCounter | None, seconds: float) -> Visit:
+    """Measure a cell once, over about `seconds` or `LEAST_UNITS` units of work."""
+    load = Load(runner, cell)
+    warm_until = time.perf_counter() + min(WARM_S, seconds)
+    while time.perf_counter() < warm_until or len(load.latencies_s) < 2:
+        load.step()
+    seconds = max(seconds, LEAST_UNITS * load.latencies_s[-1])
+    warm_units = len(load.latencies_s)
+    if meter is None:
+        start_s, energy_j = time.perf_counter(), float("nan")
+        while (end_s := time.perf_counter()) < start_s + seconds:
+            load.step()
+    else:
+        start, end = meter.window(load.step, seconds)
+        start_s, end_s, energy_j = start.time_s, end.time_s, end.energy_j - start.energy_j
+    load.drain()
+    runner.reset(0)
+    # Ticks fall inside units: count the fractions too.
+    units = np.diff(np.interp([start_s, end_s], load.done_at, np.arange(len(load.done_at))))[0]
+    elapsed_s = end_s - start_s
+    return Visit(float(np.median(load.latencies_s[warm_units:])), float(units / elapsed_s), energy_j / elapsed_s)
+
+
+def measure_cells(
+    runner: Runner,
+    cells: Sequence[Cell],
+    meter: EnergyCounter | None,
+    seconds: float,
+    repeats: int,
+    rng: np.random.Generator,
+) -> dict[Cell, list[Visit]]:
+    """Visit every cell `repeats` times, in random order, `seconds` in all: drift then is noise, not bias."""
+    order = [cell for _ in range(repeats) for cell in rng.permutation(len(cells))]
+    visits: dict[Cell, list[Visit]] = {cell: [] for cell in cells}
+    for index in tqdm(order, desc="cost", unit="window", mininterval=1.0):
+        visits[cells[index]].append(visit(runner, cells[index], meter, seconds / repeats))
+    return visits
+
+
+def costs(visits: Iterable[Visit], idle_w: float) -> Costs:
+    """Mean cost of a cell, given the idle power to subtract."""
+    latency_s = np.array([v.latency_s for v in visits])
+    energy_j = np.array([(v.power_w - idle_w) / v.units_per_s for v in visits])
+    spreads = [np.ptp(values) / values.mean() for values in (latency_s, energy_j)]
+    return Costs(float(latency_s.mean()), float(energy_j.mean()), float(np.nanmax(spreads)))
+
+
+def serving_cells(
+    batch_sizes: Sequence[int], expert_counts: Sequence[int], routing_biases: Sequence[float]
+) -> list[Cell]:
+    """Cells of the serving table."""
+    return [Cell(n, k, r, False) for n, k, r in itertools.product(batch_sizes, expert_counts, routing_biases)]
+
+
+def adaptation_cell(batch_size: int, expert_count: int) -> Cell:
+    """Cell of an adaptation step after a micro-batch: it looks at 2 to `ADAPT_BATCH` of its images."""
+    return Cell(max(2, min(batch_size, ADAPT_BATCH)), expert_count, 0.0, True)
+
+
+def fitting_batch_sizes(runner: Runner, batch_sizes: Sequence[int], expert_counts: Sequence[int]) -> list[int]:
+    """Batch sizes that fit the device's memory at the most experts; also the first run of every shape."""
+    fitting = []
+    for n in sorted(batch_sizes):
+        try:
+            for k in expert_counts:
+                runner.launch([(0, n)], 0, Knobs(batch_size=n, expert_count=k))
+                runner.synchronize()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break  # larger ones fit even less
+        fitting.append(n)
+    return fitting
+
+
+def idle_power_w(meter: EnergyCounter) -> float:
+    """Mean power with the model in memory and no work, after a second of rest."""
+    time.sleep(1.0)
+    start, end = meter.window(lambda: time.sleep(2e-3), IDLE_S)
+    return (end.energy_j - start.energy_j) / (end.time_s - start.time_s)
+
+
+def _unadapted(knobs: Knobs) -> Knobs:
+    return Knobs(batch_size=knobs.batch_size, expert_count=knobs.expert_count, routing_bias=knobs.routing_bias)
