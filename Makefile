@@ -21,7 +21,7 @@ type: $(INSTALLED)  ## check types
 	$(BIN)/pyright
 
 bench: $(INSTALLED)  ## measure the speed of the environment and the model
-	$(BIN)/python -m benchmarks
+	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
 
 clean:  ## remove the environment, caches and builds; runs/ stays
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,173 +1,167 @@
-"""What a training run writes to TensorBoard, and the periodic validation that keeps the best model."""
+"""What a training run does beside learning: TensorBoard, validation, checkpoints, fresh episodes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure as LoggedFigure
+from tqdm import tqdm
 
-from agents.policies import Policy
-from agents.vec import TwinVecEnv
-from thermoe_env.batch import TwinBatch
+from agents.checkpoints import save_model
+from agents.metrics import KPIS, episode_metrics
+from agents.policies import make_policy
+from agents.rollout import play_twin
+from agents.vec import TwinVecEnv, fresh_seed
 from thermoe_env.fields import RAW_DTYPE
 from thermoe_env.interval import COST_NAMES
 from thermoe_env.knobs import KNOB_NAMES
-from thermoe_env.problem import Problem
 from thermoe_env.profiled import WORK_DTYPE
 from thermoe_env.reward import REWARD_TERMS
 from thermoe_env.signals import STAGES
 from thermoe_env.twin import GPU_DTYPE
 
+if TYPE_CHECKING:
+    from agents.training import TrainConfig
+
 VALIDATION_SEEDS = range(800_000, 900_000)
-"""Episodes that choose the best model; training and evaluation use other seeds."""
-_KEY_EXCLUDE = ("stdout", "log", "json", "csv")
+"""Episodes that choose the best model, from the first on; training and evaluation use other seeds."""
 
 
 class RolloutLog(BaseCallback):
-    """Logs a rollout as a whole: reward terms, device, service and knobs.
+    """Logs each rollout as a whole: reward terms, costs, device, service, knobs.
 
-    A step copies the batch's arrays; everything else happens once, at the rollout's end.
+    A step copies the batch's arrays; everything else happens once, at the rollout's end. Sums are per
+    episode.
     """
 
-    def __init__(self, env: TwinVecEnv, n_steps: int) -> None:
-        """Record rollouts of `n_steps` steps of `env`."""
+    def __init__(self, env: TwinVecEnv) -> None:
+        """Record rollouts of `env` that are one episode long."""
         super().__init__()
-        n = env.num_envs
-        self._env = env
-        self._work = np.zeros((n_steps, n), WORK_DTYPE)
-        self._gpu = np.zeros((n_steps, n), GPU_DTYPE)
-        self._raw = np.zeros((n_steps, n), RAW_DTYPE)
-        self._terms = np.zeros((n_steps, n, len(REWARD_TERMS)))
-        self._cost = np.zeros((n_steps, n, len(COST_NAMES)))
-        self._index = np.zeros((n_steps, n, len(KNOB_NAMES)), np.int64)
+        shape = (env.batch.problem.scenario.steps, env.num_envs)
+        self._batch = env.batch
+        self._work = np.zeros(shape, WORK_DTYPE)
+        self._gpu = np.zeros(shape, GPU_DTYPE)
+        self._raw = np.zeros(shape, RAW_DTYPE)
+        self._terms = np.zeros((*shape, len(REWARD_TERMS)))
+        self._cost = np.zeros((*shape, len(COST_NAMES)))
+        self._index = np.zeros((*shape, len(KNOB_NAMES)), np.int64)
 
     def _on_rollout_start(self) -> None:
         self._t = 0
 
     def _on_step(self) -> bool:
-        batch, t = self._env.batch, self._t
+        batch, t = self._batch, self._t
         self._work[t], self._gpu[t], self._raw[t] = batch.work, batch.gpu, batch.raw
         self._terms[t], self._cost[t], self._index[t] = batch.terms, batch.cost, batch.index
         self._t += 1
         return True
 
     def _on_rollout_end(self) -> None:
-        work, gpu, scenario = self._work, self._gpu, self._env.batch.problem.scenario
-        for name, value in zip(REWARD_TERMS, self._terms.mean((0, 1)), strict=True):
-            self.logger.record(f"reward/{name}", value * scenario.steps)
-        cost = dict(zip(COST_NAMES, self._cost.mean((0, 1)) * scenario.steps, strict=True))
-        for name, value in cost.items():
-            self.logger.record(f"cost/{name}", value)
-        self.logger.record("gpu/temp_c", gpu["temp_c"].mean())
-        self.logger.record("gpu/peak_temp_c", gpu["temp_c"].max())
-        self.logger.record("gpu/power_w", gpu["power_w"].mean())
-        for stage, share in enumerate(
-            np.bincount(self._raw["stage"].astype(np.int64).ravel(), minlength=4) / work.size
-        ):
-            self.logger.record(f"stage/{STAGES[stage]}", share)
-        for name, value in service_metrics(work, gpu).items():
-            self.logger.record(f"service/{name}", value)
-        knobs = self._env.batch.problem.knobs
+        def record(group: str, **values: float) -> None:
+            for name, value in values.items():
+                self.logger.record(f"{group}/{name}", value)
+
+        gpu, steps = self._gpu, len(self._gpu)
+        work = {name: self._work[name].sum() for name in WORK_DTYPE.names or ()}
+        record("reward", **dict(zip(REWARD_TERMS, self._terms.mean((0, 1)) * steps, strict=True)))
+        record("cost", **dict(zip(COST_NAMES, self._cost.mean((0, 1)) * steps, strict=True)))
+        record("gpu", temp_c=gpu["temp_c"].mean(), peak_c=gpu["temp_c"].max(), power_w=gpu["power_w"].mean())
+        stage = np.bincount(self._raw["stage"].astype(np.int64).ravel(), minlength=len(STAGES))
+        record("stage", **dict(zip(STAGES, stage / stage.sum(), strict=True)))
+        answered = work["answered_interactive"] + work["answered_deferrable"]
+        settled = answered + work["expired_interactive"] + work["expired_deferrable"]
+        late = self._cost[..., COST_NAMES.index("missed")].sum()
+        # The larger of 1 and the count: a rollout without one answer has quality 0, not a division by zero.
+        record(
+            "service", quality=work["correct"] / max(1.0, answered), late_fraction=late / max(1.0, settled),
+            j_per_good=gpu["energy_j"].sum() / max(1.0, work["good"]),
+        )  # fmt: skip
+        knobs = self._batch.problem.knobs
         for name in knobs.controlled:
-            levels = np.array(knobs.levels[name])
-            played = levels[self._index[..., KNOB_NAMES.index(name)].ravel()]
-            self.logger.record(f"knob/{name}", torch.as_tensor(played), exclude=_KEY_EXCLUDE)
+            played = np.array(knobs.levels[name])[self._index[..., KNOB_NAMES.index(name)]]
+            self.logger.record(f"knob/{name}", torch.as_tensor(played.ravel()))
 
 
-def service_metrics(work: np.ndarray, gpu: np.ndarray) -> dict[str, float]:
-    """Quality, late share and energy per good answer of the intervals in `work` and `gpu` (any shape).
+class Updates(BaseCallback):
+    """What happens between updates: validation, checkpoint, fresh episodes.
 
-    Intervals that answered nothing give NaN: there is no quality without an answer.
+    The episodes of an update follow from the run's seed and the update's number, so that a run continued
+    from a checkpoint plays the same ones.
     """
-    total = {name: float(work[name].sum()) for name in WORK_DTYPE.names or ()}
-    answered = total["answered_interactive"] + total["answered_deferrable"]
-    expired = total["expired_interactive"] + total["expired_deferrable"]
-    late = total["late_interactive"] + total["late_deferrable"]
-    nan = float("nan")
-    return {
-        "quality": total["correct"] / answered if answered else nan,
-        "late_share": (late + expired) / (answered + expired) if answered + expired else nan,
-        "j_per_good": float(gpu["energy_j"].sum()) / total["good"] if total["good"] else nan,
-    }
+
+    model: PPO
+
+    def __init__(
+        self, config: TrainConfig, env: TwinVecEnv, folder: Path, state: dict[str, Any] | None, bar: tqdm
+    ) -> None:
+        """Keep `best_model.zip` and `last_model.zip` in `folder`; continue from a checkpoint's `state`."""
+        super().__init__()
+        self._config, self._env, self._folder, self._bar = config, env, folder, bar
+        self._eval_seeds = VALIDATION_SEEDS[: config.eval_episodes]
+        self._best: float | None = state["best_return"] if state else None
+        self._validated_at: int = state["validated_at"] if state else 0
+
+    def _on_training_start(self) -> None:
+        problem = self._env.batch.problem
+        static = play_twin(problem, make_policy("static", problem), self._eval_seeds, "static")
+        self._static_return = float(static.reward.sum(0).mean())
+
+    def _on_rollout_start(self) -> None:
+        steps = self.model.num_timesteps
+        if steps // self._config.eval_freq > self._validated_at // self._config.eval_freq:
+            self._validate()
+        self._save()
+        update = steps // (self.model.n_steps * self._env.num_envs)
+        self._env.seed(fresh_seed(self._config.seed, update))
+        self.model._last_obs = self._env.reset()
+        self.model._last_episode_starts = np.ones(self._env.num_envs, bool)
+
+    def _on_step(self) -> bool:
+        self._bar.update(self._env.num_envs)
+        return True
+
+    def _on_training_end(self) -> None:
+        if self.model.num_timesteps > self._validated_at:
+            self._validate()
+        self._save()
+
+    def _save(self) -> None:
+        progress = {"best_return": self._best, "validated_at": self._validated_at}
+        save_model(self.model, self._folder / "last_model.zip", progress)
+
+    def _validate(self) -> None:
+        """Play the held-out episodes deterministically; keep the model if its mean return is the best."""
+        recording = play_twin(self._env.batch.problem, self.model, self._eval_seeds, "validation")
+        mean = dict(zip(KPIS, episode_metrics(recording)[list(KPIS)].to_numpy(float).mean(0), strict=True))
+        for name, value in mean.items():
+            self.logger.record(f"eval/{name}", value)
+        self.logger.record("eval/return_static", self._static_return)
+        figure = expert_figure(recording.tokens_per_expert.sum((0, 1)))
+        self.logger.record("eval/expert_share", LoggedFigure(figure, close=True))
+        self.logger.dump(self.model.num_timesteps)
+        self._validated_at = self.model.num_timesteps
+        if self._best is None or mean["return"] > self._best:
+            self._best = float(mean["return"])
+            save_model(self.model, self._folder / "best_model.zip")
+        shown = {"return": mean["return"], "best": self._best, "static": self._static_return}
+        self._bar.set_postfix({name: f"{value:.1f}" for name, value in shown.items()})
 
 
-@dataclass(frozen=True)
-class Validation:
-    """Result of one validation."""
+def expert_figure(tokens_per_expert: np.ndarray) -> Figure:
+    """Heat map of the share that each expert took of its layer's tokens.
 
-    mean_return: float
-    metrics: dict[str, float]
-    """As of `service_metrics`, and the peak temperature."""
-    expert_share: np.ndarray
-    """[L, E] share of each layer's routed tokens that its experts took."""
-
-
-class Validator:
-    """Plays policies on the same held-out episodes."""
-
-    def __init__(self, problem: Problem, episodes: int) -> None:
-        """Validate on the first `episodes` of `VALIDATION_SEEDS`."""
-        self._batch = TwinBatch(problem, episodes)
-        self._seeds: Sequence[int] = VALIDATION_SEEDS[:episodes]
-        profile = problem.profile
-        bias = np.array(problem.knobs.levels["routing_bias"])
-
-        def at_bias(row: np.ndarray) -> np.ndarray:
-            return np.interp(bias, profile.routing_bias, row)
-
-        self._share = np.apply_along_axis(at_bias, 1, profile.expert_share)  # [K, B, L, E]
-
-    def __call__(self, policy: Policy) -> Validation:
-        """Play one episode per seed, deterministically; an episode ends for good at its first end."""
-        batch, n = self._batch, self._batch.num_envs
-        knobs = batch.problem.knobs
-        observation, state, start = batch.reset(self._seeds), None, np.ones(n, bool)
-        running, total = np.ones(n, bool), np.zeros(n)
-        played: list[tuple[np.ndarray, np.ndarray]] = []
-        tokens = np.zeros(self._share.shape[:2])  # [K, B]
-        bias, experts = KNOB_NAMES.index("routing_bias"), KNOB_NAMES.index("expert_count")
-        count = np.array(knobs.levels["expert_count"])
-        for _ in range(batch.problem.scenario.steps):
-            action, state = policy.predict(observation, state, start, deterministic=True)
-            step = batch.step(knobs.indices(action, "multi_discrete"))
-            total += np.where(running, step.reward, 0.0)
-            work = batch.work[running]
-            played.append((work, batch.gpu[running]))
-            answered = work["answered_interactive"] + work["answered_deferrable"]
-            k = batch.index[running, experts]
-            np.add.at(tokens, (k, batch.index[running, bias]), answered * count[k])
-            start = step.terminated | step.truncated
-            running &= ~start
-            observation = step.observation
-        work, gpu = (np.concatenate(part) for part in zip(*played, strict=True))
-        metrics = {**service_metrics(work, gpu), "peak_temp_c": float(gpu["temp_c"].max())}
-        share = np.tensordot(tokens, self._share, 2)
-        return Validation(float(total.mean()), metrics, share / share.sum(-1, keepdims=True))
-
-
-def expert_figure(expert_share: np.ndarray) -> Figure:
-    """Heat map of the share [L, E] each expert takes of its layer's tokens."""
+    Args:
+        tokens_per_expert: [L, E].
+    """
     figure = Figure(figsize=(6.0, 2.5), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(expert_share, aspect="auto", cmap="viridis", vmin=0.0)
+    image = axes.imshow(tokens_per_expert / tokens_per_expert.sum(-1, keepdims=True), aspect="auto", vmin=0.0)
     axes.set(xlabel="expert", ylabel="layer", title="share of the layer's routed tokens")
     figure.colorbar(image, ax=axes)
     return figure
-
-
-def log_validation(logger: Any, result: Validation) -> None:
-    """Record a validation under `eval/`."""
-    logger.record("eval/mean_return", result.mean_return)
-    for name, value in result.metrics.items():
-        logger.record(f"eval/{name}", value)
-    logger.record(
-        "eval/expert_share",
-        LoggedFigure(expert_figure(result.expert_share), close=True),
-        exclude=_KEY_EXCLUDE,
-    )

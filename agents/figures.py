@@ -1,10 +1,12 @@
-"""Figures of an evaluation, in one style: what happened in an episode, and how policies compare over seeds."""
+"""Figures of an evaluation, in one style: what happened in an episode, and how policies compare."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,20 +19,22 @@ from matplotlib.patches import Patch
 from agents.rollout import Recording
 from agents.runs import write_file
 from moe.queueing import latency_quantile
+from moe.workload import REQUEST_CLASSES
 from thermoe_env.knobs import KNOB_NAMES, KNOBS
 from thermoe_env.problem import Problem
 from thermoe_env.signals import STAGES
 
 matplotlib.use("Agg")
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 100, "savefig.dpi": 100, "font.size": 9, "axes.titlesize": 9, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.linewidth": 1.2,
     "legend.frameon": False, "legend.fontsize": 8, "figure.titlesize": 10,
 }  # fmt: skip
 _COLOUR = {
-    "static": "#555555", "best_constant": "#E69F00", "rule_based": "#0072B2", "ppo": "#D55E00", "random": "#AAAAAA",
+    "static": "#555555", "best_constant": "#E69F00", "rule_based": "#0072B2", "ppo": "#D55E00",
+    "random": "#AAAAAA",
 }  # fmt: skip
 _SPARE = ("#009E73", "#CC79A7", "#56B4E9", "#8C6D1F", "#7A4FBF", "#000000")
 """Okabe and Ito's colour-blind safe palette, then distinct dark ones."""
@@ -42,27 +46,32 @@ _WINDOW_S = 5.0
 def colours(policies: Sequence[str]) -> dict[str, str]:
     """A colour per policy: the same one in every figure, and in every evaluation for the known names."""
     chosen = {name: _COLOUR[name] for name in policies if name in _COLOUR}
-    for name in policies:
+    for name in sorted(policies):
         if name not in chosen:
-            kin = _COLOUR.get(name.split("-")[0])  # a run folder is named after its algorithm
-            free = [c for c in (kin, *_SPARE) if c is not None and c not in chosen.values()]
+            kin = [_COLOUR[part] for part in name.split("-") if part in _COLOUR]  # a run names its algorithm
+            free = [c for c in (*kin, *_SPARE) if c not in chosen.values()]
             chosen[name] = free[0] if free else _SPARE[len(chosen) % len(_SPARE)]
     return chosen
 
 
 def write_figures(
-    folder: Path, problem: Problem, examples: dict[str, Recording], episodes: pd.DataFrame, summary: pd.DataFrame
-) -> dict[str, Path]:
+    folder: Path,
+    problem: Problem,
+    examples: dict[str, Recording],
+    episodes: pd.DataFrame,
+    summary: pd.DataFrame,
+) -> list[tuple[str, Path]]:
     """Draw all figures as PNG files.
 
     Args:
         folder: where they go.
         problem: what was played.
         examples: one episode per policy, all of the same seed.
-        episodes, summary: as `agents.metrics` makes them.
+        episodes: as `agents.metrics.episode_metrics` makes them.
+        summary: as `agents.metrics.summarize` makes it.
 
     Returns:
-        Caption -> file, in reading order.
+        (caption, file) in reading order.
     """
     first = next(iter(examples.values()))
     where = first.origin
@@ -78,7 +87,8 @@ def write_figures(
             lambda: tradeoff(episodes, summary, overall),
         ),
         "power_temperature": (
-            f"Power and temperature ({episode}). The temperature limit is virtual: set by the scenario, far below the hardware's.",
+            f"Power and temperature ({episode}). The temperature limit is virtual: the scenario sets it, "
+            "far below the hardware's.",
             lambda: power_temperature(problem, examples, episode),
         ),
         "knobs": (f"What the policies set ({episode}).", lambda: knobs(problem, examples, episode)),
@@ -91,14 +101,14 @@ def write_figures(
             lambda: experts(examples, episode),
         ),
     }  # fmt: skip
-    written = {}
+    written = []
     with matplotlib.rc_context(STYLE):
         for name, (caption, draw) in drawings.items():
             picture = io.BytesIO()
             draw().savefig(picture, format="png", metadata={"Software": ""})
             path = folder / f"{name}.png"
             write_file(path, picture.getvalue())
-            written[caption] = path
+            written.append((caption, path))
     return written
 
 
@@ -108,12 +118,12 @@ def _time_s(recording: Recording) -> np.ndarray:
 
 def _shade_stages(axes: Axes, recording: Recording) -> None:
     """Colour the background by thermal stage."""
-    stage = recording.field("stage")[:, 0].round().astype(int)
+    stage, dt = recording.field("stage")[:, 0].round().astype(int), recording.interval_s
     edges = np.flatnonzero(np.diff(stage, prepend=-1, append=-1))
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
-        if stage[start] > 0:
-            dt = recording.interval_s
-            axes.axvspan(start * dt, stop * dt, color=_STAGE_COLOUR[stage[start]], lw=0, zorder=0)
+    for level in range(1, len(STAGES)):
+        spans = [(i * dt, (j - i) * dt) for i, j in pairwise(edges) if stage[i] == level]
+        style = {"color": _STAGE_COLOUR[level], "lw": 0, "zorder": 0}
+        axes.broken_barh(spans, (0.0, 1.0), transform=axes.get_xaxis_transform(), **style)
 
 
 def power_temperature(problem: Problem, examples: dict[str, Recording], where: str) -> Figure:
@@ -191,11 +201,13 @@ def service(problem: Problem, examples: dict[str, Recording], where: str) -> Fig
         latency.plot(middle, [latency_quantile(row, 0.95) for row in histogram], **style)
         answered = _windows(work["answered_interactive"] + work["answered_deferrable"], dt, _WINDOW_S)
         correct = _windows(work["correct"], dt, _WINDOW_S)
-        quality.plot(middle, np.divide(correct, answered, out=np.full_like(correct, np.nan), where=answered > 0), **style)
-    for kind, deadline in zip(("interactive", "deferrable"), problem.scenario.service.deadline_s, strict=True):
+        share = np.divide(correct, answered, out=np.full_like(correct, np.nan), where=answered > 0)
+        quality.plot(middle, share, **style)
+    for kind, deadline in zip(REQUEST_CLASSES, problem.scenario.service.deadline_s, strict=True):
         latency.axhline(deadline, color="black", ls="--", lw=0.8)
         latency.annotate(f"deadline, {kind}", (0.0, deadline), (2, 2), textcoords="offset points", fontsize=7)
     latency.set_yscale("log")
+    latency.set_ylim(top=4.0 * max(problem.scenario.service.deadline_s))  # room for the labels
     titles = {
         load: "load (arrivals over the standard service's capacity)",
         interactive: "waiting, interactive (seconds of capacity)",
@@ -221,23 +233,25 @@ def experts(examples: dict[str, Recording], where: str) -> Figure:
     for name, recording in examples.items():
         tokens = recording.tokens_per_expert[:, 0]  # [T, L, E]
         over_time = _windows(tokens.sum(1), recording.interval_s, 2 * _WINDOW_S)  # [windows, E]
-        share[name] = [table / np.maximum(table.mean(-1, keepdims=True), 1e-12) for table in (over_time, tokens.sum(0))]
-    top = max(1.5, *(table.max() for pair in share.values() for table in pair))
-    image = None
+        share[name] = [
+            table / np.maximum(table.mean(-1, keepdims=True), 1e-12) for table in (over_time, tokens.sum(0))
+        ]
+    everything = np.concatenate([table.ravel() for pair in share.values() for table in pair])
+    top = max(1.5, float(np.quantile(everything, 0.99)))
     for (left, right), (name, (over_time, per_layer)) in zip(grid, share.items(), strict=True):
         end = float(_time_s(examples[name])[-1])
         style = {"aspect": "auto", "cmap": "cividis", "vmin": 0.0, "vmax": top, "interpolation": "nearest"}
         count, layers = over_time.shape[1], len(per_layer)
         left.imshow(over_time.T, extent=(0.0, end, count - 0.5, -0.5), **style)
-        image = right.imshow(per_layer, extent=(-0.5, count - 0.5, layers - 0.5, -0.5), **style)
-        left.set(ylabel="expert", title=f"{name}: all layers")
-        right.set(ylabel="layer", title=f"{name}: whole episode")
+        right.imshow(per_layer, extent=(-0.5, count - 0.5, layers - 0.5, -0.5), **style)
+        left.set(ylabel="expert", title=f"{name} (all layers)")
+        right.set(ylabel="layer", title="whole episode")
         right.set_yticks(range(layers))
         for axes in (left, right):
             axes.grid(False)
     grid[-1][0].set_xlabel("time (s)")
     grid[-1][1].set_xlabel("expert")
-    figure.colorbar(image, ax=grid, label="tokens, 1 = even load", aspect=30)
+    figure.colorbar(grid[-1][1].images[0], ax=grid, label="tokens, 1 = even load", aspect=30, extend="max")
     figure.suptitle(f"Expert use, {where}")
     return figure
 
@@ -255,10 +269,12 @@ def energy_quality(summary: pd.DataFrame, problem: Problem, where: str) -> Figur
     colour = colours(list(summary.policy))
     for axes, name, scale in ((left, "j_per_good", factor), (right, "quality", 1.0)):
         for y, row in enumerate(summary.to_dict("records")):
-            fill = colour[row["policy"]] if not row["infeasible"] else "white"
-            axes.plot([row[f"{name}_low"] * scale, row[f"{name}_high"] * scale], [y, y], color=colour[row["policy"]], lw=2)
-            axes.plot(row[name] * scale, y, "o", color=colour[row["policy"]], mfc=fill, ms=7, mew=1.6)
-    left.set_yticks(range(len(summary)), [p if not i else f"{p} (infeasible)" for p, i in zip(summary.policy, summary.infeasible, strict=True)])
+            own = colour[row["policy"]]
+            axes.plot([row[f"{name}_low"] * scale, row[f"{name}_high"] * scale], [y, y], color=own, lw=2)
+            fill = "white" if row["infeasible"] else own
+            axes.plot(row[name] * scale, y, "o", color=own, mfc=fill, ms=7, mew=1.6)
+    labels = np.where(summary.infeasible == "", summary.policy, summary.policy + " (infeasible)")
+    left.set_yticks(range(len(summary)), labels.tolist())
     left.set_ylim(len(summary) - 0.5, -0.5)
     left.set_title(f"energy per good answer ({unit})")
     right.set_title("quality (correct over answered)")
@@ -279,11 +295,11 @@ def tradeoff(episodes: pd.DataFrame, summary: pd.DataFrame, where: str) -> Figur
     colour = colours(list(summary.policy))
     for axes, name in ((left, "quality"), (right, "latency_p95_s")):
         for row in summary.to_dict("records"):
-            policy = row["policy"]
-            own = episodes[episodes.policy == policy]
-            axes.scatter(own.j_per_good * factor, own[name], s=12, color=colour[policy], alpha=0.35, lw=0)
-            fill = colour[policy] if not row["infeasible"] else "white"
-            axes.plot(row["j_per_good"] * factor, row[name], "o", color=colour[policy], mfc=fill, ms=9, mew=1.8, label=policy)
+            policy, x = row["policy"], row["j_per_good"] * factor
+            own, played = colour[policy], episodes[(episodes.policy == policy) & episodes.whole]
+            axes.scatter(played.j_per_good * factor, played[name], s=12, color=own, alpha=0.35, lw=0)
+            fill = "white" if row["infeasible"] else own
+            axes.plot(x, row[name], "o", color=own, mfc=fill, ms=9, mew=1.8, label=policy)
         axes.set_xlabel(f"energy per good answer ({unit})")
     left.set_title("quality (up and left is better)")
     right.set_title("95th percentile latency, s (down and left is better)")

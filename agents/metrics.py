@@ -133,21 +133,22 @@ def summarize(episodes: pd.DataFrame, feasible: Feasibility, baseline: str = "st
         One row per policy: ranked ones first, by energy per good answer.
     """
     whole = episodes[episodes.whole].set_index("seed")
-    base = whole[whole.policy == baseline]
+    base = whole.loc[whole.policy == baseline]
     rows = []
     for policy in episodes.policy.unique():
-        own = whole[whole.policy == policy]
+        own = whole.loc[whole.policy == policy]
         row: dict[str, object] = {"policy": policy, "episodes": len(own)}
-        values = own[list(KPIS)].to_numpy(float)
+        values = np.asarray(own[list(KPIS)], float)
         mean, low, high = _mean(values), *_interval(values)
         for k, name in enumerate(KPIS):
             row |= {name: mean[k], f"{name}_low": low[k], f"{name}_high": high[k]}
         seeds = own.index.intersection(base.index)
-        ratio = f"j_per_good_vs_{baseline}"
-        pair = own.loc[seeds, ["j_per_good"]].to_numpy(float), base.loc[seeds, ["j_per_good"]].to_numpy(float)
+        paired, paired_base = own.loc[seeds], base.loc[seeds]
+        pair = np.asarray(paired[["j_per_good"]], float), np.asarray(paired_base[["j_per_good"]], float)
         low, high = _interval(*pair)
+        ratio = f"j_per_good_vs_{baseline}"
         row |= {ratio: _ratio(*pair)[0], f"{ratio}_low": low[0], f"{ratio}_high": high[0]}
-        row["infeasible"] = "; ".join(_broken(own, base.loc[seeds], own.loc[seeds], feasible, baseline))
+        row["infeasible"] = "; ".join(_broken(own, paired, paired_base, feasible, baseline))
         rows.append(row)
     table = pd.DataFrame(rows)
     order = table.j_per_good.where(table.infeasible == "").rank(method="min")
@@ -155,7 +156,9 @@ def summarize(episodes: pd.DataFrame, feasible: Feasibility, baseline: str = "st
     return table.sort_values("rank", kind="stable", na_position="last").reset_index(drop=True)
 
 
-def _broken(own: pd.DataFrame, base: pd.DataFrame, paired: pd.DataFrame, limits: Feasibility, baseline: str) -> list[str]:
+def _broken(
+    own: pd.DataFrame, paired: pd.DataFrame, base: pd.DataFrame, limits: Feasibility, baseline: str
+) -> list[str]:
     """Why a policy does not count; empty when it does."""
     if not len(base):
         return [f"no whole episode to compare with {baseline}"]

@@ -1,4 +1,4 @@
-"""Playing policies: whole batches of episodes in the twin, single ones in any environment, one `Recording`."""
+"""Playing policies: many episodes at once in the twin, single ones in any environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from agents.policies import Policy
 from moe.workload import STAT_NAMES
 from thermoe_env.batch import TwinBatch
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.errors import ThermoeError
 from thermoe_env.fields import FIELDS, decode
 from thermoe_env.interval import COST_NAMES
 from thermoe_env.knobs import KNOB_NAMES
@@ -65,11 +64,11 @@ class Recording:
     """int32 [T, n, bins], answered requests by latency."""
     tokens_per_expert: np.ndarray
     """float64 [T, n, L, E], tokens routed."""
-    error: str | None = None
-    """Why the last episode is not whole, None when it is."""
+    error: RuntimeError | KeyboardInterrupt | None = None
+    """What cut the last episode short, None when it is whole."""
 
     def field(self, name: str) -> np.ndarray:
-        """One observed quantity in physical units, clipped to its range. [T, n]"""
+        """One observed quantity in physical units, clipped to its range, [T, n]."""
         return decode(self.observation)[name]
 
     @property
@@ -83,7 +82,7 @@ class Recording:
 
     @property
     def played(self) -> np.ndarray:
-        """bool [T, n]: intervals that belong to an episode."""
+        """Which intervals belong to an episode, bool [T, n]."""
         return np.arange(len(self.reward))[:, None] < self.length
 
     def episode(self, i: int) -> Recording:
@@ -95,11 +94,12 @@ class Recording:
 
 
 _PER_INTERVAL = (
-    "observation", "index", "budget_w", "work", "gpu", "reward", "terms", "cost", "histogram", "tokens_per_expert",
+    "observation", "index", "budget_w", "work", "gpu", "reward", "terms", "cost", "histogram",
+    "tokens_per_expert",
 )  # fmt: skip
 
 
-def _empty(steps: int, n: int, layers_experts: tuple[int, ...]) -> dict[str, np.ndarray]:
+def _empty(steps: int, n: int, layers_experts: tuple[int, ...]) -> dict[str, Any]:
     return {
         "observation": np.zeros((steps, n, len(FIELDS)), np.float32),
         "index": np.zeros((steps, n, len(KNOB_NAMES)), np.int64),
@@ -162,7 +162,7 @@ def play_twin(problem: Problem, policy: Policy, seeds: Sequence[int], name: str 
 
 
 def _expert_share(problem: Problem) -> np.ndarray:
-    """Share of a layer's tokens per expert, at the knobs' levels. [K, B, L, E]"""
+    """Share of a layer's tokens per expert, at the knobs' levels, [K, B, L, E]."""
     profile, bias = problem.profile, np.array(problem.knobs.levels["routing_bias"])
     return np.apply_along_axis(
         lambda row: np.interp(bias, profile.routing_bias, row), 1, profile.expert_share
@@ -170,7 +170,7 @@ def _expert_share(problem: Problem) -> np.ndarray:
 
 
 def _tokens(share: np.ndarray, count: np.ndarray, batch: TwinBatch) -> np.ndarray:
-    """Tokens that the interval's answers sent to each expert. [n, L, E]"""
+    """Tokens that the interval's answers sent to each expert, [n, L, E]."""
     k = batch.index[:, KNOB_NAMES.index("expert_count")]
     b = batch.index[:, KNOB_NAMES.index("routing_bias")]
     answered = batch.work["answered_interactive"] + batch.work["answered_deferrable"]
@@ -186,7 +186,8 @@ def play_live(
 ) -> Recording:
     """Play one episode of an environment of any world.
 
-    What was recorded is kept when the world fails or the user interrupts; `error` then says why.
+    What was recorded is kept when the world fails (`ThermoeError` or another `RuntimeError`) or the user
+    interrupts; `error` of the recording is then what stopped it.
 
     Args:
         env: its action mode must be `multi_discrete`.
@@ -197,11 +198,11 @@ def play_live(
 
     Raises:
         ValueError: another action mode.
-        ThermoeError: the world failed before the first interval.
+        ThermoeError: the world failed at its reset.
     """
     if env.action_mode != "multi_discrete":
         raise ValueError(
-            f"policies answer with levels: make the environment with action_mode='multi_discrete', got {env.action_mode!r}"
+            f"policies answer with levels: action_mode must be 'multi_discrete', got {env.action_mode!r}"
         )
     problem = env.problem
     steps = problem.scenario.steps
@@ -222,21 +223,21 @@ def play_live(
             row["terms"][0] = [info["reward_terms"][key] for key in REWARD_TERMS]
             row["cost"][0] = [info["cost"][key] for key in COST_NAMES]
             row["histogram"][0] = info["latency_histogram"]
-            row["tokens_per_expert"][0] = info["tokens_per_expert"]
+            if info["tokens_per_expert"] is not None:  # None when nothing was answered
+                row["tokens_per_expert"][0] = info["tokens_per_expert"]
             length = t + 1
             if on_step is not None:
                 on_step(t, info)
             if terminated or truncated:
                 break
             observation, start = after[None], np.zeros(1, bool)
-    except ThermoeError as failure:
-        error = f"{type(failure).__name__}: {failure}"
-    except KeyboardInterrupt:
-        error = "interrupted by the user"
+    except (RuntimeError, KeyboardInterrupt) as stop:
+        error = stop
     data = {key: rows[:length] for key, rows in data.items()}
     return Recording(
-        policy=name, world=env.world, device=device_name(env), seeds=np.array([seed]), interval_s=problem.scenario.interval_s,
-        length=np.array([length]), shut_down=np.array([terminated]), error=error, **data,
+        policy=name, world=env.world, device=device_name(env), seeds=np.array([seed]),
+        interval_s=problem.scenario.interval_s, length=np.array([length]), shut_down=np.array([terminated]),
+        error=error, **data,
     )  # fmt: skip
 
 

@@ -24,7 +24,8 @@ from thermoe_env.knobs import KNOB_NAMES
 from thermoe_env.problem import Problem
 
 _PACKAGES = (
-    "thermalmoe", "numpy", "numba", "scipy", "pandas", "matplotlib", "gymnasium", "torch", "stable-baselines3",
+    "thermalmoe", "numpy", "numba", "scipy", "pandas", "matplotlib", "gymnasium", "torch",
+    "stable-baselines3",
 )  # fmt: skip
 _MODE_OF_SPACE = {"MultiDiscrete": "multi_discrete", "Discrete": "discrete", "Box": "box"}
 

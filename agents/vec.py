@@ -17,7 +17,7 @@ from thermoe_env.seeding import episode_seed
 
 
 def fresh_seed(seed: int, number: int) -> int:
-    """Seed number `number` that follows from `seed`; at least 2**32, so that no seed typed by hand meets it."""
+    """Seed number `number` that follows from `seed`; at least 2**32, above any seed typed by hand."""
     return (episode_seed(seed, number) >> 2) | 2**32
 
 
@@ -38,8 +38,8 @@ class TwinVecEnv(VecEnv):
         """The core; its arrays hold the interval just played (see `TwinBatch`)."""
         self.action_mode = action_mode
         self._attributes = {
-            "render_mode": None, "spec": None, "world": "twin", "problem": problem, "scenario": problem.scenario,
-            "action_mode": action_mode,
+            "render_mode": None, "spec": None, "world": "twin", "problem": problem,
+            "scenario": problem.scenario, "action_mode": action_mode,
         }  # fmt: skip
         self._no_info: dict[str, Any] = {}
         self._return = np.zeros(num_envs)

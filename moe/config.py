@@ -126,9 +126,10 @@ class ModelConfig:
             raise ValueError(
                 f"model config: unknown fields {unknown}, missing {missing}; known: {sorted(known)}"
             )
-        return cls(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-        )
+        fields: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**fields)
 
 
 def model_config(task: str, size: str) -> ModelConfig:
@@ -142,13 +143,12 @@ def model_config(task: str, size: str) -> ModelConfig:
     """
     if task not in TASKS or size not in SIZES:
         raise ValueError(f"task must be one of {TASKS} and size one of {SIZES}, got {task!r}, {size!r}")
-    shape: dict[str, Any] = {
-        "tiny": {"d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16},
-        "base": {"d_model": 2048, "n_layers": 4, "n_heads": 8, "n_kv_heads": 2, "head_dim": 128},
-    }[size]
-    shape["expert_widths"] = {"tiny": (160,) * 4 + (96,) * 4, "base": (1280,) * 8 + (768,) * 8}[size]
-    if task == "vision":
-        shape |= {"norm": "batch", "n_classes": 10}
+    shape: dict[str, Any]
+    if size == "tiny":
+        shape = {"d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16}
+        shape |= {"expert_widths": (160,) * 4 + (96,) * 4, "context_length": 64}
     else:
-        shape |= {"norm": "rms", "n_classes": 256, "context_length": {"tiny": 64, "base": 128}[size]}
+        shape = {"d_model": 2048, "n_layers": 4, "n_heads": 8, "n_kv_heads": 2, "head_dim": 128}
+        shape |= {"expert_widths": (1280,) * 8 + (768,) * 8, "context_length": 128}
+    shape |= {"norm": "batch", "n_classes": 10} if task == "vision" else {"norm": "rms", "n_classes": 256}
     return ModelConfig(task=cast(Task, task), **shape)

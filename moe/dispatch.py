@@ -45,7 +45,7 @@ class Dispatch:
         return self.pair_of_row.numel()
 
     def rows_within(self, n_experts: int) -> Tensor:
-        """Return the row of each pair, the spare row where its expert is not among the first ``n_experts``."""
+        """Return each pair's row, or the spare row if its expert is not among the first ``n_experts``."""
         if n_experts == self.expert_ends.numel():
             return self.row_of_pair
         return torch.where(self.experts < n_experts, self.row_of_pair, self.spare_row)  # [T, K]
@@ -82,7 +82,7 @@ def rows_of_experts(rows: Tensor, dispatch: Dispatch, n_experts: int) -> Tensor:
 def combine_rows(rows: Tensor, weights: Tensor, dispatch: Dispatch, n_experts: int) -> Tensor:
     """Sum each token's rows by weight, over its choices among the first ``n_experts``.
 
-    The sum runs in a fixed order per token, so the result does not depend on scheduling, as with ``index_add``.
+    The sum runs in a fixed order per token, so unlike ``index_add`` it does not depend on scheduling.
 
     Args:
         rows: Expert outputs; rows of other experts may be uninitialised.  # [R + 1, D]

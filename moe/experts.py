@@ -1,10 +1,10 @@
 """SwiGLU experts of unequal width, computed by grouped matrix products.
 
-A SwiGLU network is a sum over its hidden units, so a wide expert is exactly a narrow one plus further units. They
-are stored in *slices*: slice 0 holds the first units of every expert, slice 1 the next ones of those that have
-more, and so on. Within a slice all experts are equally wide, as one grouped product needs, and with the widest
-expert first they own a prefix of the sorted rows, behind which it stops. So any mix of widths costs just its own
-arithmetic, and the host never learns how many rows went where.
+A SwiGLU network is a sum over its hidden units, so a wide expert is exactly a narrow one plus further
+units. Units are stored in *slices*: slice 0 holds the first units of every expert, slice 1 the next ones of
+those that have more, and so on. Within a slice all experts are equally wide, as one grouped product needs,
+and with the widest expert first they own a prefix of the sorted rows, behind which the product stops. So
+any mix of widths costs just its own arithmetic, and the host never learns how many rows went where.
 
 Shapes: D model, F hidden units of a slice, E experts of a slice, R rows.
 """
@@ -12,6 +12,8 @@ Shapes: D model, F hidden units of a slice, E experts of a slice, R rows.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +79,6 @@ class Experts(nn.Module):
         rows = gather_rows(x, dispatch)  # [R + 1, D]
         parts = [
             combine_rows(expert_slice(rows, dispatch), routing.weights, dispatch, expert_slice.n_experts)
-            for expert_slice in self.slices
+            for expert_slice in cast(Iterable[ExpertSlice], self.slices)
         ]
         return sum(parts[1:], parts[0])

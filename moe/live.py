@@ -1,11 +1,11 @@
 """The live service: real micro-batches of a real model, in real time, from the queue of `moe.queueing`.
 
-The service's clock runs only inside `LiveWorkload.run` and stands still between calls. An interval ends at a whole
-multiple of its length on that clock; one that had to wait for a batch makes the next one shorter.
+The service's clock runs only inside `LiveWorkload.run` and stands still between calls. An interval ends at a
+whole multiple of its length on that clock; one that had to wait for a batch makes the next one shorter.
 
 On CUDA a full batch is launched shortly before the one before it is expected to end, so that the device is
-never without work at full load, and no earlier, so that its requests are chosen as late as possible. A partial
-batch waits until the device is free. On a CPU a launch returns when the batch is done.
+never without work at full load, and no earlier, so that its requests are chosen as late as possible. A
+partial batch waits until the device is free. On a CPU a launch returns when the batch is done.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from moe.workload import LATENCY_EDGES_S, Knobs, WorkStats
 POLL_S = 2e-4
 """Time between looks at a device at work."""
 LAUNCH_AHEAD_S = 10e-3
-"""A full batch is launched this long before the running one should end: a launch itself takes milliseconds."""
+"""A full batch is launched this long before the running one should end: launching takes milliseconds."""
 
 
 class KnobRefusedError(ValueError):
@@ -126,7 +126,8 @@ class LiveWorkload:
             episode_s: length of the request stream.
             service: terms of service.
             device: where model and samples are.
-            clock: seconds that only grow. sleep: waits for seconds of `clock`.
+            clock: seconds that only grow.
+            sleep: waits for seconds of `clock`.
 
         Raises:
             ValueError: the traffic names a shift that the samples lack.
@@ -135,9 +136,9 @@ class LiveWorkload:
             raise ValueError(f"traffic.shifts {traffic.shifts} exceed the samples' shifts {samples.shifts}")
         self.runner = Runner(model, samples, device, clock)
         self._traffic, self._capacity_rps, self._episode_s = traffic, capacity_rps, math.ceil(episode_s)
-        self._deadline_s, self._max_wait_s, self._expire_after_s = (
-            np.array(terms, np.float64) for terms in (service.deadline_s, service.max_wait_s, service.expire_after_s)
-        )
+        self._deadline_s = np.array(service.deadline_s, np.float64)  # [2]
+        self._max_wait_s = np.array(service.max_wait_s, np.float64)  # [2]
+        self._expire_after_s = np.array(service.expire_after_s, np.float64)  # [2]
         self._clock, self._sleep = clock, sleep
         self._resumed = 0.0  # reading of `clock` at which the service's clock was 0
         self._stream: RequestStream | None = None
@@ -151,7 +152,9 @@ class LiveWorkload:
             ttt: most adaptation steps per batch to come.
         """
         largest = max(batch_sizes)
-        sizes = sorted({*batch_sizes, *(2**i for i in range(largest.bit_length()) if 2**i <= largest)}, reverse=True)
+        sizes = sorted(
+            {*batch_sizes, *(2**i for i in range(largest.bit_length()) if 2**i <= largest)}, reverse=True
+        )
         for k in expert_counts:
             for n in sizes:
                 steps = min(ttt, 1) if self.runner.adapts and (n <= ADAPT_BATCH or n == largest) else 0
@@ -218,7 +221,14 @@ class LiveWorkload:
         else:
             until = (math.floor(now / SLOT_S + 1e-9) + 1) * SLOT_S
             due = next_launch(
-                arrivals, self._next, self._head, now, until, knobs.batch_size, self._max_wait_s, serve_deferrable
+                arrivals,
+                self._next,
+                self._head,
+                now,
+                until,
+                knobs.batch_size,
+                self._max_wait_s,
+                serve_deferrable,
             )
             if due > now:
                 return min(due, until)
@@ -292,7 +302,8 @@ class LiveWorkload:
         for flight in self._in_flight:
             waiting += [last - first for first, last in flight.ranges]
         oldest = [
-            max(0.0, now - oldest_arrival(self._arrivals[c], self._next[c], self._head[c], now)) for c in range(2)
+            max(0.0, now - oldest_arrival(self._arrivals[c], self._next[c], self._head[c], now))
+            for c in range(2)
         ]
         answered = max(1, int(tally.answered.sum()))
         load = tally.tokens_per_expert
@@ -327,16 +338,18 @@ class LiveWorkload:
     def _refuse(self, knobs: Knobs) -> None:
         if knobs.sm_clock != 1.0:
             raise KnobRefusedError(
-                f"sm_clock={knobs.sm_clock}: the live service does not set clocks; leave sm_clock at 1.0 and lower "
-                "the load with pace, batch_size or expert_count"
+                f"sm_clock={knobs.sm_clock}: the live service sets no clocks; leave sm_clock at 1.0 and "
+                "lower the load with pace, batch_size or expert_count"
             )
         n_experts = self.runner.model.config.n_experts
         if knobs.expert_count > n_experts:
-            raise KnobRefusedError(f"expert_count={knobs.expert_count}: the model has {n_experts} experts; ask for fewer")
+            raise KnobRefusedError(
+                f"expert_count={knobs.expert_count}: the model has {n_experts} experts; ask for fewer"
+            )
         if knobs.ttt_steps and not self.runner.adapts:
             raise KnobRefusedError(
-                f"ttt_steps={knobs.ttt_steps}: the {self.runner.samples.task} model has no batch norms to adapt; set "
-                "ttt_steps to 0, or serve the vision model"
+                f"ttt_steps={knobs.ttt_steps}: the {self.runner.samples.task} model has no batch norms to "
+                "adapt; set ttt_steps to 0, or serve the vision model"
             )
 
     def _now(self) -> float:

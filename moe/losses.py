@@ -24,5 +24,5 @@ def load_balance_loss(routing: Routing) -> Tensor:
 
 
 def router_z_loss(routing: Routing) -> Tensor:
-    """Return the mean squared log-partition of the logits, kept small by it (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    """Return the mean squared log-partition, which keeps logits small (ST-MoE, arXiv 2202.08906, eq. 5)."""
     return routing.router_logits.logsumexp(dim=-1).square().mean()

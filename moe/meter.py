@@ -48,8 +48,8 @@ class EnergyCounter:
             pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
         except pynvml.NVMLError as error:
             raise MeterUnavailableError(
-                f"NVML gives no energy for {device} ({error}); install the driver's libnvidia-ml, use a whole "
-                "device (no MIG slice) of the Volta generation or later, or pass --device cpu"
+                f"NVML gives no energy for {device} ({error}); install the driver's libnvidia-ml, use a "
+                "whole device (no MIG slice) of the Volta generation or later, or pass --device cpu"
             ) from error
 
     def read(self) -> Tick:
@@ -72,7 +72,9 @@ class EnergyCounter:
         first = last = self.read()
         while last.energy_j == first.energy_j:
             if last.time_s - first.time_s > TIMEOUT_S:
-                raise MeterUnavailableError(f"the energy counter stood still for {TIMEOUT_S} s; reload the driver")
+                raise MeterUnavailableError(
+                    f"the energy counter stood still for {TIMEOUT_S} s; reload the driver"
+                )
             between()
             last = self.read()
         return last

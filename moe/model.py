@@ -56,11 +56,12 @@ class ModelOutput:
         return torch.stack([tokens_per_expert(routing) for routing in self.routing])
 
 
-class Linear(nn.Linear):
-    """Linear map whose weight is cast to the input's type."""
+class Linear(nn.Module):
+    """Linear map without offset whose weight is cast to the input's type."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W^T``."""
@@ -70,9 +71,9 @@ class Linear(nn.Linear):
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation over samples and tokens, channels last; parameters and statistics in float32."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Normalise each channel of [B, S, D]."""
-        return super().forward(x.flatten(0, -2)).view_as(x)
+        return super().forward(input.flatten(0, -2)).view_as(input)
 
 
 class RmsNorm(nn.Module):
@@ -241,7 +242,7 @@ class MoEModel(nn.Module):
         return self.n_params - expert_params * (1 - top_k / config.n_experts)
 
     def flops_per_token(self, top_k: int) -> float:
-        """Return the mean forward FLOPs of a token, two per multiply-add of the matrix products it takes part in.
+        """Return the mean forward FLOPs of a token, two per multiply-add of its matrix products.
 
         Experts count as chosen evenly; norms, softmax and activations are left out, masked attention is not.
         """
@@ -293,6 +294,6 @@ def initialise(model: MoEModel, generator: torch.Generator) -> MoEModel:
         normal(model.embed.weight, 1.0)
     else:
         normal(model.embed.weight, config.patch_size**-1.0)  # pyright: ignore[reportArgumentType]
-    normal(model.position, 0.5)
+    normal(model.position, 0.1)
     normal(model.head.weight, 0.1 * config.d_model**-0.5)
     return model

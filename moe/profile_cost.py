@@ -1,4 +1,4 @@
-"""What work costs on this device: time and energy of micro-batches and of adaptation steps, measured under load.
+"""What work costs here: time and energy of micro-batches and of adaptation steps, under load.
 
 Every cell is measured with its work back to back, so that the device is as warm and as clocked as in service.
 """
@@ -65,8 +65,11 @@ class Load:
     def __init__(self, runner: Runner, cell: Cell) -> None:
         self._runner, self._cell = runner, cell
         self._knobs = Knobs(
-            batch_size=cell.batch_size, expert_count=cell.expert_count, routing_bias=cell.routing_bias, ttt_steps=1
-        )  # fmt: skip
+            batch_size=cell.batch_size,
+            expert_count=cell.expert_count,
+            routing_bias=cell.routing_bias,
+            ttt_steps=int(cell.ttt),
+        )
         self._first = 0
         self._queue: deque[tuple[Callable[[], bool], Callable[[], float]]] = deque()
         self.latencies_s: list[float] = []
@@ -93,7 +96,7 @@ class Load:
 
     def _answer(self) -> tuple[Callable[[], bool], Callable[[], float]]:
         first, self._first = self._first, self._first + self._cell.batch_size
-        batch = self._runner.launch([(first, self._first)], 0, _unadapted(self._knobs))
+        batch = self._runner.launch([(first, self._first)], 0, self._knobs)
         return batch.done, lambda: batch.result().answer_s
 
     def _adapt(self) -> tuple[Callable[[], bool], Callable[[], float]]:
@@ -125,7 +128,9 @@ def visit(runner: Runner, cell: Cell, meter: EnergyCounter | None, seconds: floa
     # Ticks fall inside units: count the fractions too.
     units = np.diff(np.interp([start_s, end_s], load.done_at, np.arange(len(load.done_at))))[0]
     elapsed_s = end_s - start_s
-    return Visit(float(np.median(load.latencies_s[warm_units:])), float(units / elapsed_s), energy_j / elapsed_s)
+    return Visit(
+        float(np.median(load.latencies_s[warm_units:])), float(units / elapsed_s), energy_j / elapsed_s
+    )
 
 
 def measure_cells(
@@ -164,7 +169,9 @@ def adaptation_cell(batch_size: int, expert_count: int) -> Cell:
     return Cell(max(2, min(batch_size, ADAPT_BATCH)), expert_count, 0.0, True)
 
 
-def fitting_batch_sizes(runner: Runner, batch_sizes: Sequence[int], expert_counts: Sequence[int]) -> list[int]:
+def fitting_batch_sizes(
+    runner: Runner, batch_sizes: Sequence[int], expert_counts: Sequence[int]
+) -> list[int]:
     """Batch sizes that fit the device's memory at the most experts; also the first run of every shape."""
     fitting = []
     for n in sorted(batch_sizes):
@@ -184,7 +191,3 @@ def idle_power_w(meter: EnergyCounter) -> float:
     time.sleep(1.0)
     start, end = meter.window(lambda: time.sleep(2e-3), IDLE_S)
     return (end.energy_j - start.energy_j) / (end.time_s - start.time_s)
-
-
-def _unadapted(knobs: Knobs) -> Knobs:
-    return Knobs(batch_size=knobs.batch_size, expert_count=knobs.expert_count, routing_bias=knobs.routing_bias)

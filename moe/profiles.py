@@ -105,8 +105,12 @@ def load_profile(path: str | Path) -> Profile:
             f"{path}: missing or unknown fields {odd}; a profile holds exactly {sorted(known)}"
         )
     arrays = {f.name for f in dataclasses.fields(Profile) if "ndarray" in str(f.type)}
-    values = {name: _as_array(path, name, raw[name]) if name in arrays else raw[name] for name in known}
-    values["shifts"] = tuple(values["shifts"])
+    values: dict[str, Any] = {
+        name: _as_array(path, name, raw[name]) if name in arrays else raw[name] for name in known
+    }
+    if not isinstance(raw["shifts"], list) or not raw["shifts"]:
+        raise ProfileError(f"{path}: shifts must list the names of the input shifts, got {raw['shifts']!r}")
+    values["shifts"] = tuple(raw["shifts"])
     profile = Profile(**values)
     _check(path, profile)
     return profile

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 BIAS_SCALE = 4.0
 """Pull of ``routing_bias = 1`` on a cost difference of 1, in standard deviations of the token's logits.
 
-Measured in the logits' own spread, the pull means the same for every layer, model and token. Among 8 to 16 logits
-the best lies about 1.5 to 1.8 standard deviations above the mean, and the costs of experts with widths 5:3 differ
-by 0.4: at 1 the cheap expert wins against all but the most decided tokens, and 0..1 is the useful range.
+Measured in the logits' own spread, the pull means the same for every layer, model and token. Among 8 to 16
+logits the best lies about 1.5 to 1.8 standard deviations above the mean, and the costs of experts with widths
+5:3 differ by 0.4: at 1 the cheap expert wins but for the most decided tokens, and 0..1 is the useful range.
 """
 
 
@@ -67,7 +67,7 @@ def route(
 
 
 class Router(nn.Module):
-    """Linear map from token to expert logits, always in float32 (Switch Transformer, arXiv 2101.03961, 2.4)."""
+    """Linear map from token to expert logits, always in float32 (arXiv 2101.03961, section 2.4)."""
 
     def __init__(self, d_model: int, n_experts: int) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ Shapes: B requests of a batch, L layers, E experts.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -48,8 +49,8 @@ class BatchResult:
 class Batch:
     """A micro-batch that was launched on a CPU, hence done."""
 
-    def __init__(self, packed: Tensor, load_shape: torch.Size, marks: list[float]) -> None:
-        self._packed, self._load_shape, self._marks = packed, load_shape, marks
+    def __init__(self, packed: Tensor, size: int, n_layers: int, marks: list[float]) -> None:
+        self._packed, self._size, self._n_layers, self._marks = packed, size, n_layers, marks
 
     def done(self) -> bool:
         """Whether the device is free of this batch."""
@@ -71,17 +72,17 @@ class Batch:
         Raises:
             NonFiniteAnswersError: an answer is not a number.
         """
-        packed = self._packed.numpy()
-        loads = self._load_shape.numel()
-        correct, (confidence, entropy), load = np.split(packed, [packed.size - loads - 2, packed.size - loads])
+        packed, n = self._packed.numpy(), self._size
+        correct, (confidence, entropy), load = np.split(packed, [n, n + 2])
         if not np.isfinite(confidence + entropy):
             raise NonFiniteAnswersError(
-                f"a batch of {correct.size} requests was answered with numbers that are not finite (confidence sum "
-                f"{confidence}, entropy sum {entropy}); reset to undo the adaptation, or restore the weights"
+                f"a batch of {n} requests was answered with numbers that are not finite "
+                f"(confidence sum {confidence}, entropy sum {entropy}); reset to undo the adaptation, or "
+                "restore the weights"
             )
         return BatchResult(
             correct.astype(bool), float(confidence), float(entropy),
-            load.astype(np.int64).reshape(self._load_shape), *self._durations(),
+            load.astype(np.int64).reshape(self._n_layers, -1), *self._durations(),
         )  # fmt: skip
 
     def _durations(self) -> tuple[float, float]:
@@ -93,9 +94,14 @@ class CudaBatch(Batch):
     """A micro-batch under way on a CUDA device."""
 
     def __init__(
-        self, packed: Tensor, load_shape: torch.Size, events: list[torch.cuda.Event], clock: Callable[[], float]
+        self,
+        packed: Tensor,
+        size: int,
+        n_layers: int,
+        events: list[torch.cuda.Event],
+        clock: Callable[[], float],
     ) -> None:
-        super().__init__(packed, load_shape, [])
+        super().__init__(packed, size, n_layers, [])
         self._events, self._clock = events, clock
         self._answered_seen = self._freed_seen = float("inf")
 
@@ -149,7 +155,7 @@ class Runner:
         if self.adapts:
             ttt.restore(self.model, self.optimizer, self._unadapted)
         order = torch.randperm(len(self.samples), generator=torch.Generator().manual_seed(seed))
-        self._order = order.to(self.device)  # [N]
+        self.order = order.to(self.device)  # [N]
 
     def launch(self, ranges: Sequence[tuple[int, int]], shift: int, knobs: Knobs) -> Batch:
         """Start a micro-batch of the requests numbered [first, last), one range per class.
@@ -157,21 +163,20 @@ class Runner:
         Args:
             ranges: request numbers; classes read the shuffled pool from different places.
             shift: input shift in force.
-            knobs: `expert_count`, `routing_bias` and `ttt_steps` are used. A single request is not adapted to.
+            knobs: `expert_count`, `routing_bias` and `ttt_steps` are used; one image is too few to adapt to.
         """
         marks = [self._mark()]
         with torch.no_grad():
             inputs, targets = self.samples.take(shift, self._sample_index(ranges))
             output = self.answer(inputs, knobs.expert_count, knobs.routing_bias)
-            loads = output.tokens_per_expert  # [L, E]
-            packed = pack(output, targets, loads).to("cpu", non_blocking=True)
+            packed = pack(output, targets).to("cpu", non_blocking=True)
         marks.append(self._mark())
         if knobs.ttt_steps and len(inputs) > 1:
             self.adapt(inputs[:ADAPT_BATCH], knobs)
         marks.append(self._mark())
         if self.device.type == "cuda":
-            return CudaBatch(packed, loads.shape, marks, self._clock)
-        return Batch(packed, loads.shape, marks)
+            return CudaBatch(packed, len(inputs), len(output.routing), marks, self._clock)
+        return Batch(packed, len(inputs), len(output.routing), marks)
 
     def answer(self, inputs: Tensor, expert_count: int, routing_bias: float) -> ModelOutput:
         """Answer requests: one row of logits each, for language those of the byte after the chunk."""
@@ -192,11 +197,13 @@ class Runner:
 
     def _sample_index(self, ranges: Sequence[tuple[int, int]]) -> Tensor:
         n = len(self.samples)
+        starts = [c * n // len(ranges) for c in range(len(ranges))]
         parts = [
-            torch.arange(first, last, device=self.device) + c * n // len(ranges)
-            for c, (first, last) in enumerate(ranges)
+            torch.arange(first + start, last + start, device=self.device)
+            for (first, last), start in zip(ranges, starts, strict=True)
+            if last > first
         ]
-        return self._order[torch.cat(parts) % n]  # [B]
+        return self.order[torch.cat(parts) % n]  # [B]
 
     def _mark(self) -> Any:
         """Mark this place in the device's work: a clock reading on a CPU, an event on CUDA."""
@@ -207,8 +214,22 @@ class Runner:
         return event
 
 
-def pack(output: ModelOutput, targets: Tensor, loads: Tensor) -> Tensor:
-    """Everything the host wants of a batch in one array: float64 counts and sums are exact.  # [B + 2 + L * E]"""
-    correct = output.predictions == targets  # [B]
-    sums = torch.stack([output.confidence.sum(), output.entropy.sum()])  # [2]
-    return torch.cat([correct.double(), sums.double(), loads.flatten().double()])
+def pack(output: ModelOutput, targets: Tensor) -> Tensor:
+    """Join what the host wants of a batch in one array, in few launches: they are a small batch's time.
+
+    Args:
+        output: Answers, one row of logits each.
+        targets: Right answers.  # [B]
+
+    Returns:
+        Flags of right answers, sums of confidence and entropy, tokens per expert of each layer, all in
+        float64, which holds flags and counts exactly.  # [B + 2 + L * E]
+    """
+    log_p = output.logits.log_softmax(dim=-1)  # [B, C]
+    confidence = log_p.amax(dim=-1).exp().sum()
+    entropy = (log_p.exp() * log_p).sum() / -math.log(log_p.shape[-1])
+    experts = torch.stack([routing.experts for routing in output.routing])  # [L, T, K]
+    n_experts = output.routing[0].router_logits.shape[-1]
+    loads = (experts[..., None] == torch.arange(n_experts, device=experts.device)).sum(dim=(1, 2))  # [L, E]
+    sums = torch.stack([confidence, entropy]).double()
+    return torch.cat([output.predictions == targets, sums, loads.flatten()])

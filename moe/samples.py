@@ -63,7 +63,7 @@ class SamplePool:
         return self.targets.shape[1]
 
     def take(self, shift: int, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather a batch: inputs [B, ...] and right answers [B]; ``index`` is int64 on the device.  # [B]"""
+        """Gather a batch: inputs [B, ...] and right answers [B]. ``index``: int64 on the device, [B]."""
         return self.inputs[shift].index_select(0, index), self.targets[shift].index_select(0, index)
 
 
@@ -85,7 +85,9 @@ def _language_shift(shift: str, device: torch.device) -> tuple[Tensor, Tensor]:
     text = data.load_language(_TEXT_OF_SHIFT[shift], "test")  # [n_bytes]
     windows = text.unfold(0, CHUNK_BYTES + 1, 1)  # [n_bytes - CHUNK_BYTES, CHUNK_BYTES + 1]
     if len(windows) < TEXT_CHUNKS:
-        raise ValueError(f"the text of shift {shift!r} has {len(text)} bytes, too few for {TEXT_CHUNKS} requests")
+        raise ValueError(
+            f"the text of shift {shift!r} has {len(text)} bytes, too few for {TEXT_CHUNKS} requests"
+        )
     chosen = torch.arange(TEXT_CHUNKS) * len(windows) // TEXT_CHUNKS  # evenly spaced, all different
     chunks = windows[chosen]
     return chunks[:, :-1].to(device), chunks[:, -1].long().to(device)

@@ -6,6 +6,7 @@ weights serves every top-k (Matryoshka MoE, arXiv 2509.26520).
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import math
 import platform
@@ -51,10 +52,10 @@ class Recipe:
 
 
 RECIPES: dict[tuple[str, str], Recipe] = {
-    ("vision", "tiny"): Recipe(batch_size=256, steps=700, learning_rate=4e-3),
-    ("language", "tiny"): Recipe(batch_size=64, steps=900, learning_rate=4e-3),
-    ("vision", "base"): Recipe(batch_size=512, steps=2000, learning_rate=5e-4),
-    ("language", "base"): Recipe(batch_size=128, steps=1500, learning_rate=3e-4),
+    ("vision", "tiny"): Recipe(batch_size=256, steps=600, learning_rate=5e-3),
+    ("language", "tiny"): Recipe(batch_size=64, steps=600, learning_rate=2e-2),
+    ("vision", "base"): Recipe(batch_size=512, steps=800, learning_rate=2e-4),
+    ("language", "base"): Recipe(batch_size=128, steps=300, learning_rate=2e-4),
 }
 
 
@@ -173,7 +174,7 @@ def _batches(
         while True:
             order = torch.randperm(len(images), device=device, generator=generator)
             for chosen in order[: len(order) // batch_size * batch_size].split(batch_size):
-                yield augment(images[chosen], generator), labels[chosen]
+                yield mirror(images[chosen], generator), labels[chosen]
     text = data.load_language("prose", "train").to(device)
     window = torch.arange(config.context_length + 1, device=device)  # [S + 1]
     while True:
@@ -183,16 +184,10 @@ def _batches(
         yield piece[:, :-1], piece[:, 1:].long()
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image, [B, 28, 28], by up to 2 pixels and mirror half of them."""
-    n, size = images.shape[0], images.shape[-1]
-    shift = torch.randint(5, (2, n, 1), device=images.device, generator=generator)  # [2, B, 1]
-    index = torch.arange(size, device=images.device)  # [28]
-    mirrored = torch.rand(n, 1, device=images.device, generator=generator) < 0.5
-    columns = torch.where(mirrored, size - 1 - index, index) + shift[0]  # [B, 28]
-    rows = index + shift[1]  # [B, 28]
-    padded = F.pad(images, (2, 2, 2, 2))
-    return padded[torch.arange(n, device=images.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+def mirror(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror a random half of the images, [B, 28, 28]; in so short a training, shifts too cost accuracy."""
+    chosen = torch.rand(len(images), 1, 1, device=images.device, generator=generator) < 0.5
+    return torch.where(chosen, images.flip(-1), images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +212,7 @@ def main(arguments: Arguments) -> None:
     """Run the command."""
     recipe = RECIPES[arguments.task, arguments.size]
     if arguments.steps is not None:
-        recipe = Recipe(**{**recipe.__dict__, "steps": arguments.steps})
+        recipe = dataclasses.replace(recipe, steps=arguments.steps)
     config = model_config(arguments.task, arguments.size)
     model, record = train(config, recipe, pick_device(arguments.device), arguments.seed)
     path = arguments.out / f"{arguments.task}-{arguments.size}.safetensors"

@@ -1,8 +1,8 @@
 """The memory-bound steps between the experts' matrix products, each as one pass over memory (CUDA only).
 
-Composed from torch operators these steps take longer than the matrix products themselves. Row counts are read
-on the device, so uninitialised rows behind an expert prefix cost nothing and are never read. ``kernels`` holds
-the same functions for the CPU.
+Composed from torch operators these steps take longer than the matrix products themselves. Row counts are
+read on the device, so uninitialised rows behind an expert prefix cost nothing and are never read. ``kernels``
+holds the same functions for the CPU.
 
 Shapes: T tokens, D model, F hidden units, K experts per token, R rows.
 """

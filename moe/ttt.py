@@ -1,9 +1,10 @@
-"""Test-time training of a vision model by entropy minimisation (TENT: Wang et al., ICLR 2021, arXiv 2006.10726).
+"""Test-time training of a vision model by entropy minimisation (TENT: Wang et al., ICLR 2021).
 
-Only the norms adapt. Each step moves their running statistics toward the batch's and takes one gradient step of
-their gains and offsets on the mean entropy of the batch's own answers. Unlike the original, answers are not taken
-from the adapting pass: the model serves in eval mode from its running statistics, so that an answer does not
-depend on what else is in its batch, and serving without adaptation costs one forward pass.
+Only the norms adapt (arXiv 2006.10726, section 3). Each step moves their running statistics toward the
+batch's and takes one gradient step of their gains and offsets on the mean entropy of the batch's own
+answers. Unlike the original, answers are not taken from the adapting pass: the model serves in eval mode
+from its running statistics, so that an answer does not depend on what else is in its batch, and serving
+without adaptation costs one forward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from torch import Tensor, nn
 from moe.model import BatchNorm, MoEModel
 
 LEARNING_RATE = 1e-3
-STATISTICS_MOMENTUM = 0.1
+"""Small, because a service takes thousands of steps. A hundred steps at a hundred times this rate did not
+collapse; they helped under noise and harmed under pixelation by a few points."""
+
+STATISTICS_MOMENTUM = 0.2
+"""Share of the batch in the running statistics, which bring most of the recovery; ten steps replace 89%."""
 
 
 class AdaptationDiverged(RuntimeError):

@@ -59,7 +59,7 @@ def training_record(task: str, size: str, cache_dir: Path | None = None) -> Trai
 
 
 def weights_path(task: str, size: str, cache_dir: Path | None = None) -> Path:
-    """Return where a model's weights are or would be; a base model's name changes with its config and data."""
+    """Return where a model's weights are or would be; a base model's name follows its config and data."""
     config = model_config(task, size)
     if size == "tiny":
         return SHIPPED_FOLDER / f"{task}-tiny.safetensors"

@@ -108,6 +108,7 @@ class Workload(Protocol):
 
     def run(self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True) -> WorkStats:
         """Serve for `duration_s` seconds of the service's clock, which stands still between calls."""
+        ...
 
     def close(self) -> None:
         """Release what the service holds. May be called twice."""

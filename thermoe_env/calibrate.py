@@ -46,12 +46,14 @@ def record(out: Path = Path("runs/gpu_telemetry.csv"), seconds: float = 300.0, d
         driver_info_path(out).write_text(json.dumps(about, indent=1) + "\n")
         start_s = time.perf_counter()
         with out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
             for i in tqdm(range(round(seconds * SAMPLES_PER_S)), unit="sample"):
                 time.sleep(max(0.0, start_s + i / SAMPLES_PER_S - time.perf_counter()))
                 row = gpu.trace_row()
-                writer.writerow({"t": round(time.perf_counter() - start_s, 4), **row})
+                writer.writerow(
+                    [round(time.perf_counter() - start_s, 4), *(row[name] for name in COLUMNS[1:])]
+                )
     finally:
         gpu.close()
     print(f"{out} and {driver_info_path(out)}")
@@ -67,7 +69,8 @@ def fit(
     Args:
         traces: telemetry CSV files.
         out: the twin to write; in configs/twin its name becomes one for scenarios.
-        nvml_info: what the driver said of the card; X_nvml_info.json beside the first X_telemetry.csv if not given.
+        nvml_info: what the driver said of the card; without it X_nvml_info.json beside the first
+            X_telemetry.csv.
     """
     if not traces:
         raise TraceFormatError("name at least one trace")
@@ -77,7 +80,9 @@ def fit(
     for name in ("idle_power_w", "leakage_per_c", "power_cap_w", *THERMAL, "inlet_drift_c"):
         print(f"{name:20} {getattr(twin, name):10.5g}")
     if "at_bound" in twin.provenance:
-        print(f"Not identified, held at a bound: {', '.join(twin.provenance['at_bound'])}. Record longer steps.")
+        print(
+            f"Not identified, held at a bound: {', '.join(twin.provenance['at_bound'])}. Record longer steps."
+        )
     for part in twin.provenance["held_out"]:
         print(f"\nFitted to {part['file']} before {part['fitted_before_s']} s, error after it:")
         _print_errors(Validation(**{f.name: part[f.name] for f in dataclasses.fields(Validation)}))

@@ -30,7 +30,7 @@ class TwinParams:
     leakage_per_c: float
     """Relative rise of idle power per degree of the die."""
     power_cap_w: float
-    """Mean power at which the board lowers its clock. It caps peaks, so this may lie below the nominal limit."""
+    """Mean power at which the board lowers its clock. It caps peaks: this may lie below the nominal limit."""
     r_die_c_per_w: float
     r_spreader_c_per_w: float
     tau_spreader_s: float

@@ -3,7 +3,8 @@
 Heat: one free run over each whole trace, driven by its measured power, is brought as close to the
 measured temperatures as least squares can, all nodes at once. What remains varies slowly and is not
 explained by power; its size and its memory become the twin's inlet drift.
-Power: idle power against temperature while the device cools without work, and the mean power it holds at its cap.
+Power: idle power against temperature while the device cools without work, and the mean power it holds
+at its cap.
 """
 
 from __future__ import annotations
@@ -42,10 +43,23 @@ def fit_twin(traces: list[Trace], info: DriverInfo, interval_s: float = 1.0) -> 
         TraceFormatError: the traces lack what the fit needs; says what to record.
     """
     parts = [trace.intervals(interval_s) for trace in traces]
-    twin = _fit(parts, info)
+    max_clock_mhz = max(float(part.sm_mhz_min.max()) for part in parts)
+    electrical, electrical_notes = _electrical(parts, info, max_clock_mhz)
+    thermal, thermal_notes = _thermal(parts)
+    twin = TwinParams(
+        gpu=info.name,
+        **electrical,
+        **thermal,
+        slowdown_c=info.slowdown_c,
+        hw_slowdown_c=info.hw_slowdown_c,
+        mem_limit_c=info.mem_limit_c,
+        shutdown_c=info.shutdown_c,
+        max_clock_mhz=max_clock_mhz,
+        provenance={},
+    )
     cuts = [round((1.0 - HELD_OUT) * len(part)) for part in parts]
-    early = _fit([part.until(cut) for part, cut in zip(parts, cuts, strict=True)], info)
-    held_out = [dataclasses.asdict(validate_twin(p, early, c)) for p, c in zip(parts, cuts, strict=True)]
+    earlier, _ = _thermal([part.until(cut) for part, cut in zip(parts, cuts, strict=True)])
+    judged = dataclasses.replace(twin, **earlier)
     provenance = {
         "measured_on": info.measured_on,
         "driver": info.driver,
@@ -53,39 +67,24 @@ def fit_twin(traces: list[Trace], info: DriverInfo, interval_s: float = 1.0) -> 
             {"file": t.path.name, "sha256": t.sha256, "duration_s": round(float(t.t[-1] - t.t[0]), 1)}
             for t in traces
         ],
-        **twin.provenance,
-        # Of a fit to what lies before `fitted_before_s`, on what lies after it; the twin is fitted to the whole.
+        **electrical_notes,
+        **thermal_notes,
+        # Of a fit to what lies before `fitted_before_s`, on what lies after; the twin is fitted to the whole.
         "held_out": [
             {
-                "file": t.path.name,
-                "fitted_before_s": round(float(p.t_s[c - 1]), 1),
-                "first_part_of_all": True,
-                **h,
+                "file": trace.path.name,
+                "fitted_before_s": round(float(part.t_s[cut - 1]), 1),
+                **dataclasses.asdict(validate_twin(part, judged, cut)),
             }
-            for t, p, c, h in zip(traces, parts, cuts, held_out, strict=True)
+            for trace, part, cut in zip(traces, parts, cuts, strict=True)
         ],
     }
     return dataclasses.replace(twin, provenance=provenance)
 
 
-def _fit(parts: list[Intervals], info: DriverInfo) -> TwinParams:
-    """Fit without judging."""
-    max_clock_mhz = max(float(part.sm_mhz_min.max()) for part in parts)
-    values, notes = _electrical(parts, info, max_clock_mhz)
-    values |= _thermal(parts, notes)
-    return TwinParams(
-        gpu=info.name,
-        **{name: float(f"{value:.5g}") for name, value in values.items()},
-        slowdown_c=info.slowdown_c,
-        hw_slowdown_c=info.hw_slowdown_c,
-        mem_limit_c=info.mem_limit_c,
-        shutdown_c=info.shutdown_c,
-        max_clock_mhz=max_clock_mhz,
-        provenance=notes,
-    )
-
-
-def _electrical(parts: list[Intervals], info: DriverInfo, max_clock_mhz: float) -> tuple[dict, dict]:
+def _electrical(
+    parts: list[Intervals], info: DriverInfo, max_clock_mhz: float
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Idle power, leakage and power cap, and what they rest on."""
     power, temp, capped = [], [], []
     for part in parts:
@@ -105,13 +104,12 @@ def _electrical(parts: list[Intervals], info: DriverInfo, max_clock_mhz: float) 
     slope, at_zero = np.polyfit(idle_c, idle_w, 1)
     reference_c = round(float(idle_c.mean()))
     idle_power_w = at_zero + slope * reference_c
-    # A board caps peaks, so the mean power it holds is measured where it says that it does so.
-    held = len(capped_w) >= 10
     values = {
         "idle_power_w": idle_power_w,
         "idle_reference_c": reference_c,
         "leakage_per_c": max(0.0, slope / idle_power_w),
-        "power_cap_w": capped_w.mean() if held else info.power_limit_w,
+        # The mean at the cap depends on the load (peaks are capped), so the limit itself is the bound.
+        "power_cap_w": info.power_limit_w,
     }
     notes = {
         "idle": {
@@ -120,19 +118,21 @@ def _electrical(parts: list[Intervals], info: DriverInfo, max_clock_mhz: float) 
             "to_c": round(float(idle_c.max()), 1),
             "rmse_w": round(float(np.std(idle_w - at_zero - slope * idle_c)), 2),
         },
-        "power_cap": f"mean of {len(capped_w)} s at the cap"
-        if held
-        else "limit the board reports; never reached",
-        "power_limit_w": info.power_limit_w,
+        "at_power_cap": {
+            "seconds": len(capped_w),
+            "mean_power_w": round(float(capped_w.mean()), 1) if len(capped_w) else None,
+        },
     }
-    return values, notes
+    return _rounded(values), notes
 
 
-def _thermal(parts: list[Intervals], notes: dict[str, Any]) -> dict[str, float]:
-    """Resistances, time constants, inlet and drift; adds the residual and odd findings to `notes`."""
+def _thermal(parts: list[Intervals]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Resistances, time constants, inlet and drift, and what the fit leaves."""
     span = max(float(np.ptp(part.power_w)) for part in parts)
     if span < 100.0:
-        raise TraceFormatError(f"mean power varies by {span:.0f} W only; record steps between idle and full load")
+        raise TraceFormatError(
+            f"mean power varies by {span:.0f} W only; record steps between idle and full load"
+        )
     measured = [np.stack([part.temp_c, part.mem_temp_c], axis=1) for part in parts]  # [N, 2] each
     own = len(_FITTED) + 1  # then, per trace: inlet and the three nodes at its start
 
@@ -161,19 +161,22 @@ def _thermal(parts: list[Intervals], notes: dict[str, Any]) -> dict[str, float]:
     drift_c, drift_tau_s = _drift(residuals, parts[0].interval_s)
     at_bound = [name for name, side in zip(_FITTED, solution.active_mask, strict=False) if side]
     pooled = np.concatenate(residuals)
-    notes["free_run_rmse_c"] = {
-        "die": round(float(np.sqrt(np.mean(pooled[:, 0] ** 2))), 3),
-        "memory": round(float(np.sqrt(np.mean(pooled[:, 1] ** 2))), 3),
+    notes: dict[str, Any] = {
+        "free_run_rmse_c": {
+            "die": round(float(np.sqrt(np.mean(pooled[:, 0] ** 2))), 3),
+            "memory": round(float(np.sqrt(np.mean(pooled[:, 1] ** 2))), 3),
+        }
     }
     if at_bound:
         notes["at_bound"] = at_bound
-    return {
+    values = {
         **dict(zip(_FITTED, np.exp(solution.x[: len(_FITTED)]), strict=True)),
         "mem_offset_c": solution.x[len(_FITTED)],
-        "inlet_c": float(np.mean(solution.x[own::4])),
+        "inlet_c": np.mean(solution.x[own::4]),
         "inlet_drift_c": drift_c,
         "inlet_drift_tau_s": drift_tau_s,
     }
+    return _rounded(values), notes
 
 
 def _drift(residuals: list[np.ndarray], interval_s: float) -> tuple[float, float]:
@@ -191,3 +194,8 @@ def _drift(residuals: list[np.ndarray], interval_s: float) -> tuple[float, float
     fallen = np.flatnonzero(np.array(covariance) < covariance[0] / math.e)
     lag = int(fallen[0]) if len(fallen) else longest
     return math.sqrt(covariance[0]), max(1, lag) * interval_s
+
+
+def _rounded(values: dict[str, Any]) -> dict[str, float]:
+    """Five digits are more than a trace determines."""
+    return {name: float(f"{value:.5g}") for name, value in values.items()}

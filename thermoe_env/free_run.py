@@ -126,7 +126,7 @@ def validate_twin(intervals: Intervals, twin: TwinParams, first: int = WARM_UP) 
     )
 
 
-def _filter(
+def filter_states(
     power_w: np.ndarray, measured: np.ndarray, interval_s: float, p: np.ndarray, drift_c: float
 ) -> np.ndarray:
     """Kalman-filtered state after each interval, from it and those before.

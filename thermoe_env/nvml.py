@@ -78,8 +78,8 @@ class Gpu:
         except self._nvml.NVMLError as error:
             self.close()
             raise GpuUnavailableError(
-                f"device {device_index} lacks a sensor or does not answer ({error}); needs a whole data-centre "
-                "GPU (no MIG slice) with energy counter and memory temperature, and a current driver"
+                f"device {device_index} lacks a sensor or does not answer ({error}); needs a current "
+                "driver and a whole data-centre GPU (no MIG slice) with energy counter and memory temperature"
             ) from error
         except BaseException:
             self.close()
@@ -123,7 +123,8 @@ class Gpu:
                     return energy_j, time_s
                 if time_s - start_s > TICK_TIMEOUT_S:
                     raise GpuLostError(
-                        f"{self.name}: the energy counter stood still for {TICK_TIMEOUT_S} s; check `nvidia-smi -q`"
+                        f"{self.name}: the energy counter stood still for {TICK_TIMEOUT_S} s; "
+                        "check `nvidia-smi -q`"
                     )
                 time.sleep(0.001)  # faster polling raises the power it measures
 
@@ -170,7 +171,9 @@ class Gpu:
         try:
             yield
         except self._nvml.NVMLError as error:
-            raise GpuLostError(f"{self.name} ({self.uuid}) stopped answering: {error}; see `dmesg` for Xid") from error
+            raise GpuLostError(
+                f"{self.name} ({self.uuid}) stopped answering: {error}; see `dmesg` for Xid"
+            ) from error
 
     def _energy(self) -> tuple[float, float]:
         energy_mj = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
@@ -263,13 +266,13 @@ class NvmlTelemetry:
         elapsed_s = now.time_s - last.time_s
         if elapsed_s < MIN_INTERVAL_S:
             raise ReadingError(
-                f"{elapsed_s:.3f} s since the last reading; the energy counter needs {MIN_INTERVAL_S} s or more"
+                f"{elapsed_s:.3f} s since the last reading; the energy counter needs {MIN_INTERVAL_S} s"
             )
         for name in ("energy_j", "power_capped_s", "thermal_throttle_s"):
             if getattr(now, name) < getattr(last, name):
                 raise ReadingError(
-                    f"{self.gpu.name}: counter {name} fell from {getattr(last, name)} to {getattr(now, name)}; "
-                    "the driver was reloaded, begin a new episode"
+                    f"{self.gpu.name}: {name} fell from {getattr(last, name)} to {getattr(now, name)}: "
+                    "the driver was reloaded; begin a new episode"
                 )
         self._last = now
         power_w = (now.energy_j - last.energy_j) / elapsed_s
@@ -315,7 +318,8 @@ class _Lock:
             pid = os.pread(self._file, 20, 0).decode(errors="replace").strip()
             os.close(self._file)
             raise GpuBusyError(
-                f"{uuid} is used by another live environment, in process {pid or '?'}; close it or wait for its end"
+                f"{uuid} is used by another live environment, in process {pid or '?'}; "
+                "close it or wait for its end"
             ) from error
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, str(os.getpid()).encode(), 0)
@@ -358,7 +362,8 @@ def _visible_device(nvml: Any, index: int) -> Any:
         if _text(nvml.nvmlDeviceGetUUID(handle)).startswith(entries[index]):
             return handle
     raise GpuUnavailableError(
-        f"no whole GPU {entries[index]!r}, which CUDA_VISIBLE_DEVICES names; MIG slices have no energy counter"
+        f"no whole GPU {entries[index]!r}, which CUDA_VISIBLE_DEVICES names; "
+        "MIG slices have no energy counter"
     )
 
 

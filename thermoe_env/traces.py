@@ -19,7 +19,8 @@ import numpy as np
 from thermoe_env.errors import TraceFormatError
 
 COLUMNS = (
-    "t", "temp_c", "mem_temp_c", "power_w", "power_inst_w", "energy_mj", "sm_mhz", "mem_mhz", "util", "reasons",
+    "t", "temp_c", "mem_temp_c", "power_w", "power_inst_w", "energy_mj",
+    "sm_mhz", "mem_mhz", "util", "reasons",
 )  # fmt: skip
 """`t` in s; `energy_mj` is the cumulative counter; `reasons` is NVML's bitmask of clock event reasons."""
 POWER_CAP_REASON = 0x4
@@ -78,7 +79,7 @@ class Trace:
         """Means over intervals of `interval_s`.
 
         Power is the energy counter's difference, interpolated between its ticks. Temperatures are means
-        of the samples, `SENSOR_LAG_S` later: averaging many samples of whole degrees resolves fractions of one.
+        of the samples, `SENSOR_LAG_S` later: many samples of whole degrees resolve fractions of one.
 
         Raises:
             TraceFormatError: the counter ticks too slowly, or the trace holds no two intervals.

@@ -16,6 +16,7 @@ from thermoe_env.physics import (
     capped_power_w,
     die_temperature_c,
     idle_power_w,
+    memory_temperature_c,
     next_clock,
     relax,
     sensor_c,
@@ -27,8 +28,8 @@ GPU_DTYPE = np.dtype([(name, np.float64) for name in READING_NAMES])
 
 _PHYSICS = (
     "idle_power_w", "idle_reference_c", "leakage_per_c", "power_cap_w", "r_die_c_per_w", "r_spreader_c_per_w",
-    "tau_spreader_s", "r_sink_c_per_w", "tau_sink_s", "inlet_c", "r_mem_c_per_w", "tau_mem_s", "slowdown_c",
-    "hw_slowdown_c", "mem_limit_c", "shutdown_c", "max_clock_mhz",
+    "tau_spreader_s", "r_sink_c_per_w", "tau_sink_s", "inlet_c", "r_mem_c_per_w", "tau_mem_s", "mem_offset_c",
+    "slowdown_c", "hw_slowdown_c", "mem_limit_c", "shutdown_c", "max_clock_mhz",
 )  # fmt: skip
 DEVICE_DTYPE = np.dtype(
     [
@@ -74,7 +75,7 @@ def heat(device, slot_energy, drift_c, gpu):
         device.sink_c = relax(device.sink_c, device.r_sink_c_per_w * power, SLOT_S, device.tau_sink_s)
         device.memory_c = relax(device.memory_c, device.r_mem_c_per_w * power, SLOT_S, device.tau_mem_s)
         device.die_c = die_temperature_c(inlet, device.r_die_c_per_w, power, device.spreader_c, device.sink_c)
-        device.mem_c = inlet + device.memory_c
+        device.mem_c = memory_temperature_c(inlet, device.mem_offset_c, device.memory_c, device.sink_c)
         tripped = tripped or device.die_c >= device.shutdown_c
         energy += power * SLOT_S
         demand_peak = max(demand_peak, idle + dynamic)
@@ -135,7 +136,7 @@ def start_device(problem: Problem, seed: int, device: np.ndarray) -> np.ndarray:
     device["die_c"] = (
         device["inlet_c"] + device["r_die_c_per_w"] * power + device["spreader_c"] + device["sink_c"]
     )
-    device["mem_c"] = device["inlet_c"] + device["memory_c"]
+    device["mem_c"] = device["inlet_c"] + device["mem_offset_c"] + device["memory_c"] + device["sink_c"]
     device["clock"] = 1.0
     return drift
 

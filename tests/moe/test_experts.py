@@ -1,5 +1,7 @@
 """Experts and dispatch against a plain loop over tokens and choices."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,7 @@ def loop_reference(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     for token in range(len(x)):
         total = torch.zeros_like(x[token])
         for weight, expert in zip(routing.weights[token], routing.experts[token].tolist(), strict=True):
-            parts = [part for part in experts.slices if expert < part.n_experts]
+            parts: list[Any] = [part for part in experts.slices if expert < part.n_experts]
             if not parts:
                 continue
             gate = torch.cat([part.gate_up[expert].chunk(2, dim=-1)[0] for part in parts], dim=-1)  # [D, F]
@@ -53,11 +55,20 @@ def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[tuple[int, ...], int, list[int], int, int, int]:
-    widths = tuple(sorted(draw(st.lists(st.sampled_from([0, 8, 16, 24]), min_size=2, max_size=6)), reverse=True))
+    widths = tuple(
+        sorted(draw(st.lists(st.sampled_from([0, 8, 16, 24]), min_size=2, max_size=6)), reverse=True)
+    )
     widths = (max(8, widths[0]), *widths[1:])
     allowed = sorted(draw(st.sets(st.integers(0, len(widths) - 1), min_size=1)))  # the others stay empty
     top_k = draw(st.integers(1, len(allowed)))
-    return widths, top_k, allowed, draw(st.integers(1, 9)), draw(st.sampled_from([8, 16])), draw(st.integers(0, 999))
+    return (
+        widths,
+        top_k,
+        allowed,
+        draw(st.integers(1, 9)),
+        draw(st.sampled_from([8, 16])),
+        draw(st.integers(0, 999)),
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -79,7 +90,9 @@ def test_grouped_experts_equal_the_loop_in_value_and_gradient(case):
         found = torch.autograd.grad(output, inputs, seed_gradient)
         wanted = torch.autograd.grad(expected, inputs, seed_gradient, allow_unused=True)
         for got, want in zip(found, wanted, strict=True):
-            torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                got, torch.zeros_like(got) if want is None else want, rtol=1e-3, atol=1e-4
+            )
 
 
 @settings(max_examples=50, deadline=None)

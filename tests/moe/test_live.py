@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,16 +90,19 @@ class Launch:
     ranges: list[tuple[int, int]]
     shift: int
     knobs: Knobs
-    batch: object
+    batch: Any
 
 
-def make(traffic: TrafficConfig | None = None, service: Service = Service(), runner=None):  # noqa: B008
+def make(
+    traffic: TrafficConfig | None = None, service: Service = Service(), runner=None
+) -> tuple[Any, Clock, list[Launch]]:
     """A workload, its clock and the launches it makes."""
     clock = Clock()
-    model = Model(clock)
+    model: Any = Model(clock)
+    samples: Any = Samples()
     traffic = traffic or TrafficConfig(kind="poisson", low_load=0.8, high_load=0.8)
-    workload = LiveWorkload(
-        model, Samples(), traffic, CAPACITY_RPS, 12, service, "cpu", clock=clock, sleep=clock.sleep
+    workload: Any = LiveWorkload(
+        model, samples, traffic, CAPACITY_RPS, 12, service, "cpu", clock=clock, sleep=clock.sleep
     )  # fmt: skip
     if runner is not None:
         workload.runner = runner(workload.runner, clock)
@@ -132,7 +137,12 @@ class PipelinedRunner:
         start = max(self.clock(), self.free_at)
         self.free_at = start + latency_s(n, knobs.expert_count)
         result = BatchResult(
-            np.arange(n) % 2 == 0, 0.5 * n, 0.5 * n, np.ones((LAYERS, EXPERTS), np.int64), self.free_at - start, 0.0
+            np.arange(n) % 2 == 0,
+            0.5 * n,
+            0.5 * n,
+            np.ones((LAYERS, EXPERTS), np.int64),
+            self.free_at - start,
+            0.0,
         )
         done = self.free_at
         return SimpleNamespace(
@@ -144,7 +154,9 @@ def arrivals_of(workload) -> list[np.ndarray]:
     """Arrival time of every request of each class, spaced evenly in its slot."""
     per_slot = np.diff(workload._stream.arrivals, axis=1)
     return [
-        np.concatenate([(s + (np.arange(n) + 0.5) / n) * SLOT_S for s, n in enumerate(row) if n] or [np.zeros(0)])
+        np.concatenate(
+            [(s + (np.arange(n) + 0.5) / n) * SLOT_S for s, n in enumerate(row) if n] or [np.zeros(0)]
+        )
         for row in per_slot
     ]
 
@@ -193,7 +205,7 @@ def test_requests_in_are_answered_expired_or_waiting(runner, traffic, schedule, 
         totals.append(stats)
     for c, name in enumerate(("interactive", "deferrable")):
         launched = [launch.ranges[c] for launch in launches]
-        assert all(b[0] >= a[1] for a, b in zip(launched, launched[1:], strict=False))  # in order, none twice
+        assert all(b[0] >= a[1] for a, b in itertools.pairwise(launched))  # in order, none twice
         in_batches = sum(last - first for first, last in launched)
         in_flight = sum(f.ranges[c][1] - f.ranges[c][0] for f in workload._in_flight)
         assert sum(getattr(s, f"answered_{name}") for s in totals) == in_batches - in_flight
@@ -220,7 +232,9 @@ def test_accounts_agree_with_every_single_request(runner, traffic, schedule, see
             latency = completion - arrival[c][first:last]
             for bound, epsilon in enumerate((EPSILON_S, -EPSILON_S)):
                 late[c, bound] += np.sum(latency >= service.deadline_s[c] + epsilon)
-                good[bound] += np.sum(right[position : position + last - first] & (latency < service.deadline_s[c] - epsilon))
+                good[bound] += np.sum(
+                    right[position : position + last - first] & (latency < service.deadline_s[c] - epsilon)
+                )
             position += last - first
     assert good[0] <= sum(s.good for s in stats) <= good[1]
     assert late[0, 0] <= sum(s.late_interactive for s in stats) <= late[0, 1]
@@ -242,7 +256,9 @@ def test_a_batch_is_full_or_its_oldest_request_has_waited(traffic, knobs, seed):
         (first, last), (first_d, last_d) = launch.ranges
         n = last - first + last_d - first_d
         ages = [
-            (launch.at_s - arrival[c][a]) / service.max_wait_s[c] for c, (a, b) in enumerate(launch.ranges) if b > a
+            (launch.at_s - arrival[c][a]) / service.max_wait_s[c]
+            for c, (a, b) in enumerate(launch.ranges)
+            if b > a
         ]
         assert n == knobs.batch_size or max(ages) >= 1.0 - 1e-6
         if last_d > first_d and n == knobs.batch_size:  # deferrable ones got only the room that was left
@@ -285,7 +301,9 @@ def test_pace_caps_the_busy_share():
     for runner in (None, PipelinedRunner):
         workload, _, _ = make(traffic, runner=runner)
         workload.reset(0)
-        busy = sum(workload.run(Knobs(batch_size=16, expert_count=2, pace=0.4), 1.0).busy_s for _ in range(10))
+        busy = sum(
+            workload.run(Knobs(batch_size=16, expert_count=2, pace=0.4), 1.0).busy_s for _ in range(10)
+        )
         assert 0.35 < busy / 10.0 < 0.41
 
 
@@ -334,7 +352,7 @@ def test_answers_that_are_not_numbers_stop_the_service():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        (Knobs(sm_clock=0.8), "does not set clocks"),
+        (Knobs(sm_clock=0.8), "sets no clocks"),
         (Knobs(ttt_steps=1), "no batch norms"),
         (Knobs(expert_count=5), "has 4 experts"),
     ],
@@ -371,16 +389,17 @@ class Images(Samples):
         return self.images[index], index % 10
 
 
-def adapting_workload():
+def adapting_workload() -> tuple[Any, MoEModel]:
     config = ModelConfig(
         task="vision", d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, expert_widths=(16,) * 4,
         top_k=2, top_k_choices=(1, 2), norm="batch", n_classes=10,
     )  # fmt: skip
+    samples: Any = Images()
     model = initialise(MoEModel(config), torch.Generator().manual_seed(0)).requires_grad_(False).eval()
     clock = Clock()
     traffic = TrafficConfig(kind="poisson", low_load=0.5, high_load=0.5)
     workload = LiveWorkload(
-        model, Images(), traffic, CAPACITY_RPS, 5, Service(), "cpu", clock=clock, sleep=clock.sleep
+        model, samples, traffic, CAPACITY_RPS, 5, Service(), "cpu", clock=clock, sleep=clock.sleep
     )  # fmt: skip
     return workload, model
 
@@ -414,3 +433,33 @@ def test_warm_up_leaves_no_trace():
     state = {name: value.clone() for name, value in model.state_dict().items()}
     workload.warm_up([4, 64], [1, 2], 2)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.gpu
+def test_a_launch_never_waits_for_the_device():
+    config = ModelConfig(
+        task="vision", d_model=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=32, expert_widths=(64,) * 4,
+        top_k=2, top_k_choices=(1, 2), norm="batch", n_classes=10,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        model = initialise(MoEModel(config), torch.Generator("cuda").manual_seed(0))
+    model.requires_grad_(False).eval().cast_weights(torch.bfloat16)
+    samples: Any = Images()
+    samples.images = samples.images.cuda()
+    traffic = TrafficConfig(kind="poisson", low_load=2.0, high_load=2.0)
+    workload = LiveWorkload(model, samples, traffic, 2000.0, 5, Service(), "cuda")
+    workload.warm_up([64], [1, 2], 1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = workload.runner.launch([(0, 40), (0, 24)], 0, Knobs(batch_size=64, expert_count=2))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    workload.runner.synchronize()
+    assert batch.done() and batch.result().correct.shape == (64,)
+    workload.reset(0)
+    waiting = (0.0, 0.0)
+    for ttt_steps in (0, 1, 0):
+        stats = workload.run(Knobs(batch_size=64, expert_count=2, ttt_steps=ttt_steps), 0.5)
+        waiting = assert_conserved(stats, waiting)
+        assert stats.batches > 0 and stats.busy_s > 0.0
+    workload.close()

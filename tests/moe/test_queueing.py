@@ -114,7 +114,9 @@ def test_latencies_are_recorded_within_a_slot_of_the_truth(per_slot, extra_s, da
     st.booleans(),
     st.data(),
 )
-def test_next_launch_is_when_a_batch_is_full_or_a_wait_is_over(slots, batch_size, phase, max_wait, both, data):
+def test_next_launch_is_when_a_batch_is_full_or_a_wait_is_over(
+    slots, batch_size, phase, max_wait, both, data
+):
     lists = [arrival_list([n[c] for n in slots]) for c in range(2)]
     cumulated = np.stack([cumulative([n[c] for n in slots]) for c in range(2)])
     slot = data.draw(st.integers(0, len(slots) - 1))
@@ -122,7 +124,9 @@ def test_next_launch_is_when_a_batch_is_full_or_a_wait_is_over(slots, batch_size
     served = np.array([data.draw(st.integers(0, int(arrived_by(cumulated[c], now)))) for c in range(2)])
     queues = [lists[c][served[c] :] for c in range(2 if both else 1)]
 
-    due = next_launch(cumulated, served, np.zeros(2, np.int64), now, until, batch_size, np.array(max_wait), both)
+    due = next_launch(
+        cumulated, served, np.zeros(2, np.int64), now, until, batch_size, np.array(max_wait), both
+    )
 
     in_time = sorted(a for queue in queues for a in queue if a <= until)
     waits = [queue[0] + max_wait[c] for c, queue in enumerate(queues) if queue and queue[0] <= until]
@@ -142,12 +146,22 @@ def test_next_launch_is_when_a_batch_is_full_or_a_wait_is_over(slots, batch_size
 def test_a_batch_of_one_class_fills_when_its_last_request_comes():
     cumulated = np.stack([cumulative([0, 10]), cumulative([0, 0])])
     due = next_launch(
-        cumulated, np.zeros(2, np.int64), np.zeros(2, np.int64), SLOT_S, 2 * SLOT_S, 5, np.array([9.0, 9.0]), True
+        cumulated,
+        np.zeros(2, np.int64),
+        np.zeros(2, np.int64),
+        SLOT_S,
+        2 * SLOT_S,
+        5,
+        np.array([9.0, 9.0]),
+        True,
     )
     assert due == pytest.approx(1.5 * SLOT_S)  # evenly spaced: half of the slot brings half of its requests
 
 
-@given(st.lists(st.floats(2e-3, 200.0), min_size=1, max_size=50), st.sampled_from([0.0, 0.1, 0.5, 0.95, 0.99, 1.0]))
+@given(
+    st.lists(st.floats(2e-3, 200.0), min_size=1, max_size=50),
+    st.sampled_from([0.0, 0.1, 0.5, 0.95, 0.99, 1.0]),
+)
 def test_quantile_lies_within_a_bin_of_the_sorted_list(latencies, q):
     histogram = np.zeros(len(LATENCY_EDGES_S) + 1, np.int64)
     np.add.at(histogram, np.searchsorted(LATENCY_EDGES_S, latencies, side="right"), 1)

@@ -49,7 +49,9 @@ def test_a_stream_is_whole(config, seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mean_load_and_share(kind):
-    config = TrafficConfig(kind=kind, low_load=0.4, high_load=1.2, dwell_s=5.0, period_s=100.0, interactive_share=0.3)
+    config = TrafficConfig(
+        kind=kind, low_load=0.4, high_load=1.2, dwell_s=5.0, period_s=100.0, interactive_share=0.3
+    )
     total = np.mean([draw_stream(config, seed, 400, 200.0).arrivals[:, -1] for seed in range(30)], axis=0)
     assert total.sum() / 400 == pytest.approx(0.8 * 200.0, rel=0.03)
     assert total[0] / total.sum() == pytest.approx(0.3, rel=0.02)
@@ -83,7 +85,9 @@ def test_trace_replay_has_the_trace_s_shape(tmp_path):
     stamps = [f"2024-05-10 12:59:{56 + int(t)}.{round(t % 1 * 1e7):07d}" for t in times]
     path = write_trace(tmp_path / "trace.csv", stamps)
     config = TrafficConfig(kind="trace", trace=path, low_load=0.5, high_load=0.5)
-    arrived = np.mean([per_second(draw_stream(config, seed, 4, 1000.0).arrivals) for seed in range(50)], axis=0)
+    arrived = np.mean(
+        [per_second(draw_stream(config, seed, 4, 1000.0).arrivals) for seed in range(50)], axis=0
+    )
     assert arrived == pytest.approx([1000.0, 250.0, 0.0, 750.0], rel=0.03)
 
 
@@ -114,7 +118,10 @@ def test_zones_and_summer_time_do_not_matter(tmp_path, berlin):
         ("TIMESTAMP\n2024-05-10 00:00:00\n", "holds 1 requests"),
         ("TIMESTAMP\n2024-05-10 00:00:00\nyesterday\n", "line 3: TIMESTAMP 'yesterday'"),
         ("A,TIMESTAMP\n1,2024-05-10 00:00:00\n2\n", "line 3: TIMESTAMP None"),
-        ("TIMESTAMP\n2024-05-10 00:00:05\n2024-05-10 00:00:06\n2024-05-10 00:00:01\n", "line 4: time runs backward"),
+        (
+            "TIMESTAMP\n2024-05-10 00:00:05\n2024-05-10 00:00:06\n2024-05-10 00:00:01\n",
+            "line 4: time runs backward",
+        ),
         ("TIMESTAMP\n2024-05-10 00:00:05\n\n2024-05-10 00:00:01\n", "line 4: time runs backward"),
         ("TIMESTAMP\n2014-05-10 00:00:00\n2024-05-10 00:00:00\n", "days"),
         ("TIMESTAMP\n2024-05-10 00:00:00\n2024-05-10 00:00:09\n", "covers 10 s, the episode needs 30 s"),

@@ -1,0 +1,57 @@
+"""The whole way in minutes: train PPO in the twin, compare it with rules on the same requests, report.
+
+Run with `python -m agents.demo`; results in runs/demo-<time>.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from agents.evaluation import EvaluateConfig, Results, evaluate
+from agents.runs import new_run_folder
+from thermoe_env.errors import ThermoeError
+
+
+def demo(
+    scenario: str = "default", seeds: int = 20, total_timesteps: int | None = None, out: Path | None = None
+) -> Results:
+    """Train PPO in the twin and evaluate it beside `static`, `best_constant` and `rule_based`.
+
+    Args:
+        scenario: name in configs/scenarios or path of a YAML file.
+        seeds: episodes per policy in the comparison.
+        total_timesteps: length of the training, in place of the one in configs/agents/ppo.yaml.
+        out: folder for the results; runs/demo-<time> where none is given.
+    """
+    from agents.training import load_train_config, train
+
+    overrides: dict[str, Any] = {"scenario": scenario}
+    if total_timesteps is not None:
+        overrides["total_timesteps"] = total_timesteps
+    config = load_train_config("ppo", **overrides)
+    folder = new_run_folder("demo", out)
+    print(f"1 of 2: training PPO in the twin, {config.total_timesteps} steps, into {folder / 'ppo'}")
+    train(config, folder / "ppo")
+    print(f"2 of 2: comparing policies on {seeds} episodes, into {folder / 'evaluation'}")
+    comparison = EvaluateConfig(
+        policy=("rule_based", str(folder / "ppo")), scenario=scenario, seeds=seeds, out=folder / "evaluation"
+    )
+    return evaluate(comparison)
+
+
+def main() -> None:
+    """Parse the command line and run the demonstration."""
+    try:
+        tyro.cli(demo)
+    except (ValueError, OSError, ThermoeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt as stop:
+        sys.exit(f"interrupted; {stop}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Evaluation: policies on the same episodes, in the twin or live, into a run folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from agents.figures import write_figures
+from agents.metrics import episode_metrics, steps_table, summarize
+from agents.policies import Policy
+from agents.report import print_summary, wide_console, write_report
+from agents.rollout import Recording, play_live, play_twin
+from agents.runs import load_policy, new_run_folder, policy_label, write_origin
+from thermoe_env.env import ThermalMoEEnv
+from thermoe_env.problem import Problem
+from thermoe_env.scenario import load_scenario
+
+ALWAYS = ("static", "best_constant")
+"""Played beside whatever is asked for."""
+RESERVED_SEEDS = range(800_000, 1_000_000)
+"""Episodes that choose the best model and the best constant action."""
+COOL_WITHIN_C = 1.0
+COOL_AT_MOST_S = 120.0
+_COOL_EVERY_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What to evaluate, and where to put it."""
+
+    policy: tuple[str, ...] = ("rule_based",)
+    """Names, run folders or model zips; `static` and `best_constant` are always played too."""
+    scenario: str = "default"
+    """Name in configs/scenarios or path of a YAML file."""
+    seeds: int = 20
+    """Episodes per policy."""
+    seed: int = 1000
+    """First seed; episode i has seed + i, for every policy."""
+    live: bool = False
+    """Play on this machine's GPU (on a CPU: measured work, simulated device) instead of in the twin."""
+    out: Path | None = None
+    """Folder for the results; runs/eval-<time> where none is given."""
+    trust_pickle: bool = False
+    """Unpickle model zips from outside a run folder. This can run code that they hold."""
+    duration: int | None = None
+    """Length of an episode in seconds, in place of the scenario's."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or self.seed < 0:
+            raise ValueError(
+                f"seeds must be at least 1 and seed not negative, got {self.seeds} and {self.seed}"
+            )
+        if self.seed < RESERVED_SEEDS.stop and self.seed + self.seeds > RESERVED_SEEDS.start:
+            raise ValueError(
+                f"seeds {RESERVED_SEEDS.start} to {RESERVED_SEEDS.stop - 1} choose models and constant "
+                f"actions and would flatter them: seed={self.seed} with seeds={self.seeds} touches them"
+            )
+
+    @property
+    def seed_list(self) -> list[int]:
+        """Seeds of the episodes."""
+        return list(range(self.seed, self.seed + self.seeds))
+
+
+@dataclass
+class Results:
+    """What has been played so far. The tables on disk are whole after every `add`."""
+
+    folder: Path
+    problem: Problem
+    examples: dict[str, Recording] = field(default_factory=dict)
+    """First episode of each policy."""
+    notes: list[str] = field(default_factory=list)
+    _episodes: list[pd.DataFrame] = field(default_factory=list)
+    _steps: list[pd.DataFrame] = field(default_factory=list)
+
+    @property
+    def episodes(self) -> pd.DataFrame:
+        """Indicators per episode."""
+        return pd.concat(self._episodes, ignore_index=True)
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """Indicators per policy."""
+        return summarize(self.episodes, self.problem.scenario.feasible)
+
+    def add(self, recording: Recording) -> None:
+        """Take a recording in and write episodes.csv, steps.csv.gz and summary.csv anew."""
+        if recording.error is not None:
+            self.notes.append(
+                f"{recording.policy}, seed {recording.seeds[-1]}: cut short after "
+                f"{recording.length[-1] * recording.interval_s:g} s by {type(recording.error).__name__} "
+                f"{recording.error}; left out of the comparison"
+            )
+        if not len(recording.reward):
+            return
+        self.examples.setdefault(recording.policy, recording.episode(0))
+        self._episodes.append(episode_metrics(recording))
+        self._steps.append(steps_table(recording, self.problem))
+        _write_table(self.folder / "episodes.csv", self.episodes)
+        _write_table(self.folder / "steps.csv.gz", pd.concat(self._steps, ignore_index=True))
+        _write_table(self.folder / "summary.csv", self.summary)
+
+    def finish(self, console: Console) -> None:
+        """Draw the figures, write the report, and say what came out and where it is."""
+        if not self._episodes:
+            console.print("nothing was played")
+            return
+        episodes, summary = self.episodes, self.summary
+        figures = write_figures(self.folder / "figures", self.problem, self.examples, episodes, summary)
+        seeds, scenario, origin = (
+            episodes.seed,
+            self.problem.scenario,
+            next(iter(self.examples.values())).origin,
+        )
+        scope = (
+            f"{origin}; scenario {scenario.name}; {seeds.nunique()} seeds from {seeds.min()}; "
+            f"{scenario.episode_s} s each; virtual temperature limit {scenario.limits.temperature_c:g} °C"
+        )
+        title = f"{', '.join(self.examples)}: {scenario.name}"
+        report = write_report(self.folder, title, scope, summary, figures, self.notes)
+        console.print(scope, highlight=False)
+        print_summary(summary, console)
+        for note in self.notes:
+            console.print(note, highlight=False)
+        console.print(f"results: {self.folder}\nreport:  {report}", highlight=False, soft_wrap=True)
+
+
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a CSV file in one step; the same table gives the same bytes."""
+    part = path.with_name(path.name + ".part")
+    compression = {"method": "gzip", "mtime": 0} if path.suffix == ".gz" else None
+    table.to_csv(part, index=False, compression=compression, float_format="%.9g")  # type: ignore[arg-type]
+    part.replace(path)
+
+
+def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
+    """Play every policy on every seed and write everything into the run folder.
+
+    Raises:
+        ValueError: unknown policy or scenario, unusable model (`agents.runs.load_policy`).
+        RunFolderError: `out` holds results already.
+        ThermoeError: the live world failed; what was played until then is written.
+        KeyboardInterrupt: stopped by the user; likewise.
+    """
+    console = console or wide_console()
+    overrides = {} if config.duration is None else {"episode_s": config.duration}
+    scenario = load_scenario(config.scenario, **overrides)
+    twin = Problem.of(scenario)
+    env = ThermalMoEEnv(scenario, world="live") if config.live else None
+    try:
+        problem = twin if env is None else env.problem
+        policies = _policies(config, problem, twin)
+        folder = new_run_folder("eval", config.out)
+        write_origin(folder, {"evaluate": asdict(config), "scenario": asdict(problem.scenario)})
+        results = Results(folder, problem)
+        if env is None:
+            play = _play_twin(config, problem, policies)
+        else:
+            play = _play_live(config, env, policies, console)
+        try:
+            for recording in play:
+                results.add(recording)
+        finally:
+            results.finish(console)
+    finally:
+        if env is not None:
+            env.close()
+    return results
+
+
+def _policies(config: EvaluateConfig, problem: Problem, twin: Problem) -> dict[str, Policy]:
+    """Label -> policy, the ones always played first."""
+    policies: dict[str, Policy] = {}
+    for name in dict.fromkeys((*ALWAYS, *config.policy)):
+        label = policy_label(name)
+        if label in policies:
+            label = f"{Path(name).resolve().parent.name}/{label}"
+        # The search for the best constant plays the twin, also for a machine without an energy meter;
+        # levels stand for each other in order.
+        home = twin if name == "best_constant" else problem
+        policies[label] = load_policy(name, home, config.trust_pickle)
+    return policies
+
+
+def _play_twin(config: EvaluateConfig, problem: Problem, policies: dict[str, Policy]) -> Iterator[Recording]:
+    """All seeds at once, policy by policy."""
+    for label, policy in policies.items():
+        yield play_twin(problem, policy, config.seed_list, label)
+
+
+def _play_live(
+    config: EvaluateConfig, env: ThermalMoEEnv, policies: dict[str, Policy], console: Console
+) -> Iterator[Recording]:
+    """Seed by seed, the policies one after another on each, from the same temperature.
+
+    The order rotates from seed to seed, so that what drifts in between favours nobody.
+    """
+    start_c: float | None = None
+    order = list(policies)
+    for number, seed in enumerate(config.seed_list):
+        turn = number % len(order)
+        for label in order[turn:] + order[:turn]:
+            reached_c = _cool_down(env, seed, start_c, label, console)
+            start_c = reached_c if start_c is None else start_c
+            recording = play_live(env, policies[label], seed, label)
+            yield recording
+            if recording.error is not None:
+                raise recording.error
+
+
+def _cool_down(env: ThermalMoEEnv, seed: int, start_c: float | None, label: str, console: Console) -> float:
+    """Wait until the device is as cool as at the first start; returns its temperature."""
+    begin = time.monotonic()
+    while True:
+        _, info = env.reset(seed=seed)
+        temp_c = float(info["reading"]["temp_c"])
+        waited_s = time.monotonic() - begin
+        if start_c is None or temp_c <= start_c + COOL_WITHIN_C:
+            break
+        if waited_s >= COOL_AT_MOST_S:
+            console.print(
+                f"{label}, seed {seed}: starts at {temp_c:g} °C, not at {start_c:g} °C as the first"
+            )
+            break
+        if waited_s < _COOL_EVERY_S:
+            console.print(f"{label}, seed {seed}: cools from {temp_c:g} to {start_c + COOL_WITHIN_C:g} °C")
+        time.sleep(_COOL_EVERY_S)
+    return temp_c

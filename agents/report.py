@@ -1,0 +1,169 @@
+"""The summary for readers: one table, on the screen and in a self-contained report.html."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from agents.metrics import KPIS
+from agents.runs import write_file
+
+_TABLE_WIDTH = 104
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the summary as readers see it."""
+
+    head: str
+    name: str
+    factor: float = 1.0
+    digits: int = 1
+    interval: bool = False
+    wide_only: bool = False
+    """Left out on the screen, where room is short."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One shown value and, where the column has it, its interval."""
+
+    value: str
+    interval: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy as shown; `reason` says why it is not ranked."""
+
+    policy: str
+    cells: tuple[Cell, ...]
+    reason: str
+
+
+def columns(summary: pd.DataFrame, wide: bool) -> list[Column]:
+    """What is shown, in units in which the numbers read well."""
+    small = summary.j_per_good.min() < 0.1
+    return [
+        column
+        for column in (
+            Column("mJ/good" if small else "J/good", "j_per_good", 1e3 if small else 1.0, 2, interval=True),
+            Column("vs static", "j_per_good_vs_static", 1.0, 3, interval=True),
+            Column("quality", "quality", 1.0, 3),
+            Column("good/s", "goodput_rps", 1.0, 0),
+            Column("late %", "late_fraction", 100.0, 2),
+            Column("p50 s", "latency_p50_s", 1.0, 3, wide_only=True),
+            Column("p95 s", "latency_p95_s", 1.0, 2),
+            Column("p99 s", "latency_p99_s", 1.0, 2, wide_only=True),
+            Column("energy kJ", "energy_j", 1e-3, 1, wide_only=True),
+            Column("mean W", "mean_power_w", 1.0, 0, wide_only=True),
+            Column("over budget kJ", "over_budget_j", 1e-3, 1, wide_only=True),
+            Column("peak °C", "peak_c", 1.0, 1),
+            Column("s above limit", "above_limit_s", 1.0, 1, wide_only=True),
+            Column("s throttled", "throttled_s", 1.0, 1, wide_only=True),
+            Column("expert entropy", "expert_entropy", 1.0, 3, wide_only=True),
+            Column("TTT % of time", "ttt_time_share", 100.0, 1, wide_only=True),
+            Column("return", "return", 1.0, 1),
+        )
+        if wide or not column.wide_only
+    ]
+
+
+def heads(summary: pd.DataFrame, wide: bool) -> list[str]:
+    """Column heads."""
+    return ["#", "policy", *(column.head for column in columns(summary, wide))]
+
+
+def rows(summary: pd.DataFrame, wide: bool) -> list[Row]:
+    """The summary as shown text."""
+    shown = []
+    for record in summary.to_dict("records"):
+        cells = [Cell("-" if pd.isna(record["rank"]) else str(record["rank"])), Cell(str(record["policy"]))]
+        for column in columns(summary, wide):
+            low, high = (_number(record[f"{column.name}_{end}"], column) for end in ("low", "high"))
+            interval = f"{low}-{high}" if column.interval and "-" not in (low, high) else ""
+            cells.append(Cell(_number(record[column.name], column), interval))
+        shown.append(Row(str(record["policy"]), tuple(cells), str(record["infeasible"])))
+    return shown
+
+
+def _number(value: float, column: Column) -> str:
+    if not math.isfinite(value):
+        return "-" if math.isnan(value) else "∞"
+    return f"{value * column.factor:.{column.digits}f}"
+
+
+def wide_console() -> Console:
+    """A console wide enough for the table: a narrow terminal wraps it, a file keeps it aligned."""
+    return Console(width=max(Console().width, _TABLE_WIDTH))
+
+
+def print_summary(summary: pd.DataFrame, console: Console) -> None:
+    """Print the table, and below it why policies are not ranked."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for i, head in enumerate(heads(summary, wide=False)):
+        table.add_column(head, justify="left" if i == 1 else "right", no_wrap=True)
+    shown = rows(summary, wide=False)
+    for row in shown:
+        texts = [
+            f"{escape(cell.value)}\n[dim]{cell.interval}[/dim]" if cell.interval else escape(cell.value)
+            for cell in row.cells
+        ]
+        table.add_row(*texts, style="dim" if row.reason else None)
+    console.print(table)
+    for row in shown:
+        if row.reason:
+            console.print(escape(f"{row.policy}: infeasible, not ranked: {row.reason}"), highlight=False)
+
+
+def write_report(
+    folder: Path,
+    title: str,
+    scope: str,
+    summary: pd.DataFrame,
+    figures: Sequence[tuple[str, Path]],
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write report.html: the table first, then the figures, inlined, so that the file can be sent alone.
+
+    Args:
+        folder: the run folder; its command.txt and versions.json are shown at the end.
+        title: what was compared.
+        scope: where the numbers come from, and over what.
+        summary: as `agents.metrics.summarize` makes it.
+        figures: (caption, PNG file).
+        notes: what else the reader must know.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("report.html.j2").render(
+        title=title,
+        scope=scope,
+        heads=heads(summary, wide=True),
+        rows=rows(summary, wide=True),
+        notes=notes,
+        kpis=KPIS,
+        figures=[
+            {"caption": caption, "data": base64.b64encode(file.read_bytes()).decode()}
+            for caption, file in figures
+        ],
+        command=(folder / "command.txt").read_text(),
+        versions=(folder / "versions.json").read_text(),
+    )
+    path = folder / "report.html"
+    write_file(path, html)
+    return path

@@ -1,0 +1,116 @@
+"""Test-time training: what it touches, that it can be undone exactly, and that it helps under a shift."""
+
+import copy
+
+import pytest
+import torch
+
+from moe import ttt
+from moe.config import model_config
+from moe.corruptions import corrupt
+from moe.data import load_vision
+from moe.evaluate import evaluate_vision
+from moe.model import MoEModel, initialise
+from moe.weights import load_model
+
+
+@pytest.fixture
+def model() -> MoEModel:
+    model = initialise(MoEModel(model_config("vision", "tiny")), torch.Generator().manual_seed(0))
+    return ttt.configure(model)
+
+
+def images(seed: int, n: int = 32) -> torch.Tensor:
+    return torch.randint(256, (n, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def whole_state(model: MoEModel, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    buffers = [state["momentum_buffer"] for state in optimizer.state_dict()["state"].values()]
+    return [tensor.clone() for tensor in [*model.state_dict().values(), *buffers] if tensor is not None]
+
+
+def test_only_norms_adapt_and_serving_stays_in_eval_mode(model):
+    parameters, names = ttt.collect_params(model)
+    assert 0 < len(parameters) < len(list(model.parameters()))
+    assert all("norm" in name for name in names)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    entropy = ttt.adapt(model, ttt.make_optimizer(model), images(1), top_k=4)
+    assert 0 <= entropy.item() <= 1
+    assert not entropy.requires_grad
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all("norm" in name for name in changed)
+    assert not any(module.training for module in model.modules())
+
+
+def test_statistics_move_toward_the_batch_by_the_momentum(model):
+    """The first norm sees the embedded images, so its running mean can be computed by hand."""
+    norm, batch = model.blocks[0].attention_norm, images(2)
+    old = norm.running_mean.clone()
+    tokens = model.embed_inputs(batch).flatten(0, 1)  # [T, D]
+    ttt.adapt(model, ttt.make_optimizer(model), batch, top_k=2)
+    momentum = ttt.STATISTICS_MOMENTUM
+    torch.testing.assert_close(norm.running_mean, (1 - momentum) * old + momentum * tokens.mean(0))
+
+
+def test_restore_is_bit_exact_and_may_be_repeated(model):
+    optimizer = ttt.make_optimizer(model)
+    ttt.adapt(model, optimizer, images(3), top_k=4)  # the optimizer has momentum to restore
+    saved, expected = ttt.snapshot(model, optimizer), whole_state(model, optimizer)
+    after = []
+    for _ in range(2):
+        for step in range(3):
+            ttt.adapt(model, optimizer, images(10 + step), top_k=(2, 4, 8)[step])
+        after.append(whole_state(model, optimizer))
+        ttt.restore(model, optimizer, saved)
+        assert all(torch.equal(a, b) for a, b in zip(whole_state(model, optimizer), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(after[0], expected, strict=True))
+
+
+def test_a_fresh_snapshot_forgets_the_optimizer_s_momentum(model):
+    optimizer = ttt.make_optimizer(model)
+    saved = ttt.snapshot(model, optimizer)
+    fresh = copy.deepcopy(optimizer.state_dict())
+    ttt.adapt(model, optimizer, images(4), top_k=1)
+    ttt.restore(model, optimizer, saved)
+    assert optimizer.state_dict() == fresh
+
+
+def test_repeated_steps_on_one_batch_lower_its_entropy(model):
+    with torch.no_grad():
+        model.head.weight.mul_(100)  # an untrained head answers evenly, where the entropy is flat
+    optimizer = ttt.make_optimizer(model)
+    entropies = [ttt.adapt(model, optimizer, images(5), top_k=8).item() for _ in range(15)]
+    assert entropies[-1] < entropies[0] - 0.005
+
+
+def test_an_entropy_that_is_no_number_stops_before_the_step(model):
+    optimizer = ttt.make_optimizer(model)
+    with torch.no_grad():
+        model.head.weight.fill_(torch.nan)
+    before = [parameter.clone() for parameter in ttt.collect_params(model)[0]]
+    with pytest.raises(ttt.AdaptationDiverged, match="restore"):
+        ttt.adapt(model, optimizer, images(6), top_k=4)
+    assert all(torch.equal(a, b) for a, b in zip(ttt.collect_params(model)[0], before, strict=True))
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_model_without_batch_norms_is_refused():
+    with pytest.raises(ValueError, match="norm 'batch'"):
+        ttt.configure(MoEModel(model_config("language", "tiny")))
+
+
+def test_adaptation_recovers_accuracy_under_a_severe_shift():
+    """Stream and scored images are disjoint; labels are used for scoring only."""
+    model = ttt.configure(load_model("vision", "tiny", "cpu"))
+    optimizer = ttt.make_optimizer(model)
+    clean, labels = load_vision("test", full=False)
+    order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(0))
+    shifted = corrupt(clean[order], "contrast", 5, torch.Generator().manual_seed(0))
+    stream, held_out, answers = shifted[:2560], shifted[-600:], labels[order][-600:]
+    before = evaluate_vision(model, held_out, answers, top_k=2)
+    for batch in stream.split(256):
+        ttt.adapt(model, optimizer, batch, top_k=2)
+    after = evaluate_vision(model, held_out, answers, top_k=2)
+    assert after > before + 0.1, f"accuracy {before} before, {after} after ten steps"

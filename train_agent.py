@@ -1,0 +1,70 @@
+"""Train an agent in the twin: `python train_agent.py --algo ppo`, continue it: `--resume FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from agents.checkpoints import CheckpointError
+from agents.runs import RunFolderError
+from agents.training import load_train_config, resume, train
+from thermoe_env.errors import ThermoeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train an agent in the twin and keep the best model; what is not given comes from configs/agents."""
+
+    algo: str = "ppo"
+    """Learning algorithm, or the path of a YAML file like configs/agents/ppo.yaml."""
+    scenario: str | None = None
+    """Name in configs/scenarios, or the path of a YAML file."""
+    n_timesteps: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
+    """Environment steps in all."""
+    seed: int | None = None
+    """Seed of the run."""
+    n_envs: int | None = None
+    """Parallel environments; each plays one episode per update."""
+    eval_freq: int | None = None
+    """Steps between validations."""
+    log_folder: Annotated[Path | None, tyro.conf.arg(aliases=["-f", "--out"])] = None
+    """Folder of this run; a new one under runs/ by default."""
+    resume: Path | None = None
+    """Folder of a stopped run to continue; takes no other flag."""
+    live: bool = False
+    """Train on the live device: refused, see the message."""
+
+
+def main(options: Options) -> Path:
+    """Run the command; returns the run's folder."""
+    if options.live:
+        raise ValueError(
+            "the live device plays one step per second, 300 days for what a run needs: train in the twin "
+            "(without --live), then play the trained run on the device with evaluate.py"
+        )
+    if options.resume is not None:
+        if options != Options(resume=options.resume):
+            raise ValueError("--resume continues a run with its own settings: give no other flag beside it")
+        return resume(options.resume)
+    given = {
+        "scenario": options.scenario, "total_timesteps": options.n_timesteps, "seed": options.seed,
+        "n_envs": options.n_envs, "eval_freq": options.eval_freq,
+    }  # fmt: skip
+    config = load_train_config(
+        options.algo, **{key: value for key, value in given.items() if value is not None}
+    )
+    return train(config, options.log_folder)
+
+
+if __name__ == "__main__":
+    try:
+        run = main(tyro.cli(Options, description=__doc__))
+    except (ValueError, RunFolderError, CheckpointError, ThermoeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt as stop:
+        sys.exit(f"\n{stop}")
+    print(f"results in {run}: best_model.zip, TensorBoard with: tensorboard --logdir {run / 'tb'}")
