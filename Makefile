@@ -21,7 +21,8 @@ type: $(INSTALLED)  ## check types
 	$(BIN)/pyright
 
 bench: $(INSTALLED)  ## measure the speed of the environment and the model
-	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+	$(BIN)/python -m benchmarks.train_speed
+	$(BIN)/python -m benchmarks.service_overhead
 
 clean:  ## remove the environment, caches and builds; runs/ stays
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -17,7 +17,7 @@ from thermoe_env.errors import ThermoeError
 
 
 def demo(
-    scenario: str = "default", seeds: int = 20, total_timesteps: int | None = None, out: Path | None = None
+    scenario: str = "default", seeds: int = 100, total_timesteps: int | None = None, out: Path | None = None
 ) -> Results:
     """Train PPO in the twin and evaluate it beside `static`, `best_constant` and `rule_based`.
 

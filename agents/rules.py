@@ -14,9 +14,12 @@ import numpy as np
 import yaml
 
 from thermoe_env.errors import ScenarioError
-from thermoe_env.fields import decode
+from thermoe_env.fields import FIELDS, decode
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import config_path
+
+NOTHING_ANSWERED = next(f.low for f in FIELDS if f.name == "confidence") + 1e-3
+"""Confidence up to which an interval counts as one without answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +28,17 @@ class RuleConfig:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    normal_experts: int = 1
+    normal_experts: int = 0
     """Expert-count level in quiet times."""
-    shifted_experts: int = 2
+    shifted_experts: int = 0
     """Expert-count level while confidence is low."""
     saving_experts: int = 0
     """Expert-count level under a power budget, heat or a full queue."""
     normal_bias: int = 0
-    saving_bias: int = 4
-    quiet_batch: int = 2
+    saving_bias: int = 0
+    quiet_batch: int = 4
     """Batch-size level at low load."""
-    busy_batch: int = 3
+    busy_batch: int = 4
     busy_load: float = 0.7
     """Load from which the busy batch is used."""
     low_confidence: float = 0.75
@@ -45,11 +48,13 @@ class RuleConfig:
     full_queue_s: float = 2.0
     """Waiting work, in seconds of capacity, from which experts are saved."""
     late_share: float = 0.01
-    adapt_drop: float = 0.04
-    """Fall of confidence against its average that starts adaptation."""
-    adapt_for_s: float = 10.0
+    adapt_change: float = 0.02
+    """Change of confidence against its average, up or down, that starts adaptation: a model adapted to other
+    inputs can be confidently wrong. Adaptation itself changes it, so it goes on until it has settled."""
+    adapt_for_s: float = 4.0
+    """Adaptation goes on this long after the last such change, and after the start."""
     adapt_steps: int = 1
-    adapt_max_stage: int = 1
+    adapt_max_stage: int = 2
     """Adaptation is put off in hotter stages than this."""
     release_s: float = 3.0
     """Saving goes on this long after its cause has gone (hysteresis)."""
@@ -89,10 +94,10 @@ class RuleBased:
         """Actions by rule; see `Policy.predict`."""
         c, o = self._config, decode(observation)
         n = len(observation)
-        saving_s, adapting_s = (np.zeros(n), np.zeros(n)) if state is None else state
+        saving_s, adapting_s = (np.zeros(n), np.full(n, c.adapt_for_s)) if state is None else state
         if episode_start is not None:
             saving_s = np.where(episode_start, 0.0, saving_s)
-            adapting_s = np.where(episode_start, 0.0, adapting_s)
+            adapting_s = np.where(episode_start, c.adapt_for_s, adapting_s)
 
         budget = np.minimum(o["budget_w"], o["budget_ahead_w"] + 25.0 * o["budget_change_s"])
         strained = (
@@ -104,9 +109,9 @@ class RuleBased:
         saving_s = np.where(strained, c.release_s, np.maximum(0.0, saving_s - self._interval_s))
         saving = saving_s > 0.0
 
-        seen = o["confidence"] > 0.0
-        fell = seen & (o["shift_indicator"] < -c.adapt_drop)
-        adapting_s = np.where(fell, c.adapt_for_s, np.maximum(0.0, adapting_s - self._interval_s))
+        seen = o["confidence"] > NOTHING_ANSWERED
+        changed = seen & (np.abs(o["shift_indicator"]) > c.adapt_change)
+        adapting_s = np.where(changed, c.adapt_for_s, np.maximum(0.0, adapting_s - self._interval_s))
         adapt = (adapting_s > 0.0) & (o["stage"] <= c.adapt_max_stage) & ~(o["late_share"] > c.late_share)
 
         shifted = seen & (o["confidence"] < c.low_confidence)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -36,8 +37,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "budget_margin_w": (-50.0, 150.0),
     "full_queue_s": (0.1, 10.0),
     "late_share": (0.0, 0.1),
-    "adapt_drop": (0.005, 0.15),
-    "adapt_for_s": (0.0, 30.0),
+    "adapt_change": (0.002, 0.15),
+    "adapt_for_s": (0.0, 15.0),
     "adapt_steps": (0, 2),
     "adapt_max_stage": (0, 3),
     "release_s": (0.0, 10.0),
@@ -75,7 +76,9 @@ def tune(config: TuneConfig) -> tuple[RuleConfig, float]:
     whole = {name: isinstance(value, int) for name, value in asdict(RuleConfig()).items()}
 
     def rules(x: np.ndarray) -> RuleConfig:
-        values = {n: int(v) if whole[n] else round(float(v), 4) for n, v in zip(BOUNDS, x, strict=True)}
+        values: dict[str, Any] = {}
+        for name, value in zip(BOUNDS, x, strict=True):
+            values[name] = int(value) if whole[name] else round(float(value), 4)
         return RuleConfig(**values)
 
     population = 3 * len(BOUNDS)
@@ -105,8 +108,9 @@ def main() -> None:
     rules, value = tune(config)
     path = config.out or configs_dir() / "agents" / "rule_based.yaml"
     note = (
-        f"# Thresholds of the staged rules, found by `python -m agents.tune_rules --scenario {config.scenario}\n"
-        f"# --trials {config.trials} --seed {config.seed}`: mean return {value:.2f} on its tuning seeds.\n"
+        f"# Thresholds of the staged rules: the best of those tried by `python -m agents.tune_rules\n"
+        f"# --scenario {config.scenario} --trials {config.trials} --seed {config.seed}`, "
+        f"mean return {value:.2f} on its tuning seeds.\n"
     )
     part = path.with_suffix(".part")
     part.write_text(note + yaml.safe_dump(asdict(rules), sort_keys=False))

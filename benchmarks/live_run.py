@@ -85,8 +85,8 @@ def main(config: LiveRun) -> None:
     cores = sorted(os.sched_getaffinity(0))
     tuner = _beside(cores, folder / "tune.log", "-m", "agents.tune_rules", "--scenario", str(scenario),
                     "--trials", str(config.trials), "--out", str(folder / "rule_based.yaml"))  # fmt: skip
-    trainer = _beside(cores, folder / "train.log", "train_agent.py", "--algo", "ppo", "--scenario", str(scenario),
-                      "-n", str(config.timesteps), "-f", str(folder / "ppo"))  # fmt: skip
+    trainer = _beside(cores, folder / "train.log", "train_agent.py", "--algo", "ppo", "--scenario",
+                      str(scenario), "-n", str(config.timesteps), "-f", str(folder / "ppo"))  # fmt: skip
     os.sched_setaffinity(0, cores[:SERVICE_CORES])
     seconds = config.seconds
     if config.within_s is not None:

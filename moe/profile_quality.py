@@ -20,7 +20,7 @@ from moe.runner import ADAPT_BATCH, Runner
 from moe.workload import Knobs
 
 SCORE_BATCH = 1000
-CURVE_STEPS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+CURVE_STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
 """Adaptation steps after which accuracy is measured; the last are taken as adapted."""
 LEAST_GAIN = 0.01
 """Gain of accuracy below which a shift's adaptation has no rate: noise would set it."""

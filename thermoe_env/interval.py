@@ -24,7 +24,8 @@ TRACK_DTYPE = np.dtype(
         (name, np.float64)
         for name in (
             "step", "stage", "temp_c", "power_slow_w", "energy_j", "load_fast", "load_slow",
-            "late_share_slow", "confidence_slow", "confidence_sum", "answered_sum", "ttt_effort",
+            "late_share_slow", "confidence", "confidence_slow", "confidence_sum", "answered_sum",
+            "ttt_effort",
             "quality_debt",
         )
     ]
@@ -160,8 +161,11 @@ def settle(rules, prices, track, work, gpu, budget_w, ttt_steps, knob_level, raw
     track.power_slow_w = _average(track.power_slow_w, gpu.power_w, dt, 20.0)
     track.energy_j += gpu.energy_j
     track.ttt_effort = _average(track.ttt_effort, 1.0 if ttt_steps > 0 else 0.0, dt, 30.0)
-    indicator = 0.0
+    indicator, change = 0.0, 0.0
     if answered > 0:
+        if track.answered_sum > 0.0:
+            change = work.confidence - track.confidence
+        track.confidence = work.confidence
         slow = work.confidence if track.answered_sum == 0.0 else track.confidence_slow
         indicator = work.confidence - slow
         track.confidence_slow = _average(slow, work.confidence, dt, 20.0)
@@ -184,6 +188,7 @@ def settle(rules, prices, track, work, gpu, budget_w, ttt_steps, knob_level, raw
     raw.late_share, raw.late_share_slow = late_share, track.late_share_slow
     raw.batch_fill, raw.busy = work.batch_fill, work.busy_s / dt
     raw.confidence, raw.entropy = work.confidence, work.entropy
+    raw.confidence_change = change
     raw.shift_indicator = indicator
     raw.confidence_mean = track.confidence_sum / max(1.0, track.answered_sum)
     raw.ttt_effort = track.ttt_effort

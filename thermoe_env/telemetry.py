@@ -40,9 +40,11 @@ class Telemetry(Protocol):
 
     def reset(self, seed: int) -> GpuReading:
         """Start an episode; returns the state before any work of it."""
+        ...
 
     def read(self, work: WorkStats, duration_s: float) -> GpuReading:
         """Reading over the interval since the last call, in which `work` was done."""
+        ...
 
     def close(self) -> None:
         """Release the device. May be called twice."""

@@ -15,6 +15,7 @@ from thermoe_env.fields import FIELD_NAMES, FIELDS, decode
 from thermoe_env.knobs import ACTION_MODES
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import load_scenario
+from thermoe_env.twin import TwinTelemetry
 
 
 @pytest.mark.parametrize("mode", ACTION_MODES)
@@ -33,6 +34,7 @@ def test_checkers_accept_the_live_id_on_a_cpu(mode: str) -> None:
     )
     gym_check(env.unwrapped)
     sb3_check(env.unwrapped)
+    assert isinstance(env.unwrapped, ThermalMoEEnv)
     assert env.unwrapped.world in ("live", "live-cpu")
     env.close()
     env.close()
@@ -141,6 +143,7 @@ def test_a_lost_gpu_ends_the_episode_with_a_named_error(problem: Problem) -> Non
 def test_an_overheated_device_ends_the_episode(problem: Problem) -> None:
     env = ThermalMoEEnv(problem.scenario, world="twin")
     env.reset(seed=0)
+    assert isinstance(env._world.telemetry, TwinTelemetry)
     env._world.telemetry._device[0]["inlet_c"] = 120.0
     *_, terminated, truncated, info = env.step(env.action_space.sample())
     assert terminated and not truncated and "shutdown" in info["reason"]

@@ -29,7 +29,8 @@ def total(**change: float) -> float:
         "over_c": -5.0,
         "shortfall": 0.0,
     }
-    return reward_terms(PRICES, *{**plain, **change}.values(), np.zeros(len(REWARD_TERMS)))
+    arguments = [*{**plain, **change}.values(), np.zeros(len(REWARD_TERMS))]
+    return reward_terms(PRICES, *arguments)
 
 
 @given(
