@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from agents.evaluation import EvaluateConfig, Results, evaluate
+from agents.metrics import summarize
 from agents.runs import new_run_folder
 from thermoe_env.errors import ThermoeError
 
@@ -40,7 +41,11 @@ def demo(
     comparison = EvaluateConfig(
         policy=("rule_based", str(folder / "ppo")), scenario=scenario, seeds=seeds, out=folder / "evaluation"
     )
-    return evaluate(comparison)
+    results = evaluate(comparison)
+    paired = summarize(results.episodes, results.problem.scenario.feasible, "rule_based").set_index("policy")
+    ratio, low, high = (paired.loc["ppo", f"j_per_good_vs_rule_based{end}"] for end in ("", "_low", "_high"))
+    print(f"ppo spends {ratio:.3f} ({low:.3f}-{high:.3f}) of rule_based's energy per good answer, seed by seed")
+    return results
 
 
 def main() -> None:
