@@ -44,7 +44,7 @@ def demo(
     results = evaluate(comparison)
     paired = summarize(results.episodes, results.problem.scenario.feasible, "rule_based").set_index("policy")
     ratio, low, high = (paired.loc["ppo", f"j_per_good_vs_rule_based{end}"] for end in ("", "_low", "_high"))
-    print(f"ppo spends {ratio:.3f} ({low:.3f}-{high:.3f}) of rule_based's energy per good answer, seed by seed")
+    print(f"energy per good answer, ppo over rule_based, paired by seed: {ratio:.3f} ({low:.3f}-{high:.3f})")
     return results
 
 
