@@ -27,19 +27,6 @@ def test_checkers_accept_the_twin_and_the_auto_id(env_id: str, mode: str, proble
     sb3_check(env.unwrapped)
 
 
-@pytest.mark.parametrize("mode", ACTION_MODES)
-def test_checkers_accept_the_live_id_on_a_cpu(mode: str) -> None:
-    env = gymnasium.make(
-        "ThermalMoELive-v0", action_mode=mode, overrides={"interval_s": 0.5}, disable_env_checker=True
-    )
-    gym_check(env.unwrapped)
-    sb3_check(env.unwrapped)
-    assert isinstance(env.unwrapped, ThermalMoEEnv)
-    assert env.unwrapped.world in ("live", "live-cpu")
-    env.close()
-    env.close()
-
-
 def test_every_observed_field_is_written(problem: Problem) -> None:
     """Fields left at zero by mistake would show as constants over an episode of chance."""
     env = ThermalMoEEnv(problem.scenario, world="twin")

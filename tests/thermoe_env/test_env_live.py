@@ -1,0 +1,25 @@
+"""The live id under the same checkers. Apart from the others: it serves in real time."""
+
+from __future__ import annotations
+
+import gymnasium
+import pytest
+from gymnasium.utils.env_checker import check_env as gym_check
+from stable_baselines3.common.env_checker import check_env as sb3_check
+
+import thermoe_env  # noqa: F401  (registers the ids)
+from thermoe_env.env import ThermalMoEEnv
+from thermoe_env.knobs import ACTION_MODES
+
+
+@pytest.mark.parametrize("mode", ACTION_MODES)
+def test_checkers_accept_the_live_id_on_a_cpu(mode: str) -> None:
+    env = gymnasium.make(
+        "ThermalMoELive-v0", action_mode=mode, overrides={"interval_s": 0.5}, disable_env_checker=True
+    )
+    gym_check(env.unwrapped)
+    sb3_check(env.unwrapped)
+    assert isinstance(env.unwrapped, ThermalMoEEnv)
+    assert env.unwrapped.world in ("live", "live-cpu")
+    env.close()
+    env.close()
