@@ -13,6 +13,7 @@ from agents.checkpoints import CheckpointError
 from agents.runs import RunFolderError
 from agents.training import load_train_config, resume, train
 from thermoe_env.errors import ThermoeError
+from thermoe_env.scenario import load_scenario
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,27 +37,30 @@ class Options:
     resume: Path | None = None
     """Folder of a stopped run to continue; takes no other flag."""
     live: bool = False
-    """Train on the live device: refused, see the message."""
+    """Train on the live device: refused, for the time it would take."""
 
 
 def main(options: Options) -> Path:
     """Run the command; returns the run's folder."""
-    if options.live:
-        raise ValueError(
-            "the live device plays one step per second, 300 days for what a run needs: train in the twin "
-            "(without --live), then play the trained run on the device with evaluate.py"
-        )
     if options.resume is not None:
         if options != Options(resume=options.resume):
             raise ValueError("--resume continues a run with its own settings: give no other flag beside it")
         return resume(options.resume)
     given = {
-        "scenario": options.scenario, "total_timesteps": options.n_timesteps, "seed": options.seed,
-        "n_envs": options.n_envs, "eval_freq": options.eval_freq,
-    }  # fmt: skip
-    config = load_train_config(
-        options.algo, **{key: value for key, value in given.items() if value is not None}
-    )
+        "scenario": options.scenario,
+        "total_timesteps": options.n_timesteps,
+        "seed": options.seed,
+        "n_envs": options.n_envs,
+        "eval_freq": options.eval_freq,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    config = load_train_config(options.algo, **given)
+    if options.live:
+        days = config.total_timesteps * load_scenario(config.scenario).interval_s / 86_400
+        raise ValueError(
+            f"the live device plays in real time, {config.total_timesteps} steps take {days:.1f} days: "
+            "train in the twin (without --live), then play the run on the device with evaluate.py --live"
+        )
     return train(config, options.log_folder)
 
 

@@ -6,10 +6,13 @@ optimizer, two random generators and some counters; `last_model.zip` holds them,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numba
 import numpy as np
 import torch
 import yaml
@@ -64,6 +67,7 @@ class TrainConfig:
     """Steps between validations."""
     eval_episodes: int
     torch_threads: int
+    """More than one is a little faster on an idle machine, and many times slower on a busy one."""
 
     def __post_init__(self) -> None:
         if self.algo not in ALGOS:
@@ -152,7 +156,6 @@ class _Run:
     """Environments and model of a configuration."""
 
     def __init__(self, config: TrainConfig, problem: Problem) -> None:
-        torch.set_num_threads(config.torch_threads)
         self.config = config
         self.env = TwinVecEnv(problem, config.n_envs, config.seed)
         self.model = build_model(config, self.env)
@@ -172,7 +175,8 @@ class _Run:
         )
         callbacks = CallbackList([RolloutLog(self.env), Updates(config, self.env, folder, state, bar)])
         try:
-            model.learn(config.total_timesteps - done, callbacks, reset_num_timesteps=False)
+            with _threads(config.torch_threads):
+                model.learn(config.total_timesteps - done, callbacks, reset_num_timesteps=False)
         except KeyboardInterrupt as stop:
             kept = read_state(folder / "last_model.zip")["num_timesteps"]
             remedy = f"continue with: python train_agent.py --resume {folder}"
@@ -180,6 +184,23 @@ class _Run:
         finally:
             bar.close()
             logger.close()
+
+
+@contextmanager
+def _threads(torch_threads: int) -> Iterator[None]:
+    """Use `torch_threads` threads for the networks and one for the environments.
+
+    A few dozen environments gain little from a second thread, and threads of two libraries that wait for
+    each other actively slow training down by an order of magnitude on a busy machine.
+    """
+    before = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(torch_threads)
+    numba.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        numba.set_num_threads(before[1])
 
 
 def build_model(config: TrainConfig, env: TwinVecEnv) -> PPO:

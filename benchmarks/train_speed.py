@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numba
 import tyro
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -40,7 +39,6 @@ class Options:
     updates: int = 10
     """Updates to time."""
     torch_threads: int | None = None
-    numba_threads: int | None = None
     n_envs: int | None = None
     n_epochs: int | None = None
     scenario: str | None = None
@@ -48,8 +46,6 @@ class Options:
 
 def main(options: Options) -> dict[str, float]:
     """Time a training run; returns the seconds of each part, of `all`, and `steps_per_s`."""
-    if options.numba_threads is not None:
-        numba.set_num_threads(options.numba_threads)
     given = {name: getattr(options, name) for name in ("torch_threads", "n_envs", "n_epochs", "scenario")}
     config = load_train_config("ppo", **{key: value for key, value in given.items() if value is not None})
     update = config.n_envs * load_scenario(config.scenario).steps

@@ -22,7 +22,7 @@ from moe.workload import Knobs
 
 WARM_S = 0.1
 """Load before a window opens: power follows a change of load within about this time."""
-LEAST_UNITS = 4
+LEAST_UNITS = 3
 """Units of work in a window at least, however long they take."""
 IDLE_S = 2.0
 
@@ -48,13 +48,13 @@ class Visit(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """Mean of a cell's visits."""
+    """Median of a cell's visits: a disturbance from outside should not count."""
 
     latency_s: float
     energy_j: float
     """Per unit of work, above idle; NaN without a meter."""
     spread: float
-    """(largest - smallest) / mean of the visits' latencies, or of their energies where that is more."""
+    """(largest - smallest) / median of the visits' latencies, or of their energies where that is more."""
 
 
 class Load:
@@ -112,7 +112,7 @@ def visit(runner: Runner, cell: Cell, meter: EnergyCounter | None, seconds: floa
     """Measure a cell once, over about `seconds` or `LEAST_UNITS` units of work."""
     load = Load(runner, cell)
     warm_until = time.perf_counter() + min(WARM_S, seconds)
-    while time.perf_counter() < warm_until or len(load.latencies_s) < 2:
+    while time.perf_counter() < warm_until or not load.latencies_s:
         load.step()
     seconds = max(seconds, LEAST_UNITS * load.latencies_s[-1])
     warm_units = len(load.latencies_s)
@@ -150,11 +150,11 @@ def measure_cells(
 
 
 def costs(visits: Iterable[Visit], idle_w: float) -> Costs:
-    """Mean cost of a cell, given the idle power to subtract."""
+    """Cost of a cell, given the idle power to subtract."""
     latency_s = np.array([v.latency_s for v in visits])
     energy_j = np.array([(v.power_w - idle_w) / v.units_per_s for v in visits])
-    spreads = [np.ptp(values) / values.mean() for values in (latency_s, energy_j)]
-    return Costs(float(latency_s.mean()), float(energy_j.mean()), float(np.nanmax(spreads)))
+    spreads = [np.ptp(values) / np.median(values) for values in (latency_s, energy_j)]
+    return Costs(float(np.median(latency_s)), float(np.median(energy_j)), float(np.nanmax(spreads)))
 
 
 def serving_cells(

@@ -134,7 +134,16 @@ class CudaBatch(Batch):
 
 
 class Runner:
-    """A model, its requests' samples and its adaptation, on one device."""
+    """A model, its requests' samples and its adaptation, on one device.
+
+    Attributes:
+        model: What answers.
+        samples: What the requests ask.
+        device: Where both are.
+        adapts: Whether the model has batch norms to adapt.
+        optimizer: Of the adaptation, where there is one.
+        order: Which sample a request asks, by its number modulo N.  # [N]
+    """
 
     def __init__(
         self,
@@ -143,9 +152,15 @@ class Runner:
         device: torch.device | str,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Prepare to serve `samples` with `model`, both on `device`; a model with batch norms can adapt."""
+        """Prepare to serve `samples` with `model`, both on `device`; a model with batch norms can adapt.
+
+        On a CPU this sets torch to one thread, for the whole process: the models for a CPU are so small that
+        more threads gain nothing, and cost a thousandfold where another process holds one of the cores.
+        """
         self.model, self.samples, self.device = model, samples, torch.device(device)
         self._clock = clock
+        if self.device.type == "cpu":
+            torch.set_num_threads(1)
         self.adapts = model.config.norm == "batch"
         if self.adapts:
             self.optimizer = ttt.make_optimizer(ttt.configure(model))
