@@ -193,7 +193,7 @@ class LiveWorkload:
         self._resumed = self._clock() - self._time_s
         while True:
             now = self._now()
-            self._collect(now, tally)
+            self._collect(tally)
             if now >= self._end_s:
                 break
             self._expire(now, tally)
@@ -212,9 +212,7 @@ class LiveWorkload:
         arrivals = self._arrivals
         if self._in_flight:
             full = sum(self._waiting(c, now) for c in range(1 + serve_deferrable)) >= knobs.batch_size
-            # An adaptation step makes the host wait, which would hide when the running batch is done.
-            allowed = len(self._in_flight) == 1 and knobs.pace == 1.0 and knobs.ttt_steps == 0
-            if not (full and allowed and now >= self._expected_end() - LAUNCH_AHEAD_S):
+            if not (full and self._may_launch_ahead(now, knobs)):
                 return now + POLL_S
         elif now < self._free_at_s:
             return self._free_at_s
@@ -250,7 +248,7 @@ class LiveWorkload:
         self._in_flight.append(_InFlight(batch, ranges, heads, knobs))
         return now
 
-    def _collect(self, now: float, tally: _Tally) -> None:
+    def _collect(self, tally: _Tally) -> None:
         """Account for the batches that are done."""
         while self._in_flight and self._in_flight[0].batch.done():
             flight = self._in_flight.popleft()
@@ -367,9 +365,14 @@ class LiveWorkload:
         assert self._stream is not None
         return int(self._stream.shift_id[min(int(now + 1e-9), len(self._stream.shift_id) - 1)])
 
-    def _expected_end(self) -> float:
-        """When the running batch should end; in the past where no full batch like it was timed."""
-        return self._started_s + self._expected_s.get(self._in_flight[0].knobs, 0.0)
+    def _may_launch_ahead(self, now: float, knobs: Knobs) -> bool:
+        """Whether it is time for the batch after the running one, should it be full."""
+        # An adaptation step makes the host wait, which would hide when the running batch is done.
+        if len(self._in_flight) > 1 or knobs.ttt_steps:
+            return False
+        running = self._in_flight[0].knobs
+        expected_end = self._started_s + self._expected_s.get(running, 0.0)
+        return running.pace == knobs.pace == 1.0 and now >= expected_end - LAUNCH_AHEAD_S
 
     def _compile_queue(self) -> None:
         """Have the compiled queue functions loaded before the clock runs."""
