@@ -193,7 +193,7 @@ schedules = st.lists(st.tuples(knob_settings, st.booleans()), min_size=3, max_si
 
 
 @pytest.mark.parametrize("runner", [None, PipelinedRunner])
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(traffic=traffics, schedule=schedules, seed=st.integers(0, 99))
 def test_requests_in_are_answered_expired_or_waiting(runner, traffic, schedule, seed):
     workload, _, launches = make(traffic, runner=runner)
@@ -212,7 +212,7 @@ def test_requests_in_are_answered_expired_or_waiting(runner, traffic, schedule, 
 
 
 @pytest.mark.parametrize("runner", [None, PipelinedRunner])
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(traffic=traffics, schedule=schedules, seed=st.integers(0, 99))
 def test_accounts_agree_with_every_single_request(runner, traffic, schedule, seed):
     service = Service()
@@ -243,7 +243,7 @@ def test_accounts_agree_with_every_single_request(runner, traffic, schedule, see
     assert sum(s.batches for s in stats) == len(finished)
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(traffic=traffics, knobs=knob_settings, seed=st.integers(0, 99))
 def test_a_batch_is_full_or_its_oldest_request_has_waited(traffic, knobs, seed):
     service = Service(expire_after_s=(100.0, 100.0))
@@ -406,12 +406,12 @@ def adapting_workload() -> tuple[Any, MoEModel]:
 
 def test_adaptation_changes_later_answers_only_and_reset_undoes_it():
     workload, model = adapting_workload()
-    knobs = Knobs(batch_size=64, expert_count=2, ttt_steps=2)
+    knobs = Knobs(batch_size=32, expert_count=2, ttt_steps=2)
     state = {name: value.clone() for name, value in model.state_dict().items()}
 
     def episode(knobs):
         workload.reset(3)
-        return [workload.run(knobs, 0.5) for _ in range(4)]
+        return [workload.run(knobs, 0.3) for _ in range(2)]
 
     adapted, again, plain = episode(knobs), episode(knobs), episode(replace(knobs, ttt_steps=0))
     assert [s.entropy for s in adapted] == [s.entropy for s in again]
@@ -421,7 +421,7 @@ def test_adaptation_changes_later_answers_only_and_reset_undoes_it():
     workload.reset(3)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
-    ranges = [(0, 32), (0, 32)]  # a batch is scored before it is learned from
+    ranges = [(0, 16), (0, 16)]  # a batch is scored before it is learned from
     first = workload.runner.launch(ranges, 0, knobs).result()
     workload.runner.reset(3)
     unadapted = workload.runner.launch(ranges, 0, replace(knobs, ttt_steps=0)).result()

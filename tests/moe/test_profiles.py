@@ -253,12 +253,12 @@ def test_the_command_writes_a_profile_that_loads(runner, monkeypatch, tmp_path, 
     monkeypatch.setattr(profile_quality, "CURVE_STEPS", (0, 1))
     options = profile.Options(
         task="vision", size="tiny", device="cpu", out=out, batch_sizes=(4, 1), shifts=("clean", "dark"),
-        seconds_per_cell=0.02,
+        expert_counts=(2,), seconds_per_cell=0.02, samples=100,
     )  # fmt: skip
     profile.main(options)
     measured = load_profile(out)
     assert (
-        measured.latency_s.shape == (2, 2, 3) and measured.energy_j is None and measured.idle_power_w is None
+        measured.latency_s.shape == (2, 1, 3) and measured.energy_j is None and measured.idle_power_w is None
     )
     assert measured.ttt_latency_s is not None and measured.ttt_energy_j is None
     assert measured.batch_size.tolist() == [1, 4] and measured.shifts == ("clean", "dark")
