@@ -18,8 +18,8 @@ from scipy.optimize import differential_evolution
 from tqdm import tqdm
 
 from agents.policies import Policy
+from agents.rollout import play_twin
 from agents.rules import RuleBased, RuleConfig
-from thermoe_env.batch import TwinBatch
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import configs_dir, load_scenario
 
@@ -59,15 +59,7 @@ class TuneConfig:
 
 def mean_return(problem: Problem, policy: Policy, seeds: tuple[int, ...]) -> float:
     """Mean return of a policy over one episode of each seed in the twin."""
-    batch = TwinBatch(problem, len(seeds))
-    observation, state = batch.reset(seeds), None
-    start, total = np.ones(len(seeds), bool), np.zeros(len(seeds))
-    for _ in range(problem.scenario.steps):
-        action, state = policy.predict(observation, state, start, deterministic=True)
-        step = batch.step(problem.knobs.indices(action, "multi_discrete"))
-        observation, start = step.observation, step.truncated
-        total += step.reward
-    return float(total.mean())
+    return float(play_twin(problem, policy, seeds, "rules").reward.sum(axis=0).mean())
 
 
 def tune(config: TuneConfig) -> tuple[RuleConfig, float]:
