@@ -1,80 +1,139 @@
-"""From traces to a twin: `python -m thermoe_env.calibrate record | fit | validate`."""
+"""From a card to its twin: `python -m thermoe_env.calibrate record | fit | validate`."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from thermoe_env.calibration import load_twin, save_twin
-from thermoe_env.errors import ScenarioError, ThermoeError, TraceFormatError
+from thermoe_env.calibration import TwinParams, load_twin, save_twin
+from thermoe_env.errors import ThermoeError, TraceFormatError
+from thermoe_env.excitation import schedule
 from thermoe_env.fitting import fit_twin
-from thermoe_env.free_run import THERMAL, Validation, validate_twin
+from thermoe_env.free_run import THERMAL
+from thermoe_env.observer import NOISE
 from thermoe_env.scenario import config_path
-from thermoe_env.traces import driver_info_path, load_driver_info, load_trace
+from thermoe_env.traces import (
+    driver_info_path,
+    load_driver_info,
+    load_segments,
+    load_trace,
+    refuse_foreign_temperature,
+    segments_path,
+)
+from thermoe_env.validation import HORIZONS_S, Validation, validate_twin
+
+BEFORE_CONTEXT_S = 8.0
+"""Recorded before the CUDA context opens: the card at its lowest clock."""
 
 
-def record(out: Path = Path("runs/gpu_telemetry.csv"), seconds: float = 300.0, device_index: int = 0) -> None:
-    """Record a telemetry trace of a GPU while something else loads it.
+def record(
+    out: Path = Path("runs/gpu_telemetry.csv"),
+    seconds: float = 480.0,
+    seed: int = 0,
+    device_index: int = 0,
+    load: bool = True,
+) -> None:
+    """Record a telemetry trace of a GPU while a designed load takes it through its range.
 
-    A fit needs steps between idle and full load, each held for a minute or more, and a CUDA context that
-    stays open while the card idles.
+    The process must be the card's only one. Interrupted, it keeps what was recorded.
 
     Args:
-        out: the trace; what the driver says of the card goes beside it, into X_nvml_info.json.
-        seconds: length of the trace.
+        out: the trace, X_telemetry.csv; what ran goes beside it into X_segments.csv, what the driver says of
+            the card into X_nvml_info.json.
+        seconds: length of the load; at least 240.
+        seed: draws the load's random part.
         device_index: number of the GPU as CUDA counts it.
+        load: run the load; with --no-load only listen, while a load of your own runs.
     """
     from thermoe_env.recorder import Recorder
 
+    levels = list(schedule(seconds, seed)) if load else []
     with Recorder(out, device_index) as recorder, tqdm(total=round(seconds), unit="s") as bar:
-        while recorder.now_s < seconds:
-            recorder.check()
-            time.sleep(min(1.0, max(0.0, seconds - recorder.now_s)))
-            bar.update(min(1, bar.total - bar.n))
-    print(f"{out} and {driver_info_path(out)}")
+        if not load:
+            while recorder.now_s < seconds:
+                recorder.check()
+                time.sleep(min(1.0, max(0.0, seconds - recorder.now_s)))
+                bar.update(min(1, bar.total - bar.n))
+            print(f"{out} and {driver_info_path(out)}")
+            return
+        time.sleep(BEFORE_CONTEXT_S)
+        from moe.load import LOAD_NAME, LoadStack
+
+        stack = LoadStack(f"cuda:{device_index}")
+        stack.warm_up({(level.tokens, level.top_k) for level in levels if level.tokens})
+        with segments_path(out).open("w", newline="", buffering=1) as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["phase", "t0", "t1", "k", "tokens", "duty", "steps", "mean_lat_ms", "load"])
+            for level in levels:
+                recorder.check()
+                begin_s = recorder.now_s
+                work = stack.run(level.tokens, level.top_k, level.duty, level.seconds)
+                times = [round(begin_s, 4), round(recorder.now_s, 4)]
+                latency_ms = round(work.mean_latency_s * 1e3, 4)
+                name = LOAD_NAME if level.tokens else ""
+                writer.writerow(
+                    [level.phase, *times, level.top_k, level.tokens, level.duty, work.steps, latency_ms, name]
+                )
+                bar.update(min(round(times[1] - times[0]), bar.total - bar.n))
+    print(f"{out}, {segments_path(out)} and {driver_info_path(out)}")
 
 
 def fit(
     traces: Positional[tuple[Path, ...]],
     out: Path = Path("runs/twin.yaml"),
+    segments: tuple[Path, ...] = (),
     nvml_info: Path | None = None,
+    judge: bool = True,
 ) -> None:
-    """Fit a twin to traces of one card; the end of each trace judges a fit to its beginning.
+    """Fit a twin to traces of one kind of card.
+
+    Each trace is judged by a fit to the others; a single one by a fit to its beginning.
 
     Args:
         traces: telemetry CSV files.
         out: the twin to write; in configs/twin its name becomes one for scenarios.
+        segments: what ran, one file per trace in the same order; without it X_segments.csv beside each
+            X_telemetry.csv, where there is one.
         nvml_info: what the driver said of the card; without it X_nvml_info.json beside the first
             X_telemetry.csv.
+        judge: fit and judge again without each trace; --no-judge saves that time.
     """
     if not traces:
         raise TraceFormatError("name at least one trace")
+    if segments and len(segments) != len(traces):
+        raise TraceFormatError(f"{len(traces)} traces need as many files of segments, got {len(segments)}")
     info = load_driver_info(nvml_info or driver_info_path(traces[0]))
-    twin = fit_twin([load_trace(path) for path in traces], info)
+    for path in traces[1:]:
+        other = driver_info_path(path)
+        if other.is_file() and load_driver_info(other).name != info.name:
+            _warn(f"{path} is of a {load_driver_info(other).name}, the twin of a {info.name}")
+    beside = [path if path.is_file() else None for path in map(segments_path, traces)]
+    loads = [None if path is None else load_segments(path) for path in (segments or beside)]
+    twin = fit_twin([load_trace(path) for path in traces], info, loads, judge)
     save_twin(twin, out)
-    for name in ("idle_power_w", "leakage_per_c", "power_cap_w", *THERMAL, "inlet_drift_c"):
+    for name in ("idle_power_w", "leakage_per_c", "power_cap_w", *THERMAL, *NOISE):
         print(f"{name:20} {getattr(twin, name):10.5g}")
-    if "at_bound" in twin.provenance:
-        print(
-            f"Not identified, held at a bound: {', '.join(twin.provenance['at_bound'])}. Record longer steps."
-        )
+    if "left_to_the_prior" in twin.provenance:
+        print(f"Hardly determined by these traces: {', '.join(twin.provenance['left_to_the_prior'])}.")
     for part in twin.provenance["held_out"]:
-        print(f"\nFitted to {part['file']} before {part['fitted_before_s']} s, error after it:")
-        _print_errors(Validation(**{f.name: part[f.name] for f in dataclasses.fields(Validation)}))
-    print(f"\nTwin of the whole: {out}")
+        print(f"\n{part['file']}, by a fit to {part['fitted_to']}:")
+        _print_errors(part)
+    print(f"\nTwin of all: {out}")
 
 
 def validate(
     trace: Positional[Path],
-    twin: str,
+    twin: str = "h100",
+    segments: Path | None = None,
     as_json: Annotated[bool, arg(name="json")] = False,
 ) -> None:
     """Error of a twin on a trace that nobody fitted.
@@ -82,35 +141,60 @@ def validate(
     Args:
         trace: a telemetry CSV file.
         twin: file in configs/twin (without .yaml) or a path.
-        as_json: print JSON instead of a table.
+        segments: what ran, for the errors of power and throughput.
+        as_json: print one JSON document instead of a table.
     """
     recorded, model = load_trace(trace), load_twin(config_path("twin", twin, ".yaml"))
-    errors = validate_twin(recorded.intervals(), model)
+    intervals = recorded.intervals()
+    refuse_foreign_temperature(recorded.path, intervals)
+    _warn_of_another_card(trace, model)
+    loads = None if segments is None else load_segments(segments)
+    errors = dataclasses.asdict(validate_twin(intervals, model, loads))
     fitted = recorded.sha256 in {part.get("sha256") for part in model.provenance.get("traces", [])}
     if as_json:
-        print(json.dumps({"trace_was_fitted": fitted, **dataclasses.asdict(errors)}, indent=1))
-    else:
-        _print_errors(errors)
-        if fitted:
-            print("The twin was fitted to this very trace: these are not errors on unseen data.")
+        errors |= errors.pop("power") or {"power_mape": None}
+        print(json.dumps({"twin": model.gpu, "trace_was_fitted": fitted, **errors}, indent=1))
+        return
+    _print_errors(errors)
+    if fitted:
+        print("The twin was fitted to this very trace: these are not errors on unseen data.")
 
 
-def _print_errors(errors: Validation) -> None:
-    table = dataclasses.asdict(errors)
-    print(f"{'horizon in s':26}" + "".join(f"{h:>9}" for h in errors.restarts))
-    for name, cells in table.items():
+def _warn_of_another_card(trace: Path, twin: TwinParams) -> None:
+    info = driver_info_path(trace)
+    if info.is_file() and (name := load_driver_info(info).name) != twin.gpu:
+        _warn(
+            f"{trace} is of a {name}, the twin of a {twin.gpu}: fit one to the card (calibrate record, fit)"
+        )
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _print_errors(errors: dict[str, Any]) -> None:
+    """A `Validation` as a table."""
+    print(f"{'horizon in s':26}" + "".join(f"{h:>9}" for h in HORIZONS_S))
+    for field in dataclasses.fields(Validation):
+        cells = errors[field.name]
+        if field.name in ("throttle", "power"):
+            continue
         shown = ("-" if v is None else f"{v:d}" if isinstance(v, int) else f"{v:.2f}" for v in cells.values())
-        print(f"{name:26}" + "".join(f"{cell:>9}" for cell in shown))
+        print(f"{field.name:26}" + "".join(f"{cell:>9}" for cell in shown))
+    for name, value in {**errors["throttle"], **(errors["power"] or {})}.items():
+        shown = "-" if value is None else f"{value:d}" if isinstance(value, int) else f"{value:.4f}"
+        print(f"{name:26}{shown:>9}")
 
 
 def main() -> None:
     """Run the command line."""
+    commands = {"record": record, "fit": fit, "validate": validate}
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            {"record": record, "fit": fit, "validate": validate}, prog="python -m thermoe_env.calibrate"
-        )
-    except (ScenarioError, TraceFormatError, ThermoeError) as error:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="python -m thermoe_env.calibrate")
+    except (ValueError, ThermoeError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; what was recorded is kept")
 
 
 if __name__ == "__main__":

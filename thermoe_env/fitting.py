@@ -1,65 +1,106 @@
 """Fit of a twin to recorded traces.
 
-Heat: one free run over each whole trace, driven by its measured power, is brought as close to the
-measured temperatures as least squares can, all nodes at once. What remains varies slowly and is not
-explained by power; its size and its memory become the twin's inlet drift.
-Power: idle power against temperature while the device cools without work, and the mean power it holds
-at its cap.
+Heat: what the twin is used for is what it is fitted to. From every third second of every trace it is started
+again in its observer's state and runs freely on the measured power; least squares bring its errors after
+1, 10, 60 and 180 s down together, over all parameters of the model and of the observer at once. A weak prior
+holds what a trace does not determine near values typical of air-cooled data-centre cards, and what it was
+left to decide is named.
+Power: `thermoe_env.fitting_power`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
+from tqdm import tqdm
 
 from thermoe_env.calibration import TwinParams
 from thermoe_env.errors import TraceFormatError
-from thermoe_env.free_run import THERMAL, free_run, validate_twin
-from thermoe_env.traces import DriverInfo, Intervals, Trace
+from thermoe_env.fitting_power import fit_power
+from thermoe_env.free_run import THERMAL
+from thermoe_env.observer import NOISE
+from thermoe_env.traces import DriverInfo, Intervals, Segment, Trace, refuse_foreign_temperature
+from thermoe_env.validation import HORIZONS_S, WARM_UP, horizon_errors, validate_twin
 
 HELD_OUT = 0.45
-"""Part of each trace, at its end, on which a fit to the rest is judged."""
+"""Part of a single trace, at its end, on which a fit to the rest is judged."""
+SHORTEST_S = 60.0
 
-_FITTED = THERMAL[:7]
-_START = np.log([0.02, 0.01, 4.0, 0.02, 40.0, 0.02, 1.0])
-# Between these bounds the nodes keep their meaning: without them two could swap or merge.
-_LOW = np.log([1e-4, 1e-4, 0.5, 1e-4, 10.0, 1e-4, 0.05])
-_HIGH = np.log([1.0, 1.0, 10.0, 1.0, 1000.0, 1.0, 60.0])
+# Typical values; steps of the search are relative to a unit of the logarithm, or to the unit given.
+_PRIOR: dict[str, tuple[float, float | None]] = {
+    "r_die_c_per_w": (0.021, None),
+    "r_spreader_c_per_w": (0.008, None),
+    "tau_spreader_s": (3.5, None),
+    "r_sink_c_per_w": (0.029, None),
+    "tau_sink_s": (38.0, None),
+    "r_fan_c_per_w": (-0.014, None),
+    "tau_fan_s": (230.0, None),
+    "r_stack_c_per_w": (0.015, None),
+    "r_mem_c_per_w": (0.012, None),
+    "tau_mem_s": (3.0, None),
+    "mem_offset_c": (1.2, 1.0),
+    "inlet_c": (29.0, 3.0),
+    "inlet_drift_tau_s": (90.0, None),
+    "die_gain_tau_s": (100.0, None),
+    "mem_drift_tau_s": (5.0, None),
+    "node_noise_c": (0.6, None),
+    "inlet_drift_c": (1.0, None),
+    "inlet_spread_c": (2.5, None),
+    "die_gain_spread": (0.12, None),
+    "mem_drift_c": (1.5, None),
+    "sensor_noise_c": (0.35, None),
+}
+_PRIOR_WEIGHT = 0.12
+_SCALE_C = np.array([0.45, 0.75, 1.3, 1.6])
+"""Errors after 1, 10, 60 and 180 s that count alike."""
+_MEMORY_WEIGHT = 0.3
+_STRIDE = 3
+_UNKNOWN = 0.5
+"""Share of the prior's variance that is left where a trace says little of a parameter."""
+_ESSENTIAL = ("r_die_c_per_w", "r_sink_c_per_w", "tau_sink_s")
+_CENTRE = np.array([np.log(abs(v)) if unit is None else v / unit for v, unit in _PRIOR.values()])
+_LIMIT = np.array([2.5 if unit is None else 20.0 / unit for _, unit in _PRIOR.values()])
 
 
-def fit_twin(traces: list[Trace], info: DriverInfo, interval_s: float = 1.0) -> TwinParams:
-    """Fit a twin to traces of one card and judge the method on the ends of the traces.
+def fit_twin(
+    traces: Sequence[Trace],
+    info: DriverInfo,
+    segments: Sequence[list[Segment] | None] | None = None,
+    judge: bool = True,
+) -> TwinParams:
+    """Fit a twin to traces of one kind of card and judge the method on what it was not fitted to.
 
     Args:
-        traces: recordings that hold idle stretches at full clock and steps of power.
+        traces: recordings with idle stretches at full clock and steps of power.
         info: limits and names from the card's driver.
-        interval_s: interval of the means that are fitted.
+        segments: what ran in each trace, for the power of loads; None where unknown.
+        judge: fit again without each trace (without the end of a single one) and judge on it.
 
     Raises:
         TraceFormatError: the traces lack what the fit needs; says what to record.
     """
-    parts = [trace.intervals(interval_s) for trace in traces]
-    max_clock_mhz = max(float(part.sm_mhz_min.max()) for part in parts)
-    electrical, electrical_notes = _electrical(parts, info, max_clock_mhz)
-    thermal, thermal_notes = _thermal(parts)
+    parts = [trace.intervals() for trace in traces]
+    for trace, part in zip(traces, parts, strict=True):
+        refuse_foreign_temperature(trace.path, part)
+        if len(part) < SHORTEST_S:
+            raise TraceFormatError(
+                f"{trace.path}: {len(part)} s are too short, a fit needs {SHORTEST_S:.0f} s"
+            )
+    loads: list[list[Segment] | None] = list(segments or [None] * len(parts))
+    thermal, thermal_notes = fit_heat(parts)
+    power, power_notes = fit_power(parts, loads, info)
+    limits = ("slowdown_c", "hw_slowdown_c", "mem_limit_c", "shutdown_c")
     twin = TwinParams(
         gpu=info.name,
-        **electrical,
+        **power,
         **thermal,
-        slowdown_c=info.slowdown_c,
-        hw_slowdown_c=info.hw_slowdown_c,
-        mem_limit_c=info.mem_limit_c,
-        shutdown_c=info.shutdown_c,
-        max_clock_mhz=max_clock_mhz,
+        **{name: getattr(info, name) for name in limits},
         provenance={},
     )
-    cuts = [round((1.0 - HELD_OUT) * len(part)) for part in parts]
-    earlier, _ = _thermal([part.until(cut) for part, cut in zip(parts, cuts, strict=True)])
-    judged = dataclasses.replace(twin, **earlier)
     provenance = {
         "measured_on": info.measured_on,
         "driver": info.driver,
@@ -67,135 +108,88 @@ def fit_twin(traces: list[Trace], info: DriverInfo, interval_s: float = 1.0) -> 
             {"file": t.path.name, "sha256": t.sha256, "duration_s": round(float(t.t[-1] - t.t[0]), 1)}
             for t in traces
         ],
-        **electrical_notes,
+        **power_notes,
         **thermal_notes,
-        # Of a fit to what lies before `fitted_before_s`, on what lies after; the twin is fitted to the whole.
-        "held_out": [
-            {
-                "file": trace.path.name,
-                "fitted_before_s": round(float(part.t_s[cut - 1]), 1),
-                **dataclasses.asdict(validate_twin(part, judged, cut)),
-            }
-            for trace, part, cut in zip(traces, parts, cuts, strict=True)
-        ],
+        "held_out": _held_out(traces, parts, loads, info, twin) if judge else [],
     }
     return dataclasses.replace(twin, provenance=provenance)
 
 
-def _electrical(
-    parts: list[Intervals], info: DriverInfo, max_clock_mhz: float
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Idle power, leakage and power cap, and what they rest on."""
-    power, temp, capped = [], [], []
-    for part in parts:
-        still = (part.util == 0.0) & (part.sm_mhz_min == max_clock_mhz)
-        # Settled: the two intervals before were idle too, since power and sensor trail the load.
-        still[2:] &= still[1:-1] & still[:-2]
-        still[:2] = False
-        power.append(part.power_w[still])
-        temp.append(part.temp_c[still])
-        capped.append(part.power_w[part.power_capped > 0.5])
-    idle_w, idle_c, capped_w = (np.concatenate(x) for x in (power, temp, capped))
-    if len(idle_w) < 10 or np.ptp(idle_c) < 3.0:
-        raise TraceFormatError(
-            f"the traces hold {len(idle_w)} s of idling with a context at {max_clock_mhz:.0f} MHz, over "
-            f"{np.ptp(idle_c) if len(idle_c) else 0.0:.1f} degrees; record 30 s of it right after full load"
-        )
-    slope, at_zero = np.polyfit(idle_c, idle_w, 1)
-    reference_c = round(float(idle_c.mean()))
-    idle_power_w = at_zero + slope * reference_c
-    values = {
-        "idle_power_w": idle_power_w,
-        "idle_reference_c": reference_c,
-        "leakage_per_c": max(0.0, slope / idle_power_w),
-        # The mean at the cap depends on the load (peaks are capped), so the limit itself is the bound.
-        "power_cap_w": info.power_limit_w,
-    }
-    notes = {
-        "idle": {
-            "seconds": len(idle_w),
-            "from_c": round(float(idle_c.min()), 1),
-            "to_c": round(float(idle_c.max()), 1),
-            "rmse_w": round(float(np.std(idle_w - at_zero - slope * idle_c)), 2),
-        },
-        "at_power_cap": {
-            "seconds": len(capped_w),
-            "mean_power_w": round(float(capped_w.mean()), 1) if len(capped_w) else None,
-        },
-    }
-    return _rounded(values), notes
+def _held_out(
+    traces: Sequence[Trace],
+    parts: list[Intervals],
+    loads: list[list[Segment] | None],
+    info: DriverInfo,
+    twin: TwinParams,
+) -> list[dict[str, Any]]:
+    """Errors of fits that have not seen what they are judged on."""
+    if len(parts) == 1:
+        cut = round((1.0 - HELD_OUT) * len(parts[0]))
+        judged = dataclasses.replace(twin, **fit_heat([parts[0].until(cut)])[0])
+        errors = validate_twin(parts[0], judged, first=cut)
+        fitted = f"the same trace before {parts[0].t_s[cut - 1]:.0f} s"
+        return [{"file": traces[0].path.name, "fitted_to": fitted, **dataclasses.asdict(errors)}]
+    held = []
+    for i, trace in enumerate(traces):
+        others = [j for j in range(len(parts)) if j != i]
+        heat, _ = fit_heat([parts[j] for j in others])
+        power, _ = fit_power([parts[j] for j in others], [loads[j] for j in others], info)
+        judged = dataclasses.replace(twin, **heat, **power)
+        known = loads[i] is not None and {s.load for s in loads[i] or [] if s.tokens} <= set(judged.loads)
+        errors = validate_twin(parts[i], judged, loads[i] if known else None)
+        fitted = ", ".join(traces[j].path.name for j in others)
+        held.append({"file": trace.path.name, "fitted_to": fitted, **dataclasses.asdict(errors)})
+    return held
 
 
-def _thermal(parts: list[Intervals]) -> tuple[dict[str, float], dict[str, Any]]:
-    """Resistances, time constants, inlet and drift, and what the fit leaves."""
-    span = max(float(np.ptp(part.power_w)) for part in parts)
-    if span < 100.0:
-        raise TraceFormatError(
-            f"mean power varies by {span:.0f} W only; record steps between idle and full load"
-        )
-    measured = [np.stack([part.temp_c, part.mem_temp_c], axis=1) for part in parts]  # [N, 2] each
-    own = len(_FITTED) + 1  # then, per trace: inlet and the three nodes at its start
+def fit_heat(parts: Sequence[Intervals]) -> tuple[dict[str, float], dict[str, Any]]:
+    """The `THERMAL` and `NOISE` parameters of traces, and notes on what they determine.
 
-    def misfit(x: np.ndarray) -> list[np.ndarray]:
-        wide, offset = np.exp(x[: len(_FITTED)]), x[len(_FITTED)]
-        result = []
-        for i, part in enumerate(parts):
-            inlet, *nodes = x[own + 4 * i : own + 4 * i + 4]
-            p = np.array([*wide, offset, inlet, 1.0])
-            ran, _ = free_run(part.power_w, part.interval_s, np.array([*nodes, 0.0]), p)
-            result.append(measured[i] - ran)
-        return result
-
-    start, low, high = [*_START, 0.0], [*_LOW, -20.0], [*_HIGH, 20.0]
-    for part in parts:
-        start += [float(part.temp_c.min()) - 5.0, *(np.exp(_START[[1, 3, 5]]) * part.power_w[0])]
-        low += [-20.0, -50.0, -50.0, -50.0]
-        high += [80.0, 100.0, 100.0, 100.0]
-    # No robust loss: a mean of whole degrees is off by half a degree at most, so there are no outliers.
-    solution = least_squares(
-        lambda x: np.concatenate([e.ravel() for e in misfit(x)]), start, bounds=(low, high), x_scale="jac"
-    )
-    if not solution.success:
-        raise TraceFormatError(f"the fit did not converge ({solution.message}); record longer steps of power")
-    residuals = misfit(solution.x)
-    drift_c, drift_tau_s = _drift(residuals, parts[0].interval_s)
-    at_bound = [name for name, side in zip(_FITTED, solution.active_mask, strict=False) if side]
-    pooled = np.concatenate(residuals)
-    notes: dict[str, Any] = {
-        "free_run_rmse_c": {
-            "die": round(float(np.sqrt(np.mean(pooled[:, 0] ** 2))), 3),
-            "memory": round(float(np.sqrt(np.mean(pooled[:, 1] ** 2))), 3),
-        }
-    }
-    if at_bound:
-        notes["at_bound"] = at_bound
-    values = {
-        **dict(zip(_FITTED, np.exp(solution.x[: len(_FITTED)]), strict=True)),
-        "mem_offset_c": solution.x[len(_FITTED)],
-        "inlet_c": np.mean(solution.x[own::4]),
-        "inlet_drift_c": drift_c,
-        "inlet_drift_tau_s": drift_tau_s,
-    }
-    return _rounded(values), notes
-
-
-def _drift(residuals: list[np.ndarray], interval_s: float) -> tuple[float, float]:
-    """Standard deviation and correlation time of the slow part of [N, 2] residuals.
-
-    White sensor noise is in the autocovariance at lag 0 alone, so the slow part begins at lag 1.
+    Raises:
+        TraceFormatError: the traces do not determine an essential parameter; names it.
     """
-    common = [e.mean(axis=1) for e in residuals]
-    longest = min(len(e) for e in common) // 2
-    covariance = [
-        np.mean(np.concatenate([e[lag:] * e[: len(e) - lag] for e in common])) for lag in range(1, longest)
-    ]
-    if covariance[0] <= 0.0:
-        return 0.0, interval_s
-    fallen = np.flatnonzero(np.array(covariance) < covariance[0] / math.e)
-    lag = int(fallen[0]) if len(fallen) else longest
-    return math.sqrt(covariance[0]), max(1, lag) * interval_s
+    measured = [np.stack([part.temp_c, part.mem_temp_c], axis=1) for part in parts]  # [N, 2] each
+    steps = np.array([round(h / parts[0].interval_s) for h in HORIZONS_S])
+
+    bar = tqdm(desc=f"fit of {sum(map(len, parts))} s", unit="run", leave=False, delay=2.0)
+
+    def residuals(z: np.ndarray) -> np.ndarray:
+        bar.update()
+        values = np.array(list(_values(z).values()))
+        p, noise = values[: len(THERMAL)], values[len(THERMAL) :]
+        rows = [_PRIOR_WEIGHT * (z - _CENTRE)]
+        for part, truth in zip(parts, measured, strict=True):
+            errors = horizon_errors(
+                part.power_w, truth, part.interval_s, p, noise, WARM_UP, _STRIDE, steps
+            )  # [N, H, 2]
+            for h in range(len(steps)):
+                seen = errors[np.isfinite(errors[:, h, 0]), h]  # [n, 2]
+                weight = 1.0 / _SCALE_C[h] / np.sqrt(max(1, len(seen)) * len(parts))
+                rows += [weight * seen[:, 0], weight * _MEMORY_WEIGHT * seen[:, 1]]
+        return np.concatenate(rows)
+
+    solution = least_squares(
+        residuals, _CENTRE, bounds=(_CENTRE - _LIMIT, _CENTRE + _LIMIT), x_scale=1.0, max_nfev=60
+    )
+    bar.close()
+    left = np.diag(np.linalg.inv(solution.jac.T @ solution.jac)) * _PRIOR_WEIGHT**2
+    unknown = [name for name, share in zip(_PRIOR, left, strict=True) if share > _UNKNOWN]
+    missing = [name for name in _ESSENTIAL if name in unknown]
+    if missing:
+        raise TraceFormatError(
+            f"the traces do not determine {', '.join(missing)}: record steps of power, each held for a "
+            "minute or more (calibrate record does)"
+        )
+    notes = {"left_to_the_prior": unknown} if unknown else {}
+    return {name: float(f"{value:.5g}") for name, value in _values(solution.x).items()}, notes
 
 
-def _rounded(values: dict[str, Any]) -> dict[str, float]:
-    """Five digits are more than a trace determines."""
-    return {name: float(f"{value:.5g}") for name, value in values.items()}
+def _values(z: np.ndarray) -> dict[str, float]:
+    """Parameters by name from the search's coordinates."""
+    return {
+        name: float(np.copysign(np.exp(x), value) if unit is None else x * unit)
+        for (name, (value, unit)), x in zip(_PRIOR.items(), z, strict=True)
+    }
+
+
+assert tuple(_PRIOR) == (*THERMAL, *NOISE)

@@ -5,12 +5,14 @@ calibration and the tests call them.
 
 Thermal model (Foster form of a series RC network, per device):
 
-    T_die = T_inlet + r_die * P + x_spreader + x_sink,   dx_i/dt = (r_i * P - x_i) / tau_i
+    T_die = T_inlet + r_die * P + x_spreader + x_sink + x_fan,   dx_i/dt = (r_i * P - x_i) / tau_i
 
 The die itself settles within a few of the sensor's refresh periods, so its resistance acts at once.
-Memory sits under the same heatsink and has a node of its own, and an offset for power that does not
-follow the device's: T_mem = T_inlet + offset + x_mem + x_sink. Each node is advanced by the exact
-solution for constant power over a step, so the result does not depend on the step where power is constant.
+`x_fan` is the chassis: its fans follow the heat within minutes and take part of the rise back, so its
+resistance is negative. Memory sits under the same heatsink and has a node of its own, and an offset for
+power that does not follow the device's: T_mem = T_inlet + offset + r_stack * P + x_mem + x_sink + x_fan.
+Each node is advanced by the exact solution for constant power over a step, so the result does not depend
+on the step where power is constant.
 
 Leakage raises idle power linearly with the die's temperature (first-order form of the curves in
 Price et al., arXiv:1407.8116). Frequency scaling is modelled, not measured: time of compute-bound
@@ -50,6 +52,13 @@ def idle_power_w(reference_w, leakage_per_c, die_c, reference_c):
 
 
 @jit
+def idle_reference_w(full_clock_w, low_clock_w, clock, low_clock):
+    """Idle power at a clock fraction: linear between the two clocks at which a card was seen to idle."""
+    share = min(1.0, max(0.0, (clock - low_clock) / (1.0 - low_clock)))
+    return low_clock_w + (full_clock_w - low_clock_w) * share
+
+
+@jit
 def clock_power_factor(clock):
     """Dynamic power at a clock fraction over that at full clock: f V(f)^2 (modelled)."""
     voltage = max(_VOLTAGE_FLOOR, 1.0 - _VOLTAGE_SLOPE * (1.0 - clock))
@@ -60,6 +69,12 @@ def clock_power_factor(clock):
 def capped_power_w(idle_w, dynamic_w, power_cap_w):
     """Power drawn, with the power cap of the board holding it."""
     return min(idle_w + dynamic_w, max(power_cap_w, idle_w))
+
+
+@jit
+def capped_clock(clock, demand_w, power_cap_w):
+    """Clock fraction at which a demand beyond the power cap meets it: power goes with its square here."""
+    return max(MIN_CLOCK, clock * (power_cap_w / demand_w) ** 0.5)
 
 
 @jit
@@ -78,20 +93,20 @@ def next_clock(clock, die_c, memory_c, demand_w, power_cap_w, slowdown_c, hw_slo
     if die_c >= slowdown_c or memory_c >= memory_limit_c:
         return max(MIN_CLOCK, clock - 0.08), 0.0, 1.0
     if demand_w > power_cap_w:
-        return max(MIN_CLOCK, clock * (power_cap_w / demand_w) ** 0.5), 1.0, 0.0
+        return capped_clock(clock, demand_w, power_cap_w), 1.0, 0.0
     return min(1.0, clock + 0.04), 0.0, 0.0
 
 
 @jit
-def die_temperature_c(inlet_c, r_die, power_w, spreader_c, sink_c):
-    """Temperature of the hottest die in deg C; the two nodes are rises above the inlet."""
-    return inlet_c + r_die * power_w + spreader_c + sink_c
+def die_temperature_c(inlet_c, r_die, power_w, spreader_c, sink_c, fan_c):
+    """Temperature of the hottest die in deg C; the nodes are rises above the inlet."""
+    return inlet_c + r_die * power_w + spreader_c + sink_c + fan_c
 
 
 @jit
-def memory_temperature_c(inlet_c, offset_c, memory_c, sink_c):
-    """Temperature of the memory in deg C; its node and the sink's are rises above the inlet."""
-    return inlet_c + offset_c + memory_c + sink_c
+def memory_temperature_c(inlet_c, offset_c, r_stack, power_w, memory_c, sink_c, fan_c):
+    """Temperature of the memory in deg C; its node and the heatsink's are rises above the inlet."""
+    return inlet_c + offset_c + r_stack * power_w + memory_c + sink_c + fan_c
 
 
 @jit

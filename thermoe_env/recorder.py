@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -121,8 +122,15 @@ class Recorder:
 
 def write_driver_info(gpu: Gpu, trace: Path) -> None:
     """Write what the driver says of the card beside a trace."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    about = {"name": gpu.name, "driver": gpu.driver, "measured_on": today, **gpu.limits()}
+    now = datetime.datetime.now(datetime.UTC)
+    about = {
+        "name": gpu.name,
+        "driver": gpu.driver,
+        "card": hashlib.sha256(gpu.uuid.encode()).hexdigest()[:12],  # tells cards apart, names none
+        "measured_on": now.date().isoformat(),
+        "started": now.isoformat(timespec="seconds"),
+        **gpu.limits(),
+    }
     driver_info_path(trace).write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -24,13 +24,20 @@ COLUMNS = (
 )  # fmt: skip
 """`t` in s; `energy_mj` is the cumulative counter; `reasons` is NVML's bitmask of clock event reasons."""
 POWER_CAP_REASON = 0x4
-SENSOR_LAG_S = 0.15
-"""How far temperature trails power: half the sensor's 100 ms hold and the rise of the die itself. Seen on
-an H100, where fits are best between 0.1 and 0.2 s."""
+THROTTLE_REASONS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
+"""Power cap, hardware slowdown, software and hardware thermal slowdown, power brake."""
+SENSOR_LAG_S = 0.1
+"""How far temperature trails power: the sensor's 100 ms hold and the rise of the die itself. On two H100s
+forecasts over a second are best at 0.1 s."""
+FROZEN_S = 2.0
+LEAST_STEP_W = 100.0
+LEAST_RESPONSE_C_PER_W = 0.004
 MAX_GAP_S = 5.0
 MAX_GAP_STEPS = 10.0
 
-_SEGMENT_NUMBERS = ("t0", "t1", "k", "tokens", "duty")
+_SEGMENT_NUMBERS = ("t0", "t1", "k", "tokens", "duty", "steps", "mean_lat_ms")
+UNNAMED_LOAD = "unnamed"
+"""The load of segments without a column `load`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +55,19 @@ class Intervals:
     sm_mhz_min: np.ndarray
     power_capped: np.ndarray
     """Fraction of samples in which the power cap held the clock."""
+    throttled: np.ndarray
+    """Fraction of samples in which the cap, heat or the board's brake did."""
 
     def __len__(self) -> int:
         return len(self.t_s)
 
     def until(self, count: int) -> Intervals:
         """The first `count` intervals."""
-        arrays = {k: v[:count] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+        return self.slice(0, count)
+
+    def slice(self, start: int, stop: int) -> Intervals:
+        """The intervals from number `start` to before `stop`."""
+        arrays = {k: v[start:stop] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         return Intervals(interval_s=self.interval_s, **arrays)
 
 
@@ -117,6 +130,7 @@ class Trace:
             util=mean(self.util, first),
             sm_mhz_min=np.minimum.reduceat(self.sm_mhz[: first[-1]], first[:-1]),
             power_capped=mean((self.reasons.astype(np.int64) & POWER_CAP_REASON > 0).astype(float), first),
+            throttled=mean((self.reasons.astype(np.int64) & THROTTLE_REASONS > 0).astype(float), first),
         )
 
 
@@ -133,6 +147,12 @@ class Segment:
     """Tokens per forward pass; 0 when idle."""
     duty: float
     """Busy fraction asked for."""
+    steps: float
+    """Forward passes done."""
+    mean_latency_s: float
+    """Mean time of one."""
+    load: str = UNNAMED_LOAD
+    """Which load: energies of one say nothing of another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +176,7 @@ def load_trace(path: str | Path) -> Trace:
 
     Raises:
         TraceFormatError: missing column, not a number, time repeated or running backward, a gap (more than
-            10 median steps or 5 s), or a falling energy counter; names file, row and field.
+            10 median steps or 5 s), an energy counter that falls or stands still; names file, row and field.
     """
     path = Path(path)
     table = _read_numbers(path, COLUMNS)
@@ -170,27 +190,61 @@ def load_trace(path: str | Path) -> Trace:
     _refuse(
         path, "energy_mj", np.diff(energy) < 0.0, "the counter fell (driver reloaded?): cut the trace there"
     )
+    moved = np.append(0, np.flatnonzero(np.diff(energy) > 0.0) + 1)  # rows at which the counter last moved
+    since = t - t[moved[np.searchsorted(moved, np.arange(len(t)), side="right") - 1]]
+    _refuse(
+        path, "energy_mj", (since > FROZEN_S)[1:],
+        f"the counter is frozen for more than {FROZEN_S:g} s: reload the driver and record again",
+    )  # fmt: skip
     return Trace(path=path, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), **table)
 
 
 def load_segments(path: str | Path) -> list[Segment]:
-    """Read the loads of a trace: columns phase, t0, t1, k, tokens, duty; others are left alone.
+    """Read the loads of a trace.
+
+    Columns are phase, t0, t1, k, tokens, duty, steps, mean_lat_ms and, where loads of several kinds exist,
+    load; others are left alone.
 
     Raises:
-        TraceFormatError: missing column, not a number, or segments that overlap.
+        TraceFormatError: missing column, not a number, a segment that ends before it begins or overlaps the
+            one above it, work without tokens or steps.
     """
     path = Path(path)
-    table = _read_numbers(path, _SEGMENT_NUMBERS, ("phase",))
-    _refuse(path, "t0", table["t0"][1:] < table["t1"][:-1], "begins before the segment above it ends")
-    return [
-        Segment(phase=str(table["phase"][i]), **{name: float(table[name][i]) for name in _SEGMENT_NUMBERS})
-        for i in range(len(table["t0"]))
-    ]
+    table = _read_numbers(path, _SEGMENT_NUMBERS, ("phase",), ("load",))
+    segments = []
+    for i in range(len(table["t0"])):
+        values = {name: float(table[name][i]) for name in _SEGMENT_NUMBERS}
+        row, latency_s = i + 2, values.pop("mean_lat_ms") / 1e3
+        if values["t1"] <= values["t0"]:
+            raise TraceFormatError(
+                f"{path}: row {row}: t1 must lie after t0={values['t0']}, got {values['t1']}"
+            )
+        if segments and values["t0"] < segments[-1].t1:
+            raise TraceFormatError(f"{path}: row {row}: t0: begins before the segment above it ends")
+        busy = values["tokens"] > 0
+        if busy and not (
+            values["steps"] >= 0 and latency_s > 0 and 0 < values["duty"] <= 1 and values["k"] >= 1
+        ):
+            raise TraceFormatError(
+                f"{path}: row {row}: work needs steps >= 0, mean_lat_ms > 0, 0 < duty <= 1 and k >= 1"
+            )
+        load = str(table["load"][i]) if "load" in table else ""
+        segments.append(
+            Segment(
+                phase=str(table["phase"][i]), mean_latency_s=latency_s, load=load or UNNAMED_LOAD, **values
+            )
+        )
+    return segments
 
 
 def driver_info_path(trace: Path) -> Path:
     """Where the driver's answers to a trace `X_telemetry.csv` lie: `X_nvml_info.json`."""
     return trace.with_name(trace.stem.removesuffix("_telemetry") + "_nvml_info.json")
+
+
+def segments_path(trace: Path) -> Path:
+    """Where what ran in a trace `X_telemetry.csv` lies: `X_segments.csv`."""
+    return trace.with_name(trace.stem.removesuffix("_telemetry") + "_segments.csv")
 
 
 def load_driver_info(path: str | Path) -> DriverInfo:
@@ -235,8 +289,10 @@ def load_driver_info(path: str | Path) -> DriverInfo:
     )
 
 
-def _read_numbers(path: Path, numbers: tuple[str, ...], texts: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """Columns of a CSV file; row numbers in messages are the file's lines."""
+def _read_numbers(
+    path: Path, numbers: tuple[str, ...], texts: tuple[str, ...] = (), optional: tuple[str, ...] = ()
+) -> dict[str, np.ndarray]:
+    """Columns of a CSV file, `optional` ones where it has them; row numbers in messages are its lines."""
     try:
         with path.open(newline="") as file:
             reader = csv.reader(file)
@@ -246,6 +302,7 @@ def _read_numbers(path: Path, numbers: tuple[str, ...], texts: tuple[str, ...] =
                 raise TraceFormatError(
                     f"{path}: row 1: missing column {missing[0]!r}; needs {(*numbers, *texts)}"
                 )
+            texts = (*texts, *(name for name in optional if name in header))
             at = {name: header.index(name) for name in (*numbers, *texts)}
             columns: dict[str, list] = {name: [] for name in at}
             for row in reader:
@@ -276,3 +333,23 @@ def _refuse(path: Path, field: str, bad: np.ndarray, rule: str) -> None:
     """Refuse the file at the first difference marked bad (difference i ends in line i + 3)."""
     if np.any(bad):
         raise TraceFormatError(f"{path}: row {int(np.flatnonzero(bad)[0]) + 3}: {field}: {rule}")
+
+
+def refuse_foreign_temperature(path: Path, intervals: Intervals) -> None:
+    """Refuse a trace whose die does not warm with its power: sensors of two cards, most likely.
+
+    Raises:
+        TraceFormatError: the mean response to steps of power is below a fifth of any card's.
+    """
+    lag = max(1, round(2.0 / intervals.interval_s))
+    power = intervals.power_w[lag:] - intervals.power_w[:-lag]
+    temp = intervals.temp_c[lag:] - intervals.temp_c[:-lag]
+    step = np.abs(power) > LEAST_STEP_W
+    if step.sum() < 3:
+        return
+    slope = float((temp[step] * power[step]).sum() / (power[step] ** 2).sum())
+    if slope < LEAST_RESPONSE_C_PER_W:
+        raise TraceFormatError(
+            f"{path}: temp_c answers steps of power by {slope:.4f} degC/W, a card's own sensor by at least "
+            f"{LEAST_RESPONSE_C_PER_W}: is the temperature that of another card?"
+        )
