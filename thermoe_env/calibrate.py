@@ -152,6 +152,7 @@ def validate(
     errors = dataclasses.asdict(validate_twin(intervals, model, loads))
     fitted = recorded.sha256 in {part.get("sha256") for part in model.provenance.get("traces", [])}
     if as_json:
+        errors |= {f"throttle_{name}": value for name, value in errors.pop("throttle").items()}
         errors |= errors.pop("power") or {"power_mape": None}
         print(json.dumps({"twin": model.gpu, "trace_was_fitted": fitted, **errors}, indent=1))
         return

@@ -115,7 +115,7 @@ def _loads(
         energy_j = float(f"{above_j.sum() / steps.sum():.5g}")
         mean_latency_s = float(f"{(latency_s * steps).sum() / steps.sum():.5g}")
         if energy_j > 0.0:
-            capped = round(max(v[3] for v in visits), 3)
+            capped = round(float(max(v[3] for v in visits)), 3)
             loads.setdefault(load, []).append([k, tokens, energy_j, mean_latency_s, capped])
     return loads
 
