@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import subprocess
 import sys
@@ -19,20 +18,25 @@ from scipy.integrate import solve_ivp
 from thermoe_env import calibrate, physics
 from thermoe_env.calibration import TwinParams, load_twin, save_twin
 from thermoe_env.errors import ScenarioError, TraceFormatError
+from thermoe_env.excitation import TOKENS, TOP_K, schedule
 from thermoe_env.fitting import fit_twin
-from thermoe_env.free_run import THERMAL, WARM_UP, filter_states, free_run, thermal_vector, validate_twin
+from thermoe_env.free_run import STATE, advance, free_run, thermal_vector
+from thermoe_env.observer import Observer, follow, noise_vector
 from thermoe_env.traces import (
     COLUMNS,
     SENSOR_LAG_S,
+    Segment,
     Trace,
+    driver_info_path,
     load_driver_info,
     load_segments,
     load_trace,
+    segments_path,
 )
+from thermoe_env.validation import WARM_UP, validate_twin
 
 ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "configs/traces/h100_steps_telemetry.csv"
-CUT = ROOT / "tests/data/h100_cut_telemetry.csv"
 SHIPPED = ROOT / "configs/twin/h100.yaml"
 INFO = load_driver_info(ROOT / "configs/traces/h100_steps_nvml_info.json")
 
@@ -43,8 +47,17 @@ def shipped() -> TwinParams:
 
 
 @pytest.fixture(scope="module")
-def cut() -> Trace:
-    return load_trace(CUT)
+def cut_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 270 s of the recorded trace."""
+    head, *rows = RECORDED.read_text().splitlines()
+    path = tmp_path_factory.mktemp("traces") / "cut_telemetry.csv"
+    path.write_text("\n".join([head, *(row for row in rows if float(row.split(",", 1)[0]) < 270.0)]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def cut(cut_path: Path) -> Trace:
+    return load_trace(cut_path)
 
 
 def write_trace(path: Path, columns: dict[str, np.ndarray]) -> Path:
@@ -62,27 +75,30 @@ def simulate(twin: TwinParams, seconds: int, seed: int) -> dict[str, np.ndarray]
     phases = rng.integers(0, 4, size=seconds // 20 + 1)
     phases[:4] = (0, 3, 3, 0)
     work = np.array([0.0, 150.0, 300.0, 500.0])[np.minimum(phases[(t // 20).astype(int)], 3)]
+    asleep = t < 8.0  # no context yet: the lowest clock
 
     def rates(now: float, x: np.ndarray, power: float) -> list[float]:
         return [
             (twin.r_spreader_c_per_w * power - x[0]) / twin.tau_spreader_s,
             (twin.r_sink_c_per_w * power - x[1]) / twin.tau_sink_s,
-            (twin.r_mem_c_per_w * power - x[2]) / twin.tau_mem_s,
+            (twin.r_fan_c_per_w * power - x[2]) / twin.tau_fan_s,
+            (twin.r_mem_c_per_w * power - x[3]) / twin.tau_mem_s,
         ]
 
     def power_at(die_c: float, dynamic_w: float) -> float:
         return twin.idle_power_w * (1.0 + twin.leakage_per_c * (die_c - twin.idle_reference_c)) + dynamic_w
 
     power, die, memory = np.empty_like(t), np.empty_like(t), np.empty_like(t)
-    x, last = np.array([1.0, 4.0, 3.0]), 40.0
+    x, last = np.array([1.0, 4.0, -1.5, 3.0]), 40.0
     for begin in range(0, len(t), 5):  # power is constant within 0.25 s
-        p = power_at(last, work[begin])
+        p = twin.low_clock_power_w if asleep[begin] else power_at(last, work[begin])
         end = min(begin + 5, len(t))
         span = (0.0, 0.05 * (end - begin))
         solved = solve_ivp(rates, span, x, args=(p,), t_eval=0.05 * np.arange(end - begin), rtol=1e-8)
         power[begin:end] = p
-        die[begin:end] = twin.inlet_c + twin.r_die_c_per_w * p + solved.y[0] + solved.y[1]
-        memory[begin:end] = twin.inlet_c + twin.mem_offset_c + solved.y[2] + solved.y[1]
+        shared = twin.inlet_c + solved.y[1] + solved.y[2]
+        die[begin:end] = shared + twin.r_die_c_per_w * p + solved.y[0]
+        memory[begin:end] = shared + twin.mem_offset_c + twin.r_stack_c_per_w * p + solved.y[3]
         x = solve_ivp(rates, span, x, args=(p,), rtol=1e-8).y[:, -1]
         last = die[end - 1]
     late = np.maximum(0, np.arange(len(t)) - round(SENSOR_LAG_S / 0.05))
@@ -94,7 +110,7 @@ def simulate(twin: TwinParams, seconds: int, seed: int) -> dict[str, np.ndarray]
         "power_w": power,
         "power_inst_w": power,
         "energy_mj": energy_mj[np.arange(len(t)) // 2 * 2],
-        "sm_mhz": np.full(len(t), 1980.0),
+        "sm_mhz": np.where(asleep, twin.low_clock_mhz, twin.max_clock_mhz),
         "mem_mhz": np.full(len(t), 2619.0),
         "util": np.where(work > 0.0, 100.0, 0.0),
         "reasons": np.where(work >= 500.0, 4.0, 0.0),
@@ -131,15 +147,49 @@ def test_relax_is_the_solution_of_the_equation(tau_s: float, start: float, power
 
 
 def test_free_run_does_not_depend_on_the_step_under_constant_power(shipped: TwinParams) -> None:
-    start, p = np.array([1.0, 5.0, 3.0, 2.0]), thermal_vector(shipped)
+    start, p = np.array([1.0, 5.0, -2.0, 3.0, 2.0, 1.0, 0.1, 0.5]), thermal_vector(shipped)
     fine, end_fine = free_run(np.full(60, 400.0), 0.5, start, p)
     coarse, end_coarse = free_run(np.full(6, 400.0), 5.0, start, p)
     np.testing.assert_allclose(end_fine, end_coarse, rtol=1e-12)
-    # The drift is held within an interval; apart from it, means of means are the mean.
-    still = start * [1, 1, 1, 0]
+    # What fades is held within an interval; apart from it, means of means are the mean.
+    still = start * [1, 1, 1, 1, 0, 1, 0, 0]
     fine, _ = free_run(np.full(60, 400.0), 0.5, still, p)
     coarse, _ = free_run(np.full(6, 400.0), 5.0, still, p)
     np.testing.assert_allclose(fine.reshape(6, 10, 2).mean(axis=1), coarse, rtol=1e-12)
+
+
+def test_heat_has_the_closed_forms_of_its_circuit(shipped: TwinParams) -> None:
+    p, cold = thermal_vector(shipped), np.zeros(len(STATE))
+    power, t = 500.0, np.arange(0.5, 3000.0)
+    ran, end = free_run(np.full(len(t), power), 1.0, cold, p)
+    # Steady state: the sum of the resistances times the power, and nothing left to do.
+    resistance = shipped.r_die_c_per_w + shipped.r_spreader_c_per_w + shipped.r_sink_c_per_w
+    resistance += shipped.r_fan_c_per_w
+    assert ran[-1, 0] == pytest.approx(shipped.inlet_c + resistance * power, abs=1e-3)
+    before = end.copy()
+    advance(power, 1.0, p, end, np.empty(2))
+    np.testing.assert_allclose(end, before, atol=1e-3)
+    # Step response: a sum of exponentials, here averaged over each second.
+    response = shipped.inlet_c + shipped.r_die_c_per_w * power
+    for r, tau in (("r_spreader", "tau_spreader"), ("r_sink", "tau_sink"), ("r_fan", "tau_fan")):
+        tau_s = getattr(shipped, f"{tau}_s")
+        mean_decay = tau_s * (np.exp(-(t - 0.5) / tau_s) - np.exp(-(t + 0.5) / tau_s))
+        response = response + getattr(shipped, f"{r}_c_per_w") * power * (1.0 - mean_decay)
+    np.testing.assert_allclose(ran[:, 0], response, rtol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    powers=st.lists(st.floats(60.0, 700.0), min_size=2, max_size=40),
+    more=st.lists(st.floats(0.0, 200.0), min_size=40, max_size=40),
+)
+def test_more_power_is_never_cooler_within_minutes(
+    shipped: TwinParams, powers: list[float], more: list[float]
+) -> None:
+    """The fans take back within minutes less than the heatsink gains."""
+    low, high = np.array(powers), np.array(powers) + np.array(more[: len(powers)])
+    p, start = thermal_vector(shipped), np.zeros(len(STATE))
+    assert np.all(free_run(high, 1.0, start, p)[0] >= free_run(low, 1.0, start, p)[0] - 1e-9)
 
 
 # ---------------------------------------------------------------- traces
@@ -190,6 +240,7 @@ def _rows(**changes: dict[int, str]) -> str:
         (_rows(power_w={3: "nan"}), "row 5", "power_w"),
         (_rows(mem_temp_c={3: ""}), "row 5", "mem_temp_c"),
         (_rows(energy_mj={9: "0"}), "row 11", "energy_mj"),
+        (_rows(energy_mj={i: "13000" for i in range(1, 40)}), "row 24", "frozen"),
         (_rows() + "\n1,2,3", "row 42", "3 fields"),
         ("", "row 1", "t"),
         (",".join(COLUMNS), "0 rows", "at least 3"),
@@ -219,9 +270,16 @@ def test_a_missing_trace_or_limit_is_refused(tmp_path: Path) -> None:
 
 def test_overlapping_segments_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "segments.csv"
-    path.write_text("phase,t0,t1,k,tokens,duty\nstep,0,5,1,64,1\nidle,4,8,0,0,1\n")
-    with pytest.raises(TraceFormatError, match="row 3: t0"):
-        load_segments(path)
+    head = "phase,t0,t1,k,tokens,duty,steps,mean_lat_ms\n"
+    for rows, match in [
+        ("step,0,5,1,64,1,9,1\nidle,4,8,0,0,1,0,0\n", "row 3: t0"),
+        ("step,5,5,1,64,1,9,1\n", "row 2: t1"),
+        ("step,0,5,1,64,2,9,1\n", "row 2: work needs"),
+        ("step,0,5,0,64,1,9,1\n", "row 2: work needs"),
+    ]:
+        path.write_text(head + rows)
+        with pytest.raises(TraceFormatError, match=match):
+            load_segments(path)
 
 
 # ---------------------------------------------------------------- fit
@@ -230,96 +288,203 @@ def test_overlapping_segments_are_refused(tmp_path: Path) -> None:
 def test_fit_recovers_a_known_device(tmp_path: Path, shipped: TwinParams) -> None:
     true = dataclasses.replace(
         shipped,
-        r_die_c_per_w=0.02,
+        r_die_c_per_w=0.018,
         r_spreader_c_per_w=0.012,
         tau_spreader_s=5.0,
-        r_sink_c_per_w=0.02,
+        r_sink_c_per_w=0.024,
         tau_sink_s=45.0,
-        r_mem_c_per_w=0.025,
+        r_fan_c_per_w=-0.008,
+        tau_fan_s=150.0,
+        r_stack_c_per_w=0.012,
+        r_mem_c_per_w=0.02,
         tau_mem_s=2.0,
         mem_offset_c=3.0,
         inlet_c=27.0,
         leakage_per_c=0.005,
     )
-    path = write_trace(tmp_path / "known_telemetry.csv", simulate(true, 500, seed=3))
-    twin = fit_twin([load_trace(path)], INFO)
-    for name in THERMAL[:7]:
-        assert getattr(twin, name) == pytest.approx(getattr(true, name), rel=0.12), name
-    assert twin.inlet_c == pytest.approx(true.inlet_c, abs=0.5)
-    assert twin.mem_offset_c == pytest.approx(true.mem_offset_c, abs=0.3)
+    paths = [write_trace(tmp_path / f"{seed}.csv", simulate(true, 500, seed)) for seed in (3, 4)]
+    twin = fit_twin([load_trace(path) for path in paths], INFO)
+    for name in ("r_die_c_per_w", "r_spreader_c_per_w", "r_sink_c_per_w", "tau_sink_s", "r_mem_c_per_w"):
+        assert getattr(twin, name) == pytest.approx(getattr(true, name), rel=0.2), name
+    for name in ("tau_spreader_s", "tau_mem_s", "r_stack_c_per_w"):
+        assert getattr(twin, name) == pytest.approx(getattr(true, name), rel=0.35), name
+
+    def at_power(device: TwinParams, seconds: int) -> float:
+        return free_run(np.full(seconds, 500.0), 1.0, np.zeros(len(STATE)), thermal_vector(device))[0][-1, 0]
+
+    for seconds in (1, 10, 60, 300):  # single constants trade off, what they do together is determined
+        assert at_power(twin, seconds) == pytest.approx(at_power(true, seconds), abs=1.0)
     at_reference = true.idle_power_w * (
         1 + true.leakage_per_c * (twin.idle_reference_c - true.idle_reference_c)
     )
     assert twin.idle_power_w == pytest.approx(at_reference, rel=0.01)
     assert twin.leakage_per_c == pytest.approx(true.leakage_per_c, rel=0.1)
-    assert twin.inlet_drift_c < 0.3  # it has none
-    # Whole degrees alone stand between truth and sensor.
-    errors = twin.provenance["held_out"][0]
-    assert errors["temp_rmse_c"]["60"] < 0.5 and errors["mem_temp_rmse_c"]["60"] < 0.5
+    assert twin.low_clock_power_w == pytest.approx(true.low_clock_power_w, abs=0.5)
+    # Whole degrees alone stand between truth and sensor, for fits that have not seen what they are judged on.
+    for errors in twin.provenance["held_out"]:
+        assert errors["temp_rmse_c"]["60"] < 0.5 and errors["mem_temp_rmse_c"]["60"] < 0.5
 
 
 def test_fit_beats_persistence_on_the_rest_of_the_recorded_trace(cut: Trace) -> None:
-    twin = fit_twin([cut], INFO)
-    errors = twin.provenance["held_out"][0]
-    assert errors["fitted_before_s"] < cut.t[-1] - 60.0
+    [errors] = fit_twin([cut], INFO).provenance["held_out"]
     for h in ("1", "10", "60"):
-        assert errors["temp_rmse_c"][h] < 0.5 * errors["persistence_rmse_c"][h]
-        assert errors["mem_temp_rmse_c"][h] < 0.5 * errors["mem_persistence_rmse_c"][h]
+        assert errors["temp_rmse_c"][h] < 0.6 * errors["persistence_rmse_c"][h]
+        assert errors["mem_temp_rmse_c"][h] < 0.7 * errors["mem_persistence_rmse_c"][h]
 
 
-def test_the_shipped_twin_is_the_fit_of_the_shipped_trace(shipped: TwinParams) -> None:
-    [source] = shipped.provenance["traces"]
-    assert source["sha256"] == hashlib.sha256(RECORDED.read_bytes()).hexdigest()
-    again = fit_twin([load_trace(RECORDED)], INFO)
-    for name in (*THERMAL, "idle_power_w", "leakage_per_c", "power_cap_w", "inlet_drift_c"):
-        assert getattr(again, name) == pytest.approx(getattr(shipped, name), rel=0.02), name
-    assert (shipped.max_clock_mhz, shipped.provenance["measured_on"]) == (1980.0, "2026-11-23")
+def test_the_shipped_twin_is_the_fit_of_the_shipped_traces(shipped: TwinParams) -> None:
+    traces = [load_trace(RECORDED.parent / source["file"]) for source in shipped.provenance["traces"]]
+    assert [t.sha256 for t in traces] == [source["sha256"] for source in shipped.provenance["traces"]]
+    loads = [load_segments(segments_path(t.path)) for t in traces]
+    again = fit_twin(traces, load_driver_info(driver_info_path(traces[0].path)), loads, judge=False)
+    for name in ("idle_power_w", "leakage_per_c", "power_cap_w", "r_die_c_per_w", "r_sink_c_per_w"):
+        assert getattr(again, name) == pytest.approx(getattr(shipped, name), rel=0.03), name
+    assert again.loads.keys() == shipped.loads.keys()
 
 
-def test_several_traces_are_fitted_together(tmp_path: Path, shipped: TwinParams) -> None:
-    traces = []
-    for seed, inlet in ((1, 24.0), (2, 29.0)):
-        device = dataclasses.replace(shipped, inlet_c=inlet)
-        traces.append(load_trace(write_trace(tmp_path / f"{seed}.csv", simulate(device, 300, seed))))
-    twin = fit_twin(traces, INFO)
-    assert twin.inlet_c == pytest.approx(26.5, abs=0.6)  # each trace has an inlet of its own
-    assert twin.tau_sink_s == pytest.approx(shipped.tau_sink_s, rel=0.15)
-    assert [part["file"] for part in twin.provenance["held_out"]] == ["1.csv", "2.csv"]
+def test_the_shipped_twin_meets_its_claim_on_traces_that_it_was_not_fitted_to(shipped: TwinParams) -> None:
+    """Each shipped trace, by a fit to the others, as the file says: far below persistence."""
+    held = shipped.provenance["held_out"]
+    assert len(held) == len(shipped.provenance["traces"]) >= 2
+    for errors in held:
+        for h in ("1", "10", "60", "180"):
+            assert errors["temp_rmse_c"][h] < 0.35 * errors["persistence_rmse_c"][h]
 
 
 def test_traces_without_what_the_fit_needs_are_refused(tmp_path: Path, shipped: TwinParams) -> None:
-    columns = simulate(shipped, 60, seed=1)
-    busy = write_trace(tmp_path / "busy.csv", columns | {"util": np.full(len(columns["t"]), 50.0)})
+    columns = simulate(shipped, 120, seed=1)
+    rows = len(columns["t"])
+
+    def fit_of(**changes: np.ndarray) -> None:
+        fit_twin([load_trace(write_trace(tmp_path / "bad.csv", {**columns, **changes}))], INFO, judge=False)
+
     with pytest.raises(TraceFormatError, match="idling"):
-        fit_twin([load_trace(busy)], INFO)
+        fit_of(util=np.full(rows, 50.0))
+    with pytest.raises(TraceFormatError, match="low clock"):
+        fit_of(sm_mhz=np.full(rows, 1980.0))
+    with pytest.raises(TraceFormatError, match="another card"):
+        fit_of(temp_c=np.full(rows, 40.0))
+    steady = {"energy_mj": 12e3 * np.floor(columns["t"] * 10.0) / 1.0, "temp_c": np.full(rows, 40.0)}
+    with pytest.raises(TraceFormatError, match=r"do not determine .*tau_sink_s: record steps"):
+        fit_of(**steady, mem_temp_c=np.full(rows, 41.0))
+    with pytest.raises(TraceFormatError, match="too short"):
+        short = {name: values[:1000] for name, values in columns.items()}
+        fit_twin([load_trace(write_trace(tmp_path / "short.csv", short))], INFO, judge=False)
 
 
 # ---------------------------------------------------------------- validation
 
 
 def test_restarts_know_only_the_past(cut: Trace, shipped: TwinParams) -> None:
-    parts, p = cut.intervals(), thermal_vector(shipped)
+    parts, p, noise = cut.intervals(), thermal_vector(shipped), noise_vector(shipped)
     measured = np.stack([parts.temp_c, parts.mem_temp_c], axis=1)
     changed, power = measured.copy(), parts.power_w.copy()
     changed[100:] += 30.0
     power[100:] = 0.0
-    a = filter_states(parts.power_w, measured, 1.0, p, shipped.inlet_drift_c)
-    b = filter_states(power, changed, 1.0, p, shipped.inlet_drift_c)
+    a = follow(parts.power_w, measured, 1.0, p, noise)
+    b = follow(power, changed, 1.0, p, noise)
     np.testing.assert_array_equal(a[:100], b[:100])
     assert not np.array_equal(a[100], b[100])
 
 
+def test_the_observer_is_a_kalman_filter(cut: Trace, shipped: TwinParams) -> None:
+    """Against the textbook's matrices, read off the model by differences."""
+    parts, p, noise = cut.intervals().until(60), thermal_vector(shipped), noise_vector(shipped)
+    measured = np.stack([parts.temp_c, parts.mem_temp_c], axis=1)
+    observer = Observer(shipped, parts.power_w[0])
+    x = np.array(list(observer.state.values()))
+    covariance = np.diag(np.array(list(observer.spread.values())) ** 2)
+    spread = np.array([*[noise[0]] * 4, *noise[1:5]])
+    for power, truth in zip(parts.power_w, measured, strict=True):
+        one = np.array([power])
+        base, end = free_run(one, 1.0, np.zeros(8), p)
+        runs = [free_run(one, 1.0, unit, p) for unit in np.eye(8)]
+        h = np.array([(mean - base)[0] for mean, _ in runs]).T  # [2, 8]
+        f = np.array([state - end for _, state in runs]).T  # [8, 8]
+        gain = covariance @ h.T @ np.linalg.inv(h @ covariance @ h.T + np.eye(2) * noise[5] ** 2)
+        x = x + gain @ (truth - base[0] - h @ x)
+        covariance = (np.eye(8) - gain @ h) @ covariance
+        x, covariance = f @ x + end, f @ covariance @ f.T + np.diag(spread**2) @ (np.eye(8) - f @ f)
+        observer.update(power, *truth)
+        np.testing.assert_allclose(list(observer.state.values()), x, atol=1e-8)
+        np.testing.assert_allclose(
+            np.array(list(observer.spread.values())) ** 2, np.diag(covariance), atol=1e-8
+        )
+    np.testing.assert_allclose(
+        observer.forecast(parts.power_w), free_run(parts.power_w, 1.0, x, p)[0], atol=1e-6
+    )
+
+
+def test_the_observer_finds_todays_inlet(shipped: TwinParams) -> None:
+    """A room four degrees warmer than the calibration's, within a minute and a half of service."""
+    warm = dataclasses.replace(shipped, inlet_c=shipped.inlet_c + 4.0)
+    power = np.repeat([130.0, 600.0, 300.0], 30)
+    truth, _ = free_run(power, 1.0, np.zeros(8), thermal_vector(warm))
+    observer = Observer(shipped, power[0])
+    for watts, (die, memory) in zip(power, truth, strict=True):
+        observer.update(watts, die, memory)
+    ahead, _ = free_run(np.tile(power, 2), 1.0, np.zeros(8), thermal_vector(warm))
+    assert np.abs(observer.forecast(power)[:60, 0] - ahead[len(power) :][:60, 0]).max() < 2.0
+
+
 def test_a_perfect_twin_has_no_error(shipped: TwinParams, cut: Trace) -> None:
     parts = cut.intervals()
-    quiet = dataclasses.replace(shipped, inlet_drift_c=0.0)
-    start = np.array([1.0, 4.0, 3.0, 0.0])
-    truth, _ = free_run(parts.power_w, 1.0, start, thermal_vector(quiet))
-    made = dataclasses.replace(parts, temp_c=truth[:, 0] + 2.0, mem_temp_c=truth[:, 1] + 2.0)  # a warmer room
-    errors = validate_twin(made, quiet, first=100)
-    assert max(v for v in errors.temp_max_error_c.values() if v is not None) < 0.1
+    start = np.array([1.0, 4.0, -2.0, 3.0, 0.0, 2.0, 0.0, 0.0])  # a warmer room
+    truth, _ = free_run(parts.power_w, 1.0, start, thermal_vector(shipped))
+    made = dataclasses.replace(parts, temp_c=truth[:, 0], mem_temp_c=truth[:, 1])
+    sharp = dataclasses.replace(
+        shipped, node_noise_c=1e-6, inlet_drift_c=0.0, die_gain_spread=0.0, mem_drift_c=0.0
+    )
+    errors = validate_twin(made, sharp, first=100)
+    assert max(v for v in errors.temp_max_error_c.values() if v is not None) < 0.15
     assert errors.temp_rmse_c["180"] is None and errors.restarts["180"] == 0
     expected = np.sqrt(np.mean((truth[110:, 0] - truth[100:-10, 0]) ** 2))
     assert errors.persistence_rmse_c["10"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_power_of_a_known_load_is_predicted_from_its_record(tmp_path: Path, shipped: TwinParams) -> None:
+    """Steps that cost 5 J above idle each: 150, 300 and 500 W are 30, 60 and 100 of them a second."""
+    columns = simulate(shipped, 300, seed=5)
+    work = np.array([0.0, 150.0, 300.0, 500.0])
+    above = columns["power_w"] - shipped.idle_power_w
+    segments = []
+    for begin in range(20, 300, 20):
+        middle = above[round((begin + 10.0) * 20)]
+        level = int(np.argmin(np.abs(work - middle)))
+        rate = work[level] / 5.0
+        segments.append(
+            Segment(
+                phase="made", t0=begin, t1=begin + 20.0, k=1.0, tokens=64.0 if level else 0.0,
+                duty=rate / 100.0 if level else 1.0, steps=rate * 20.0, mean_latency_s=0.01,
+            )
+        )  # fmt: skip
+    path = write_trace(tmp_path / "load_telemetry.csv", columns)
+    twin = fit_twin([load_trace(path)], INFO, [segments], judge=False)
+    [[k, tokens, energy_j, latency_s, _]] = twin.loads["unnamed"]
+    assert (k, tokens) == (1.0, 64.0) and latency_s == pytest.approx(0.01)
+    assert energy_j == pytest.approx(5.0, rel=0.02)
+    errors = validate_twin(load_trace(path).intervals(), twin, segments).power
+    assert errors is not None and errors.power_mape < 0.02
+    assert abs(errors.energy_error) < 0.01 and abs(errors.throughput_error) < 1e-6
+    strange = [dataclasses.replace(segments[1], load="another")]
+    with pytest.raises(TraceFormatError, match=r"knows the loads \['unnamed'\], not 'another'"):
+        validate_twin(load_trace(path).intervals(), twin, strange)
+    with pytest.raises(TraceFormatError, match="at k=3"):
+        validate_twin(
+            load_trace(path).intervals(), twin, [dataclasses.replace(segments[0], k=3.0, tokens=64.0)]
+        )
+
+
+@given(seconds=st.floats(240.0, 2000.0), seed=st.integers(0, 2**31))
+def test_an_excitation_fills_its_time_and_shows_every_load(seconds: float, seed: int) -> None:
+    levels = list(schedule(seconds, seed))
+    assert sum(level.seconds for level in levels) == pytest.approx(seconds)
+    assert {(level.top_k, level.tokens) for level in levels if level.phase == "grid"} == {
+        (k, n) for k in TOP_K for n in TOKENS
+    }
+    assert levels == list(schedule(seconds, seed))
+    full = [i for i, level in enumerate(levels) if level.phase == "hold" and level.duty == 1.0]
+    assert levels[full[0] + 1].tokens == 0, "leakage shows while the die cools after full load"
 
 
 # ---------------------------------------------------------------- files and commands
@@ -337,8 +502,11 @@ def test_twin_files_are_strict(tmp_path: Path, shipped: TwinParams) -> None:
         (raw | {"tau_sink_s": -1.0}, "tau_sink_s must be > 0"),
         (raw | {"tau_sink_s": "40"}, "tau_sink_s must be a finite number"),
         (raw | {"idle_power_w": float("nan")}, "idle_power_w must be a finite number"),
-        (raw | {"power_cap_w": 100.0}, "power_cap_w must exceed"),
-        (raw | {"tau_spreader_s": 500.0}, "tau_spreader_s must not exceed"),
+        (raw | {"power_cap_w": 100.0}, "idle_power_w < power_cap_w"),
+        (raw | {"tau_spreader_s": 500.0}, "tau_spreader_s <= tau_sink_s <= tau_fan_s"),
+        (raw | {"r_fan_c_per_w": 0.01}, "r_fan_c_per_w must lie between"),
+        (raw | {"low_clock_mhz": 3000.0}, "low_clock_mhz must lie below"),
+        (raw | {"loads": {"mine": [[1.0, 2.0]]}}, "rows of five"),
         (raw | {"slowdown_c": 90.0}, "slowdown_c <= hw_slowdown_c"),
         (raw | {"provenance": "somewhere"}, "provenance"),
         ([1, 2], "mapping"),
@@ -363,7 +531,7 @@ def test_twins_load_without_compiling_anything() -> None:
 
 
 def test_commands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, cut_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(*args: object) -> str:
         monkeypatch.setattr(sys, "argv", ["calibrate", *map(str, args)])
@@ -372,14 +540,14 @@ def test_commands(
 
     info = RECORDED.parent / "h100_steps_nvml_info.json"
     out = tmp_path / "mine.yaml"
-    assert str(out) in run("fit", CUT, "--nvml-info", info, "--out", out)
+    assert str(out) in run("fit", cut_path, "--nvml-info", info, "--out", out)
     assert load_twin(out).gpu == INFO.name
-    answer = json.loads(run("validate", CUT, "--twin", out, "--json"))
+    answer = json.loads(run("validate", cut_path, "--twin", out, "--json"))
     assert answer["trace_was_fitted"] is True
     assert set(answer["temp_rmse_c"]) == {"1", "10", "60", "180"}
-    assert answer["restarts"]["1"] == len(load_trace(CUT).intervals()) - WARM_UP - 1
-    assert "very trace" not in run("validate", CUT, "--twin", "h100")
+    assert answer["restarts"]["1"] == len(load_trace(cut_path).intervals()) - WARM_UP - 1
+    assert "very trace" not in run("validate", cut_path, "--twin", "h100")
     with pytest.raises(SystemExit, match="no twin 'a100'"):
-        run("validate", CUT, "--twin", "a100")
+        run("validate", cut_path, "--twin", "a100")
     with pytest.raises(SystemExit, match="nvml-info"):
-        run("fit", CUT)
+        run("fit", cut_path)
