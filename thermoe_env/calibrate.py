@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import datetime
 import json
 import sys
 import time
@@ -20,9 +18,7 @@ from thermoe_env.errors import ScenarioError, ThermoeError, TraceFormatError
 from thermoe_env.fitting import fit_twin
 from thermoe_env.free_run import THERMAL, Validation, validate_twin
 from thermoe_env.scenario import config_path
-from thermoe_env.traces import COLUMNS, driver_info_path, load_driver_info, load_trace
-
-SAMPLES_PER_S = 20
+from thermoe_env.traces import driver_info_path, load_driver_info, load_trace
 
 
 def record(out: Path = Path("runs/gpu_telemetry.csv"), seconds: float = 300.0, device_index: int = 0) -> None:
@@ -36,26 +32,13 @@ def record(out: Path = Path("runs/gpu_telemetry.csv"), seconds: float = 300.0, d
         seconds: length of the trace.
         device_index: number of the GPU as CUDA counts it.
     """
-    from thermoe_env.nvml import Gpu
+    from thermoe_env.recorder import Recorder
 
-    gpu = Gpu(device_index)
-    try:
-        today = datetime.datetime.now(datetime.UTC).date().isoformat()
-        about = {"name": gpu.name, "driver": gpu.driver, "measured_on": today, **gpu.limits()}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        driver_info_path(out).write_text(json.dumps(about, indent=1) + "\n")
-        start_s = time.perf_counter()
-        with out.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            for i in tqdm(range(round(seconds * SAMPLES_PER_S)), unit="sample"):
-                time.sleep(max(0.0, start_s + i / SAMPLES_PER_S - time.perf_counter()))
-                row = gpu.trace_row()
-                writer.writerow(
-                    [round(time.perf_counter() - start_s, 4), *(row[name] for name in COLUMNS[1:])]
-                )
-    finally:
-        gpu.close()
+    with Recorder(out, device_index) as recorder, tqdm(total=round(seconds), unit="s") as bar:
+        while recorder.now_s < seconds:
+            recorder.check()
+            time.sleep(min(1.0, max(0.0, seconds - recorder.now_s)))
+            bar.update(min(1, bar.total - bar.n))
     print(f"{out} and {driver_info_path(out)}")
 
 

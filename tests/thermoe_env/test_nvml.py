@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 
 from moe.workload import WorkStats
-from thermoe_env import calibrate, nvml
+from thermoe_env import nvml
 from thermoe_env.errors import GpuBusyError, GpuLostError, GpuUnavailableError, ReadingError
 from thermoe_env.nvml import Gpu, NvmlTelemetry
-from thermoe_env.traces import driver_info_path, load_driver_info, load_trace
 
 UINT, ULONGLONG = 1, 3  # NVML's type codes
 
@@ -346,21 +345,6 @@ def test_the_lock_holds_between_processes_and_ends_with_one(fake: FakeNvml, tmp_
         other.kill()
         other.wait()
     NvmlTelemetry(nvml=fake).close()
-
-
-def test_a_recorded_trace_can_be_read(
-    fake: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(nvml, "_import_nvml", lambda: fake)
-    clock = SimpleNamespace(perf_counter=lambda: fake.now_s, sleep=lambda s: fake.advance(max(s, 1e-3)))
-    monkeypatch.setattr(calibrate, "time", clock)
-    path = tmp_path / "new" / "mine_telemetry.csv"
-    calibrate.record(path, seconds=3.0)
-    trace, info = load_trace(path), load_driver_info(driver_info_path(path))
-    assert len(trace.t) == 60 and trace.mem_temp_c[0] == 44 and trace.reasons[0] == 4
-    assert trace.intervals().power_w == pytest.approx(500.0, rel=1e-6)
-    assert (info.name, info.slowdown_c, info.shutdown_c, info.power_limit_w) == ("Fake H100", 87, 95, 700)
-    assert fake.started == 0
 
 
 @pytest.mark.gpu
