@@ -1,4 +1,4 @@
-"""How well the twin predicts the card: recorded live episodes against the twin's of the same policies and seeds."""
+"""How well the twin predicts the card: recorded live episodes against the same ones played in the twin."""
 
 from __future__ import annotations
 
@@ -36,6 +36,13 @@ def scenario_differences(recorded: Scenario, wanted: Scenario) -> list[str]:
 # ---------------------------------------------------------------- the twin's half
 
 
+def live_problem(scenario: Scenario, world: str) -> Problem:
+    """What is played live: on a CPU with that machine's profile."""
+    if world != "live-cpu":
+        return Problem.of(scenario)
+    return Problem.of(scenario, load_profile(config_path("profiles", f"cpu-{scenario.task}", ".json")))
+
+
 def twin_problem(scenario: Scenario, world: str, capacity_rps: float, start_c: float) -> Problem:
     """The twin of one live episode: the same requests, and one device that starts where the real one did.
 
@@ -46,10 +53,8 @@ def twin_problem(scenario: Scenario, world: str, capacity_rps: float, start_c: f
         start_c: die temperature before the episode. The inlet is set so that the idle twin has it; the slow
             drift, which nobody can predict, is off.
     """
-    problem = Problem.of(scenario)
-    if world == "live-cpu":
-        profile = load_profile(config_path("profiles", f"cpu-{scenario.task}", ".json"))
-        problem = Problem.of(scenario, profile)
+    problem = live_problem(scenario, world)
+    if problem.profile.energy_j is None:
         problem = replace(problem, profile=_with_modelled_energy(problem))
     ratio, traffic = capacity_rps / problem.capacity_rps, problem.scenario.traffic
     traffic = replace(traffic, low_load=traffic.low_load * ratio, high_load=traffic.high_load * ratio)
@@ -176,8 +181,8 @@ class Ranking:
 class Comparison:
     """Both worlds side by side."""
 
-    episodes: pd.DataFrame
-    """A row per episode: policy, seed, start_c, inlet_c, and per quantity `<name>_live`, `_twin`, `_gap`."""
+    episodes: Any
+    """DataFrame, a row per episode: what identifies it, and per quantity `<name>_live`, `_twin`, `_gap`."""
     ranking: Ranking
 
     @property
@@ -215,9 +220,9 @@ def compare(pairs: Sequence[Pair]) -> Comparison:
     """
     if not pairs:
         raise ValueError("no episode to compare")
-    live = pd.concat([episode_metrics(pair.live.recording) for pair in pairs], ignore_index=True)
-    twin = pd.concat([episode_metrics(pair.twin) for pair in pairs], ignore_index=True)
-    table = live[["policy", "seed", "time_s"]].copy()
+    live: Any = pd.concat([episode_metrics(pair.live.recording) for pair in pairs], ignore_index=True)
+    twin: Any = pd.concat([episode_metrics(pair.twin) for pair in pairs], ignore_index=True)
+    table: Any = live[["policy", "seed", "time_s"]].copy()
     table["start_c"] = [pair.live.start_c for pair in pairs]
     table["inlet_c"] = [pair.inlet_c for pair in pairs]
     for side, recordings in (
@@ -236,7 +241,7 @@ def compare(pairs: Sequence[Pair]) -> Comparison:
     return Comparison(table, _rank(table))
 
 
-def _rank(episodes: pd.DataFrame) -> Ranking:
+def _rank(episodes: Any) -> Ranking:
     """Rank by energy per good answer over the seeds that every policy played."""
     played = [set(rows.seed) for _, rows in episodes.groupby("policy")]
     seeds = sorted(set.intersection(*played))

@@ -104,8 +104,8 @@ class LiveEpisodes:
     capacity_rps: float
     """Requests per second that load 1.0 stood for."""
     episodes: list[LiveEpisode] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    """Episodes that did not end, and why."""
+    lost: list[str] = field(default_factory=list)
+    """What is missing and why: episodes that did not end, telemetry."""
 
     @classmethod
     def load(cls, folder: Path) -> LiveEpisodes | None:
@@ -121,16 +121,16 @@ class LiveEpisodes:
         pairs = zip(recordings, about["episodes"], strict=True)
         episodes = [LiveEpisode(recording=recording, **rest) for recording, rest in pairs]
         scenario = TypeAdapter(Scenario).validate_python(about["scenario"])
-        return cls(folder, scenario, about["capacity_rps"], episodes, about["dropped"])
+        return cls(folder, scenario, about["capacity_rps"], episodes, about["lost"])
 
     def add(self, episode: LiveEpisode) -> None:
         """Take in an episode."""
         self.episodes.append(episode)
         self._save()
 
-    def drop(self, reason: str) -> None:
-        """Note an episode that did not end."""
-        self.dropped.append(reason)
+    def lose(self, reason: str) -> None:
+        """Note what is missing."""
+        self.lost.append(reason)
         self._save()
 
     def has(self, policy: str, seed: int) -> bool:
@@ -145,7 +145,7 @@ class LiveEpisodes:
         about = {
             "scenario": TypeAdapter(Scenario).dump_python(self.scenario, mode="json"),
             "capacity_rps": self.capacity_rps,
-            "dropped": self.dropped,
+            "lost": self.lost,
             "episodes": rest,
         }
         save_recordings(self.folder / EPISODES_FILE, [e.recording for e in self.episodes], about)
