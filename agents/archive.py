@@ -57,7 +57,7 @@ def load_recordings(path: Path) -> tuple[list[Recording], dict[str, Any]]:
         ValueError: the file is missing, damaged, or of another version; names it.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             header = json.loads(str(archive[_HEADER]))
             recordings = []
             for i, plain in enumerate(header["recordings"]):

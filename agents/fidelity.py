@@ -155,8 +155,8 @@ QUANTITIES = (
     Quantity("mean_c", "mean temperature, °C", 1.0, 1, relative=False, gap_unit="°C"),
     Quantity("latency_p50_s", "p50 latency, ms", 1e3, 1),
     Quantity("latency_p95_s", "p95 latency, ms", 1e3, 1, aim=15.0),
-    Quantity("quality", "quality, %", 100.0, 2, relative=False, aim=1.0, gap_unit="points"),
-    Quantity("late_fraction", "late, %", 100.0, 2, relative=False, gap_unit="points"),
+    Quantity("quality", "quality, %", 100.0, 2, relative=False, aim=1.0, gap_unit="pp"),
+    Quantity("late_fraction", "late, %", 100.0, 2, relative=False, gap_unit="pp"),
     Quantity("goodput_rps", "good answers/s", 1.0, 0),
     Quantity("j_per_good", "mJ per good answer", 1e3, 2),
 )

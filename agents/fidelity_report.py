@@ -64,9 +64,7 @@ def _signed(value: float) -> str:
 def aims() -> list[str]:
     """What is aimed at, as text."""
     return [
-        f"{q.head.partition(',')[0]} within {q.aim:g}{'' if q.gap_unit == '%' else ' '}{q.gap_unit}"
-        for q in QUANTITIES
-        if q.aim is not None
+        f"{q.head.partition(',')[0]} within {q.aim:g} {q.gap_unit}" for q in QUANTITIES if q.aim is not None
     ]
 
 
@@ -143,7 +141,7 @@ def scatter(comparison: Comparison, where: str) -> Figure:
         both = np.concatenate([shown["live"], shown["twin"]])
         low, high = float(np.nanmin(both)), float(np.nanmax(both))
         pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-        line = np.array([low - pad, high + pad])
+        line = np.linspace(low - pad, high + pad, 200)
         axes.plot(line, line, color="black", lw=0.8)
         if quantity.aim is not None:
             for sign in (-1.0, 1.0):
@@ -153,7 +151,15 @@ def scatter(comparison: Comparison, where: str) -> Figure:
                     else line + sign * quantity.aim
                 )
                 axes.plot(line, off, color="black", lw=0.7, ls="--")
-        axes.set(xlabel="live", ylabel="twin (simulated)", title=quantity.head, xlim=line, ylim=line)
+        axes.set(
+            xlabel="live",
+            ylabel="twin (simulated)",
+            title=quantity.head,
+            xlim=line[[0, -1]],
+            ylim=line[[0, -1]],
+        )
+        if name == "latency_p95_s" and low > 0.0:
+            axes.set(xscale="log", yscale="log", xlim=(0.8 * low, 1.25 * high), ylim=(0.8 * low, 1.25 * high))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
     figure.suptitle(f"Both worlds, {where}; dashed: the aim")
@@ -201,7 +207,7 @@ def write_fidelity(
         policies=comparison.policies,
         recipes={pair.twin.policy: _recipe(pair.live.recipe) for pair in pairs},
         quantities=QUANTITIES,
-        cells={p: [cell(comparison, p, q) for q in QUANTITIES] for p in comparison.policies},
+        gaps={p: {q.name: cell(comparison, p, q) for q in QUANTITIES} for p in comparison.policies},
         aims=aims(),
         all_met=comparison.all_met,
         ranking=ranking_text(comparison),

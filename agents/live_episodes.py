@@ -126,18 +126,19 @@ class LiveEpisodes:
     def add(self, episode: LiveEpisode) -> None:
         """Take in an episode."""
         self.episodes.append(episode)
-        self._save()
+        self.save()
 
     def lose(self, reason: str) -> None:
         """Note what is missing."""
         self.lost.append(reason)
-        self._save()
+        self.save()
 
     def has(self, policy: str, seed: int) -> bool:
         """Whether an episode has been played."""
         return any(e.recording.policy == policy and e.recording.seeds[0] == seed for e in self.episodes)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the file anew, in one step."""
         rest = [
             {f.name: getattr(episode, f.name) for f in fields(LiveEpisode) if f.name != "recording"}
             for episode in self.episodes

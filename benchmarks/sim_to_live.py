@@ -202,7 +202,9 @@ def _play(config: SimToLive, live: LiveEpisodes | None, say: Console) -> LiveEpi
         load_model(scenario.task, problem.profile.size, "cuda")
     if live is None:
         scenario = load_scenario(scenario, episode_s=_seconds(config, len(todo), end))
-        live = LiveEpisodes(new_run_folder("sim-to-live", config.out), scenario, problem.capacity_rps)
+        folder = config.out or new_run_folder("sim-to-live")
+        live = LiveEpisodes(folder, scenario, problem.capacity_rps)
+        live.save()  # from here on the folder can be taken up again
     say.print(f"{len(todo)} episodes of {scenario.episode_s} s into {live.folder}")
     env = ThermalMoEEnv(scenario, world="live")
     try:
