@@ -14,9 +14,9 @@ from agents.live_episodes import LiveEpisode, LiveEpisodes, policy_of
 from agents.metrics import episode_metrics
 from agents.rollout import Recording, play_twin
 from moe.profiles import Profile, load_profile
+from thermoe_env.physics import sensor_c
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import Randomize, Scenario, config_path
-from thermoe_env.twin import DEVICE_DTYPE, start_device
 
 NO_SPREAD = {f.name: 0.0 for f in fields(Randomize)}
 """`randomize` of a twin that stands for one device."""
@@ -43,31 +43,45 @@ def live_problem(scenario: Scenario, world: str) -> Problem:
     return Problem.of(scenario, load_profile(config_path("profiles", f"cpu-{scenario.task}", ".json")))
 
 
-def twin_problem(scenario: Scenario, world: str, capacity_rps: float, start_c: float) -> Problem:
-    """The twin of one live episode: the same requests, and one device that starts where the real one did.
+def twin_problem(scenario: Scenario, world: str, capacity_rps: float, idle_c: float) -> Problem:
+    """The twin of one live episode: the same requests, and one device in the room of that day.
 
     Args:
         scenario: as recorded, or with another profile or twin.
         world: of the recording; a `live-cpu` one is predicted with the profile of that CPU.
         capacity_rps: of the recording: a new profile must not change the requests.
-        start_c: die temperature before the episode. The inlet is set so that the idle twin has it; the slow
-            drift, which nobody can predict, is off.
+        idle_c: temperature of the real die when it has settled at idle. The inlet is set so that the twin
+            idles there; the slow drift, which nobody can predict, is off.
     """
     problem = live_problem(scenario, world)
     if problem.profile.energy_j is None:
         problem = replace(problem, profile=_with_modelled_energy(problem))
     ratio, traffic = capacity_rps / problem.capacity_rps, problem.scenario.traffic
     traffic = replace(traffic, low_load=traffic.low_load * ratio, high_load=traffic.high_load * ratio)
-    spread = Randomize(**NO_SPREAD)
-    still = replace(
-        problem,
-        scenario=replace(problem.scenario, traffic=traffic, randomize=spread),
-        twin=replace(problem.twin, inlet_drift_c=0.0),
-    )
-    device = np.zeros(1, DEVICE_DTYPE)
-    start_device(still, 0, device[0])
-    inlet_c = still.twin.inlet_c + start_c - float(device[0]["die_c"])
-    return replace(still, twin=replace(still.twin, inlet_c=inlet_c))
+    scenario = replace(problem.scenario, traffic=traffic, randomize=Randomize(**NO_SPREAD))
+    twin = problem.twin
+    rise_c = twin.idle_power_w * (twin.r_die_c_per_w + twin.r_spreader_c_per_w + twin.r_sink_c_per_w)
+    twin = replace(twin, inlet_drift_c=0.0, inlet_c=idle_c - rise_c)
+    return replace(problem, scenario=scenario, twin=twin)
+
+
+def with_residual_heat(recording: Recording, excess_c: float, tau_sink_s: float) -> Recording:
+    """A twin's episode as from a heatsink that had not cooled down.
+
+    The thermal model is linear, so heat left in the sink adds to the temperatures and decays with the sink's
+    time constant. What it adds to leakage, under 1 W per degree on an H100, is left out.
+
+    Args:
+        recording: one episode of the twin from a settled start.
+        excess_c: how much warmer than settled the real die was when its episode began.
+        tau_sink_s: time constant of the sink.
+    """
+    time_s = (np.arange(len(recording.reward)) + 1) * recording.interval_s
+    residual_c = excess_c * np.exp(-time_s / tau_sink_s)
+    gpu = recording.gpu.copy()
+    for name in ("temp_c", "mem_temp_c"):
+        gpu[name][:, 0] = [sensor_c(c) for c in gpu[name][:, 0] + residual_c]
+    return replace(recording, gpu=gpu)
 
 
 def _with_modelled_energy(problem: Problem) -> Profile:
@@ -94,8 +108,10 @@ class Pair:
 
     live: LiveEpisode
     twin: Recording
+    idle_c: float
+    """Temperature at which the twin idles, see `LiveEpisodes.settled_c`."""
     inlet_c: float
-    """Inlet temperature that the twin was given."""
+    """Inlet temperature that gives it."""
 
 
 def play_twins(live: LiveEpisodes, scenario: Scenario) -> list[Pair]:
@@ -114,10 +130,12 @@ def play_twins(live: LiveEpisodes, scenario: Scenario) -> list[Pair]:
     pairs = []
     for episode in live.episodes:
         recording = episode.recording
-        problem = twin_problem(scenario, recording.world, live.capacity_rps, episode.start_c)
+        idle_c = live.settled_c(episode)
+        problem = twin_problem(scenario, recording.world, live.capacity_rps, idle_c)
         policy = policy_of(episode.recipe, problem)
         twin = play_twin(problem, policy, [int(recording.seeds[0])], recording.policy)
-        pairs.append(Pair(live=episode, twin=twin, inlet_c=problem.twin.inlet_c))
+        twin = with_residual_heat(twin, episode.start_c - idle_c, problem.twin.tau_sink_s)
+        pairs.append(Pair(live=episode, twin=twin, idle_c=idle_c, inlet_c=problem.twin.inlet_c))
     return pairs
 
 
@@ -223,6 +241,7 @@ def compare(pairs: Sequence[Pair]) -> Comparison:
     live: Any = pd.concat([episode_metrics(pair.live.recording) for pair in pairs], ignore_index=True)
     twin: Any = pd.concat([episode_metrics(pair.twin) for pair in pairs], ignore_index=True)
     table: Any = live[["policy", "seed", "time_s"]].copy()
+    table["idle_c"] = [pair.idle_c for pair in pairs]
     table["start_c"] = [pair.live.start_c for pair in pairs]
     table["inlet_c"] = [pair.inlet_c for pair in pairs]
     for side, recordings in (

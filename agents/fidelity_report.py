@@ -189,7 +189,7 @@ def write_fidelity(
     examples = [by_policy[policy] for policy in comparison.policies if policy in by_policy]
     save_figure(lambda: traces(examples, f"{where}, seed {shown}"), docs / "fidelity" / "traces.png")
     save_figure(lambda: scatter(comparison, where), docs / "fidelity" / "scatter.png")
-    problem = twin_problem(scenario, first.recording.world, live.capacity_rps, first.start_c)
+    problem = twin_problem(scenario, first.recording.world, live.capacity_rps, pairs[0].idle_c)
     machines = [dict(items) for items in dict.fromkeys(tuple(pair.live.machine.items()) for pair in pairs)]
     arrived = comparison.episodes.arrived_twin / comparison.episodes.arrived_live - 1.0
     environment = Environment(

@@ -87,8 +87,10 @@ class LiveEpisode:
     recording: Recording
     recipe: dict[str, Any]
     """Of its policy, see `recipe_of`."""
+    idle_c: float
+    """Lowest die temperature seen at idle until then, with the service up."""
     start_c: float
-    """Die temperature before it began."""
+    """Die temperature just before it began."""
     began: str
     """UTC, ISO 8601."""
     machine: dict[str, str]
@@ -132,6 +134,11 @@ class LiveEpisodes:
         """Note what is missing."""
         self.lost.append(reason)
         self.save()
+
+    def settled_c(self, episode: LiveEpisode) -> float:
+        """Temperature at which the die idles once it has settled: the lowest seen on that machine and day."""
+        where = (episode.machine, episode.began[:10])
+        return min(e.idle_c for e in self.episodes if (e.machine, e.began[:10]) == where)
 
     def has(self, policy: str, seed: int) -> bool:
         """Whether an episode has been played."""

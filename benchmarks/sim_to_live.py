@@ -39,8 +39,9 @@ from thermoe_env.scenario import Scenario, load_scenario
 
 START_S = 25.0
 """Time set aside for building the service and warming it up."""
-PER_EPISODE_S = 2.0
-"""Time set aside beside each episode's own length and its cool-down."""
+PER_EPISODE_S = 3.0
+"""Time set aside beside each episode's own length and its cool-down: the service's clock stands still
+between intervals."""
 DEFAULT_SECONDS = 100
 MIN_EPISODE_S = 10
 IDLE_FOR_S = 10.0
@@ -260,6 +261,7 @@ def _episodes(
         for label, seed in todo:
             policy: Policy = policy_of(recipes[label], env.problem)
             start_c = cool_down(env, seed, idle_c + COOL_WITHIN_C, config.cool_down_s)
+            idle_c = min(idle_c, start_c)
             if time.monotonic() + seconds + PER_EPISODE_S / 2 > end:
                 say.print(f"{label}, seed {seed}: not played, {config.within_s:g} s are over")
                 continue
@@ -277,7 +279,12 @@ def _episodes(
                 continue
             live.add(
                 LiveEpisode(
-                    recording=recording, recipe=recipes[label], start_c=start_c, began=began, machine=machine
+                    recording=recording,
+                    recipe=recipes[label],
+                    idle_c=idle_c,
+                    start_c=start_c,
+                    began=began,
+                    machine=machine,
                 )
             )
             power_w, temp_c = recording.gpu["power_w"], recording.gpu["temp_c"]

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from agents import fidelity_report, segments
 from agents.archive import load_recordings, save_recordings
-from agents.fidelity import QUANTITIES, compare, play_twins
+from agents.fidelity import QUANTITIES, compare, play_twins, with_residual_heat
 from agents.live_episodes import LiveEpisodes, policy_of, recipe_of
 from agents.metrics import episode_metrics
 from agents.policies import make_policy
@@ -29,6 +29,7 @@ from tests.thermoe_env.conftest import make_profile
 from tests.thermoe_env.test_recorder import PYNVML, ROOT
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.errors import GpuLostError
+from thermoe_env.physics import relax
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import config_path, load_scenario
 from thermoe_env.traces import load_driver_info, load_segments, load_trace
@@ -235,8 +236,8 @@ def test_time_shortens_all_episodes_alike(scenario: str, tmp_path: Path, card: l
     result = run(begun, quiet())
     live = LiveEpisodes.load(tmp_path / "x")
     assert result is not None and live is not None and len(live.episodes) == 3
-    # (80 - 25 for the start - 1 to settle) / 3 less 1 to cool and 2 in between, and what loading took
-    assert 12 <= live.scenario.episode_s <= 15
+    # (80 - 25 for the start - 1 to settle) / 3 less 1 to cool and 3 in between, and what loading took
+    assert 11 <= live.scenario.episode_s <= 14
     assert {row["time_s"] for row in result["episodes"]} == {live.scenario.episode_s}
 
 
@@ -260,6 +261,31 @@ def test_gaps_aims_and_ranking_by_hand(scenario: str, tmp_path: Path, card: list
     assert comparison.ranking.live == sorted(POLICIES, key=lambda p: mean[p])
     mean["rule_based"] *= 5.0
     assert comparison.ranking.twin == sorted(POLICIES, key=lambda p: mean[p])
+
+
+def test_residual_heat_is_what_a_warmer_sink_adds(scenario: str) -> None:
+    problem = Problem.of(load_scenario(scenario, episode_s=40))
+    recording = play_twin(problem, make_policy("static", problem), [7], "static")
+    warm = with_residual_heat(recording, 6.0, 33.0)
+    cold_c, warm_c = 9.0, 15.0  # two sinks under one power
+    for t in range(40):
+        cold_c, warm_c = relax(cold_c, 12.0, 1.0, 33.0), relax(warm_c, 12.0, 1.0, 33.0)
+        for name in ("temp_c", "mem_temp_c"):
+            added = warm.gpu[name][t, 0] - recording.gpu[name][t, 0]
+            assert added == np.floor(warm_c - cold_c + 0.5)
+    np.testing.assert_array_equal(warm.gpu["energy_j"], recording.gpu["energy_j"])
+
+
+def test_a_start_before_the_card_has_cooled_is_known(
+    scenario: str, tmp_path: Path, card: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = iter([37.0 + WARMER_C, 41.0, 39.0, 36.0])  # settled, then the starts
+    monkeypatch.setattr(sim_to_live, "cool_down", lambda *_: next(readings))
+    monkeypatch.setattr(fidelity_report, "save_figure", lambda draw, path: path)
+    result = run(config(tmp_path / "x", scenario, seeds=1), quiet())
+    assert result is not None
+    found = {row["policy"]: (row["idle_c"], row["start_c"]) for row in result["episodes"]}
+    assert [found[policy] for policy, _ in card] == [(36.0, 41.0), (36.0, 39.0), (36.0, 36.0)]
 
 
 def test_recipes_do_not_follow_the_configuration(scenario: str) -> None:
