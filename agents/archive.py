@@ -43,7 +43,7 @@ def save_recordings(path: Path, recordings: Sequence[Recording], about: dict[str
         plain.append({name: v for name, v in values.items() if not isinstance(v, np.ndarray)})
     header = json.dumps({"about": about, "recordings": plain})
     file = io.BytesIO()
-    np.savez_compressed(file, allow_pickle=False, **{_HEADER: np.array(header)}, **arrays)
+    np.savez_compressed(file, **{_HEADER: np.array(header)}, **arrays)
     write_file(path, file.getvalue())
 
 
