@@ -30,7 +30,7 @@ def save_recordings(path: Path, recordings: Sequence[Recording], about: dict[str
     Raises:
         ValueError: a recording that an error cut short.
     """
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     plain: list[dict[str, Any]] = []
     for i, recording in enumerate(recordings):
         if recording.error is not None:
@@ -41,9 +41,9 @@ def save_recordings(path: Path, recordings: Sequence[Recording], about: dict[str
         values = {f.name: getattr(recording, f.name) for f in fields(Recording) if f.name != "error"}
         arrays |= {f"{i}/{name}": v for name, v in values.items() if isinstance(v, np.ndarray)}
         plain.append({name: v for name, v in values.items() if not isinstance(v, np.ndarray)})
-    header = json.dumps({"about": about, "recordings": plain})
+    arrays[_HEADER] = np.array(json.dumps({"about": about, "recordings": plain}))
     file = io.BytesIO()
-    np.savez_compressed(file, **{_HEADER: np.array(header)}, **arrays)
+    np.savez_compressed(file, **arrays)
     write_file(path, file.getvalue())
 
 
