@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from agents.figures import write_figures
 from agents.metrics import episode_metrics, steps_table, summarize
 from agents.policies import Policy
 from agents.report import print_summary, wide_console, write_report
-from agents.rollout import Recording, play_live, play_twin
+from agents.rollout import Recording, cool_down, play_live, play_twin
 from agents.runs import load_policy, new_run_folder, policy_label, write_origin
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.problem import Problem
@@ -216,19 +216,8 @@ def _play_live(
 
 def _cool_down(env: ThermalMoEEnv, seed: int, start_c: float | None, label: str, console: Console) -> float:
     """Wait until the device is as cool as at the first start; returns its temperature."""
-    begin = time.monotonic()
-    while True:
-        _, info = env.reset(seed=seed)
-        temp_c = float(info["reading"]["temp_c"])
-        waited_s = time.monotonic() - begin
-        if start_c is None or temp_c <= start_c + COOL_WITHIN_C:
-            break
-        if waited_s >= COOL_AT_MOST_S:
-            console.print(
-                f"{label}, seed {seed}: starts at {temp_c:g} °C, not at {start_c:g} °C as the first"
-            )
-            break
-        if waited_s < _COOL_EVERY_S:
-            console.print(f"{label}, seed {seed}: cools from {temp_c:g} to {start_c + COOL_WITHIN_C:g} °C")
-        time.sleep(_COOL_EVERY_S)
-    return temp_c
+    wanted_c = math.inf if start_c is None else start_c + COOL_WITHIN_C
+    reached_c = cool_down(env, seed, wanted_c, COOL_AT_MOST_S, _COOL_EVERY_S)
+    if reached_c > wanted_c:
+        console.print(f"{label}, seed {seed}: starts at {reached_c:g} °C, not at {start_c:g} °C as the first")
+    return reached_c

@@ -101,15 +101,18 @@ def write_figures(
             lambda: experts(examples, episode),
         ),
     }  # fmt: skip
-    written = []
+    return [
+        (caption, save_figure(draw, folder / f"{name}.png")) for name, (caption, draw) in drawings.items()
+    ]
+
+
+def save_figure(draw: Callable[[], Figure], path: Path) -> Path:
+    """Draw a figure in the common style into a PNG file; the same figure gives the same bytes."""
+    picture = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        for name, (caption, draw) in drawings.items():
-            picture = io.BytesIO()
-            draw().savefig(picture, format="png", metadata={"Software": ""})
-            path = folder / f"{name}.png"
-            write_file(path, picture.getvalue())
-            written.append((caption, path))
-    return written
+        draw().savefig(picture, format="png", metadata={"Software": ""})
+    write_file(path, picture.getvalue())
+    return path
 
 
 def _time_s(recording: Recording) -> np.ndarray:

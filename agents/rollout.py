@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -239,6 +240,32 @@ def play_live(
         interval_s=problem.scenario.interval_s, length=np.array([length]), shut_down=np.array([terminated]),
         error=error, **data,
     )  # fmt: skip
+
+
+def cool_down(env: ThermalMoEEnv, seed: int, below_c: float, at_most_s: float, every_s: float = 1.0) -> float:
+    """Leave the device idle until it is no warmer than `below_c`, or `at_most_s` have passed.
+
+    Args:
+        env: each look at its temperature resets it.
+        seed: for those resets.
+        below_c: temperature to wait for.
+        at_most_s: patience.
+        every_s: time between looks.
+
+    Returns:
+        Die temperature at the last look.
+    """
+    deadline = time.monotonic() + at_most_s
+    with tqdm(desc=f"cools to {below_c:g} °C", unit="look", delay=2.0, leave=False) as bar:
+        while True:
+            _, info = env.reset(seed=seed)
+            temp_c = float(info["reading"]["temp_c"])
+            left_s = deadline - time.monotonic()
+            if temp_c <= below_c or left_s <= 0.0:
+                return temp_c
+            bar.set_postfix(temp_c=temp_c, refresh=False)
+            bar.update()
+            time.sleep(min(every_s, left_s))
 
 
 def device_name(env: ThermalMoEEnv) -> str:

@@ -127,6 +127,12 @@ class TwinParams:
             if any(len(row) != 5 or not all(type(v) in (int, float) and v >= 0 for v in row) for row in rows):
                 raise ScenarioError(f"loads {name!r} must be rows of five numbers >= 0, got {rows!r}")
 
+    @property
+    def idle_rise_c(self) -> float:
+        """How much warmer than the inlet the die settles without work."""
+        resistance = self.r_die_c_per_w + self.r_spreader_c_per_w + self.r_sink_c_per_w + self.r_fan_c_per_w
+        return self.idle_power_w * resistance
+
 
 def load_twin(path: str | Path) -> TwinParams:
     """Read a twin calibration.

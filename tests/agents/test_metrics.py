@@ -68,6 +68,7 @@ def test_episode_metrics_by_hand() -> None:
         "late_fraction": 28 / 160,
         "waiting_fraction": 40 / 200,
         "peak_c": 63,
+        "mean_c": 56.5,
         "above_limit_s": 1,
         "throttled_s": 0.25,
         "power_capped_s": 0.6,
@@ -112,6 +113,7 @@ def test_metrics_equal_sums_over_the_steps_table(tmp_path_factory: pytest.TempPa
             "over_budget_j": np.maximum(steps.power_w - steps.budget_w, 0.0).groupby(steps.seed).sum(),
             "above_limit_s": (steps.temp_c > problem.scenario.limits.temperature_c).groupby(steps.seed).sum(),
             "peak_c": steps.groupby("seed").temp_c.max(),
+            "mean_c": steps.groupby("seed").temp_c.mean(),
             "return": total.reward,
         }
     )

@@ -1,0 +1,159 @@
+"""Live episodes on disk, each with what is needed to play the same policy and requests again elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from agents.archive import load_recordings, save_recordings
+from agents.policies import ConstantPolicy, Policy, make_policy
+from agents.rollout import Recording
+from agents.rules import RuleBased, RuleConfig, load_rule_config
+from agents.runs import load_policy
+from thermoe_env.problem import Problem
+from thermoe_env.scenario import Scenario
+
+EPISODES_FILE = "episodes.npz"
+CONTRASTS: dict[str, dict[str, int]] = {"small_batches": {"batch_size": 1, "expert_count": 0}}
+"""Constant actions as levels from 0: what differs from the standard service."""
+
+
+# ---------------------------------------------------------------- policies
+
+
+def recipe_of(spec: str, live: Problem, twin: Problem) -> dict[str, Any]:
+    """What identifies a policy beyond changes of profiles and configuration: settings, thresholds, or a file.
+
+    Args:
+        spec: name in `POLICIES` or `CONTRASTS`, run folder, or zip.
+        live: what is played live.
+        twin: what `best_constant` is searched in; levels stand for each other in order.
+    """
+    if spec == "rule_based":
+        return {"rules": asdict(load_rule_config())}
+    if spec in CONTRASTS:
+        levels = CONTRASTS[spec]
+        wanted = {name: live.knobs.levels[name][level] for name, level in levels.items()}
+        policy: Policy = ConstantPolicy(live.knobs.action(**wanted))
+    else:
+        policy = make_policy(spec, twin) if spec == "best_constant" else load_policy(spec, live)
+    if isinstance(policy, ConstantPolicy):
+        index = live.knobs.indices(policy.action[None], "multi_discrete")[0]
+        return {"constant": asdict(live.knobs.knobs(index))}
+    return {"model": spec, "sha256": _sha256(spec)}
+
+
+def policy_of(recipe: dict[str, Any], problem: Problem) -> Policy:
+    """Build the policy of a recipe.
+
+    Raises:
+        ValueError: the problem lacks a level, or the model's file is another one by now.
+    """
+    if "rules" in recipe:
+        return RuleBased(problem, RuleConfig(**recipe["rules"]))
+    if "constant" in recipe:
+        wanted = {name: float(value) for name, value in recipe["constant"].items()}
+        for name, value in wanted.items():
+            if value not in problem.knobs.levels[name]:
+                raise ValueError(
+                    f"{name}={value} was played, this profile has the levels {problem.knobs.levels[name]}: "
+                    "name the profile that was used, or one with these levels"
+                )
+        return ConstantPolicy(
+            problem.knobs.action(**{name: wanted[name] for name in problem.knobs.controlled})
+        )
+    if _sha256(recipe["model"]) != recipe["sha256"]:
+        raise ValueError(f"{recipe['model']} is not the model that was played; bring that one here")
+    return load_policy(recipe["model"], problem)
+
+
+def _sha256(spec: str) -> str | None:
+    """Hash of a model's file; None for a policy that has none, or whose file is not here."""
+    path = Path(spec) / "best_model.zip" if Path(spec).is_dir() else Path(spec)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+# ---------------------------------------------------------------- what was played
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveEpisode:
+    """One whole live episode and its circumstances."""
+
+    recording: Recording
+    recipe: dict[str, Any]
+    """Of its policy, see `recipe_of`."""
+    idle_c: float
+    """Lowest die temperature seen at idle until then, with the service up."""
+    start_c: float
+    """Die temperature just before it began."""
+    began: str
+    """UTC, ISO 8601."""
+    machine: dict[str, str]
+    """Card, driver, versions, and the hash of the weights that answered."""
+
+
+@dataclass
+class LiveEpisodes:
+    """The live half of a folder; the file is whole after every `add`."""
+
+    folder: Path
+    scenario: Scenario
+    capacity_rps: float
+    """Requests per second that load 1.0 stood for."""
+    episodes: list[LiveEpisode] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    """What is missing and why: episodes that did not end, telemetry."""
+
+    @classmethod
+    def load(cls, folder: Path) -> LiveEpisodes | None:
+        """Read a folder; None where nothing has been played.
+
+        Raises:
+            ValueError: damaged.
+        """
+        path = folder / EPISODES_FILE
+        if not path.exists():
+            return None
+        recordings, about = load_recordings(path)
+        pairs = zip(recordings, about["episodes"], strict=True)
+        episodes = [LiveEpisode(recording=recording, **rest) for recording, rest in pairs]
+        scenario = TypeAdapter(Scenario).validate_python(about["scenario"])
+        return cls(folder, scenario, about["capacity_rps"], episodes, about["lost"])
+
+    def add(self, episode: LiveEpisode) -> None:
+        """Take in an episode."""
+        self.episodes.append(episode)
+        self.save()
+
+    def lose(self, reason: str) -> None:
+        """Note what is missing."""
+        self.lost.append(reason)
+        self.save()
+
+    def settled_c(self, episode: LiveEpisode) -> float:
+        """Temperature at which the die idles once it has settled: the lowest seen on that machine and day."""
+        where = (episode.machine, episode.began[:10])
+        return min(e.idle_c for e in self.episodes if (e.machine, e.began[:10]) == where)
+
+    def has(self, policy: str, seed: int) -> bool:
+        """Whether an episode has been played."""
+        return any(e.recording.policy == policy and e.recording.seeds[0] == seed for e in self.episodes)
+
+    def save(self) -> None:
+        """Write the file anew, in one step."""
+        rest = [
+            {f.name: getattr(episode, f.name) for f in fields(LiveEpisode) if f.name != "recording"}
+            for episode in self.episodes
+        ]
+        about = {
+            "scenario": TypeAdapter(Scenario).dump_python(self.scenario, mode="json"),
+            "capacity_rps": self.capacity_rps,
+            "lost": self.lost,
+            "episodes": rest,
+        }
+        save_recordings(self.folder / EPISODES_FILE, [e.recording for e in self.episodes], about)
