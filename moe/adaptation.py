@@ -45,9 +45,7 @@ def start_unadapted(weights):
 @jit
 def adapt(weights, shift, steps, rate):
     """Take `steps` adaptation steps on `shift`: updates the state, float [Q], in place."""
-    kept = 1.0
-    for _ in range(steps):
-        kept *= 1.0 - rate
+    kept = (1.0 - rate) ** steps
     for state in range(weights.shape[0]):
         weights[state] *= kept
     weights[shift + 1] += 1.0 - kept

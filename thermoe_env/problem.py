@@ -26,7 +26,7 @@ class Tables(NamedTuple):
     ttt_energy_j: np.ndarray  # [N, K]
     answer_pure: np.ndarray  # [S, Q, K, B, 3], as the next two see `moe.adaptation`
     answer_mixed: np.ndarray  # [S, M, G, 3]
-    adapt_rate: float
+    adapt_rate: np.ndarray  # [S]
     load_imbalance: np.ndarray  # [K, B]
 
 
@@ -139,6 +139,6 @@ class Problem:
             np.zeros(shape) if p.ttt_energy_j is None else p.ttt_energy_j,
             at_bias(answers.answer_pure, p.routing_bias, 3),
             answers.answer_mixed,
-            p.adapt_rate or 0.0,
+            np.full(len(p.shifts), p.adapt_rate or 0.0),
             at_bias(imbalance, p.routing_bias, 1),
         )

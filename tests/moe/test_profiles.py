@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import statistics
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,30 +12,48 @@ from typing import Any
 import numpy as np
 import pynvml
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe import meter, profile, profile_quality
-from moe.config import ModelConfig
+from moe import meter, profile, profile_cost, profile_quality, ttt, weights
+from moe.config import ModelConfig, model_config
 from moe.model import MoEModel, initialise
-from moe.profile_cost import Cell, Visit, adaptation_cell, costs, measure_cells
-from moe.profile_quality import CURVE_STEPS, adapt_rate, carry_over, measure_quality
-from moe.profiles import Profile, ProfileError, load_profile, save_profile
+from moe.profile_cost import (
+    Cell,
+    Costs,
+    Visit,
+    adaptation_cell,
+    costs,
+    held_out_cells,
+    measure_cells,
+    serving_cells,
+)
+from moe.profile_quality import measure_quality
+from moe.profiles import HELD_OUT, Profile, ProfileError, load_profile, save_profile
 from moe.runner import ADAPT_BATCH, Runner
+from moe.workload import Knobs
+
+IDENTITY = {"key": "0" * 12, "config": {"top_k": 2}, "data_sha256": "0" * 64, "weights_sha256": "0" * 64}
+CELL = dict.fromkeys(HELD_OUT, 0.1)
 
 
 def made_up() -> Profile:
     rng = np.random.default_rng(0)
+    cost, steps, quality = (3, 2, 2), (3, 2), (2, 3, 2, 2)
     share = rng.random((2, 2, 2, 4))
     return Profile(
         task="vision", size="tiny", device="a device made up for tests", provenance={"note": "not measured"},
-        model_sha256="0" * 64, batch_size=np.array([1.0, 8.0, 64.0]), expert_count=np.array([1.0, 2.0]),
-        routing_bias=np.array([0.0, 1.0]), shifts=("clean", "blur@5"), latency_s=rng.random((3, 2, 2)) + 0.01,
-        energy_j=rng.random((3, 2, 2)) + 0.01, idle_power_w=70.0, ttt_latency_s=rng.random((3, 2)) + 0.01,
-        ttt_energy_j=rng.random((3, 2)) + 0.01, accuracy=rng.random((2, 2, 2, 2)),
-        confidence=rng.random((2, 2, 2, 2)), entropy=rng.random((2, 2, 2, 2)),
-        adapt_rate=np.array([0.0, 0.1]), carry_over=-0.2,
+        model=IDENTITY, batch_size=np.array([1.0, 8.0, 64.0]), expert_count=np.array([1.0, 2.0]),
+        routing_bias=np.array([0.0, 1.0]), cost_bias=np.array([0.0, 1.0]), shifts=("clean", "blur@5"),
+        latency_s=rng.random(cost) + 0.01, latency_spread=rng.random(cost), energy_j=rng.random(cost) + 0.01,
+        energy_spread=rng.random(cost), visits=np.full(cost, 2.0), start_temperature_c=np.full(cost, 50.0),
+        idle_power_w=70.0, ttt_latency_s=rng.random(steps) + 0.01, ttt_latency_spread=rng.random(steps),
+        ttt_energy_j=rng.random(steps) + 0.01, ttt_energy_spread=rng.random(steps), held_out=[dict(CELL)],
+        samples=500, accuracy=rng.random(quality), confidence=rng.random(quality),
+        entropy=rng.random(quality), mixture=rng.random((2, 3, 5, 3)), adapt_rate=0.2,
+        adaptation_error={"points": 12.0, "accuracy_rmse": 0.01},
         expert_share=share / share.sum(axis=-1, keepdims=True),
     )  # fmt: skip
 
@@ -58,18 +76,28 @@ def test_a_profile_comes_back_as_it_was_written(saved):
     assert [path.name for path in saved.parent.iterdir()] == ["made-up.json"]
 
 
-def test_interpolation_is_linear_in_the_logarithms(saved):
+def test_interpolation_is_linear(saved):
     loaded = load_profile(saved)
     row = loaded.latency_s[:, 1, 0]
     assert loaded.latency_at(8, 2) == pytest.approx(row[1])
-    middle = np.sqrt(row[1] * row[2])  # halfway in log N is halfway in log s
-    assert loaded.latency_at(np.sqrt(8 * 64), 2) == pytest.approx(middle)
+    assert loaded.latency_at(36, 2) == pytest.approx((row[1] + row[2]) / 2)
+    assert loaded.latency_at(0.5, 2) == pytest.approx(row[0])  # a floor
     assert loaded.latency_at(8, 2, 0.5) == pytest.approx(loaded.latency_s[1, 1].mean())
     assert loaded.energy_j is not None
     expected = loaded.energy_j[2, 0, 0] / loaded.latency_s[2, 0, 0]
     assert loaded.active_power_w(64, 1) == pytest.approx(expected)
     with pytest.raises(ProfileError, match="expert_count=3"):
         loaded.latency_at(8, 3)
+    with pytest.raises(ProfileError, match=r"routing_bias=1\.1"):
+        loaded.latency_at(8, 2, 1.1)
+
+
+def test_intervals_are_wilsons(saved):
+    loaded = load_profile(saved)
+    right = np.round(loaded.accuracy * loaded.samples).astype(int)
+    counted = replace(loaded, accuracy=right / loaded.samples).accuracy_interval()
+    expected = scipy.stats.binomtest(int(right[1, 2, 0, 1]), loaded.samples).proportion_ci(0.95, "wilson")
+    np.testing.assert_allclose(counted[1, 2, 0, 1], expected, atol=1e-6)
 
 
 def edited(path: Path, **changes: Any) -> Path:
@@ -106,13 +134,22 @@ def cell_set(value: Any):
         ({"batch_size": lambda _: [8, 1, 64]}, "batch_size must ascend"),
         ({"batch_size": lambda _: [0, 1, 64]}, "batch_size must start at 1"),
         ({"routing_bias": lambda _: [0.1, 1.0]}, "routing_bias must start at 0"),
-        ({"shifts": lambda _: ["blur@5", "clean"]}, "shifts with"),
+        ({"cost_bias": lambda _: [0.0, 0.5]}, "same ends"),
+        ({"shifts": lambda _: ["blur@5", "clean"]}, "shifts must start"),
         ({"shifts": lambda _: None}, "shifts must list"),
-        ({"idle_power_w": lambda _: None}, "measured together"),
+        ({"idle_power_w": lambda _: None}, "idle_power_w must be there"),
         ({"idle_power_w": lambda _: float("nan")}, "idle_power_w must be above 0"),
-        ({"ttt_energy_j": lambda _: None}, "ttt_energy_j is measured where"),
-        ({"carry_over": lambda _: float("nan")}, "carry_over"),
-        ({"carry_over": lambda _: 1.5}, "carry_over"),
+        ({"ttt_energy_j": lambda _: None}, "ttt_energy_j must be there"),
+        ({"mixture": lambda _: None}, r"accuracy has shape \(2, 3, 2, 2\)"),
+        ({"mixture": lambda t: t[0]}, "mixture has shape"),
+        ({"latency_spread": lambda _: None}, "latency_spread is absent"),
+        ({"adapt_rate": lambda _: float("nan")}, "adapt_rate"),
+        ({"adapt_rate": lambda _: 1.5}, "adapt_rate"),
+        ({"samples": lambda _: 0}, "samples"),
+        ({"model": lambda _: {"key": "0"}}, "model must be"),
+        ({"held_out": lambda _: [{**CELL, "latency_error": float("nan")}]}, "held_out has latency_error"),
+        ({"held_out": lambda _: [{"batch_size": 1}]}, "held_out must list"),
+        ({"adaptation_error": lambda _: {"points": float("nan")}}, r"adaptation_error\.points"),
         ({"expert_share": lambda t: (np.array(t) / 2).tolist()}, "expert_share does not sum to 1"),
     ],
 )
@@ -151,39 +188,47 @@ def test_unknown_and_missing_fields_and_files_are_refused(saved, tmp_path):
 def test_a_doubtful_profile_is_not_written_and_the_old_one_stays(saved):
     before = saved.read_text()
     with pytest.raises(ProfileError):
-        save_profile(replace(made_up(), carry_over=float("inf")), saved)
+        save_profile(replace(made_up(), adapt_rate=float("inf")), saved)
     with pytest.raises(TypeError):
         save_profile(replace(made_up(), provenance={"bad": object()}), saved)
     assert saved.read_text() == before and len(list(saved.parent.iterdir())) == 1
 
 
-@given(st.floats(0.01, 0.9), st.floats(0.05, 0.4), st.floats(0.2, 0.5))
-def test_the_fit_finds_the_rate_behind_a_curve(rate, gain, start):
-    curve = start + gain * (1.0 - (1.0 - rate) ** np.array(CURVE_STEPS))
-    if curve[-1] - start >= 0.02:
-        assert adapt_rate(curve) == pytest.approx(rate, rel=0.02)
-
-
-def test_no_rate_is_made_of_noise():
-    assert adapt_rate(np.array([0.8, *np.full(len(CURVE_STEPS) - 1, 0.805)])) == 0.0
-    assert adapt_rate(np.linspace(0.8, 0.5, len(CURVE_STEPS))) == 0.0
-
-
-def test_carry_over_by_hand():
-    unadapted = np.array([0.9, 0.5, 0.4])
-    # Shift 0 gains nothing and is a source only; 1 gains 0.2 of its own and 0.1, 0.0 from the others.
-    adapted = np.array([[0.9, 0.6, 0.4], [0.8, 0.7, 0.5], [0.7, 0.5, 0.8]])
-    assert carry_over(unadapted, adapted) == pytest.approx((0.1 + 0.0 + 0.0 + 0.1) / (2 * (0.2 + 0.4)))
-    assert carry_over(unadapted, np.tile(unadapted, (3, 1))) == 0.0
-
-
-def test_costs_are_above_idle_and_spread_is_relative():
-    visits = [Visit(0.010, 100.0, 500.0), Visit(0.012, 80.0, 480.0)]
+def test_costs_are_medians_above_idle_with_their_spread():
+    visits = [
+        Visit(0.010, 100.0, 500.0, 40.0),
+        Visit(0.012, 80.0, 480.0, 42.0),
+        Visit(0.011, 90.0, 460.0, 44.0),
+    ]
     result = costs(visits, 100.0)
-    assert result.latency_s == pytest.approx(0.011)
-    assert result.energy_j == pytest.approx((400 / 100 + 380 / 80) / 2)
-    assert result.spread == pytest.approx(0.002 / 0.011)
-    assert np.isnan(costs([visits[0]._replace(power_w=float("nan"))], 0.0).energy_j)
+    energies = [400 / 100, 380 / 80, 360 / 90]
+    assert (result.latency_s, result.visits, result.start_temperature_c) == (0.011, 3, 42.0)
+    assert result.energy_j == pytest.approx(statistics.median(energies))
+    assert result.latency_spread == pytest.approx(0.001 / 0.011)
+    assert result.energy_spread == pytest.approx(statistics.stdev(energies) / statistics.median(energies))
+    without_meter = costs([v._replace(power_w=float("nan")) for v in visits], 0.0)
+    assert np.isnan(without_meter.energy_j)
+    assert without_meter.uncertainty == pytest.approx(0.001 / 0.011 / 3**0.5)
+
+
+def test_held_out_cells_lie_between_those_of_the_tables():
+    sizes, counts, biases = [64, 256, 1024], [1, 2, 4], [0.0, 1.0]
+    table, held_out = serving_cells(sizes, counts, biases), held_out_cells(sizes, counts, biases)
+    assert not set(table) & set(held_out)
+    assert {160, 640} < {cell.batch_size for cell in held_out} and {0.0, 0.5} == {
+        cell.routing_bias for cell in held_out
+    }
+    assert {cell.expert_count for cell in held_out} <= set(counts)
+    assert held_out_cells([1, 2], counts, [0.0]) == []
+
+
+def test_the_error_of_interpolation_is_that_of_the_tables():
+    known = made_up()
+    at = (36, 2, 0.5)
+    cost = Costs(known.latency_at(*at) / 1.1, 0.0, known.energy_at(*at) / 0.8, 0.0, 2, 40.0)
+    entry = profile.interpolation_error(known, Cell(*at, False), cost)
+    assert entry["latency_error"] == pytest.approx(0.1) and entry["energy_error"] == pytest.approx(-0.2)
+    assert tuple(entry) == HELD_OUT
 
 
 class Images:
@@ -216,55 +261,143 @@ def runner() -> Runner:
 
 
 def test_quality_tables_agree_with_the_bare_model(runner, monkeypatch):
-    monkeypatch.setattr(profile_quality, "CURVE_STEPS", (0, 1, 2, 4))
+    monkeypatch.setattr(profile_quality, "ADAPTED_STEPS", 4)
+    monkeypatch.setattr(profile_quality, "LONG_STEPS", 5)
     monkeypatch.setattr(profile_quality, "ADAPT_BATCH", 32)
-    quality = measure_quality(runner, [1, 2], [0.0, 1.0], samples=300, seed=3)
     samples, model = runner.samples, runner.model
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    quality = measure_quality(runner, [1, 2], [0.0, 1.0], samples=300, seed=3)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert quality.pure.shape == (2, 3, 2, 2, 3) and quality.mixed is not None
+    assert quality.mixed.shape == (2, 3, profile_quality.MIXTURES, 3)
     for shift in range(2):
         output = model(samples.inputs[shift], 2, 1.0)
         right = (output.predictions == samples.targets[shift]).float().mean().item()
-        assert quality.accuracy[shift, 1, 1, 0] == pytest.approx(right, abs=2 / 300)
-        assert quality.confidence[shift, 1, 1, 0] == pytest.approx(output.confidence.mean().item(), rel=1e-4)
-        assert quality.entropy[shift, 1, 1, 0] == pytest.approx(output.entropy.mean().item(), rel=1e-4)
+        expected = [right, output.confidence.mean().item(), output.entropy.mean().item()]
+        np.testing.assert_allclose(quality.pure[shift, 0, 1, 1], expected, rtol=1e-4, atol=2 / 300)
         if shift == 0:
             share = output.tokens_per_expert / output.tokens_per_expert.sum(dim=-1, keepdim=True)
             np.testing.assert_allclose(quality.expert_share[1, 1], share.numpy(), atol=1e-3)
-    assert np.all(quality.entropy[..., 1] != quality.entropy[..., 0])
-    assert quality.curve[:, 0] == pytest.approx(quality.accuracy[:, 1, 0, 0])
-    assert quality.curve[:, -1] == pytest.approx(quality.accuracy[:, 1, 0, 1])
+    assert np.all(quality.pure[:, 1:, ..., 2] != quality.pure[:, :1, ..., 2])
+    sequence = quality.sequences[0]
+    assert all(p.shift != q.shift for p, q in zip(sequence[2::3], sequence[3::3], strict=False))
+    error = profile_quality.adaptation_error(quality, 1, 0.2)
+    assert error is not None and error["points"] == sum(map(len, quality.sequences)) == 72
+    assert 0.0 < error["confidence_rmse"] < error["confidence_max"] < 0.1
+
+
+def test_a_mixture_of_states_is_the_mean_of_their_norms(runner):
+    first = ttt.snapshot(runner.model, runner.optimizer)
+    runner.adapt(runner.samples.inputs[1, :32], Knobs(expert_count=2, ttt_steps=3))
+    second = ttt.snapshot(runner.model, runner.optimizer)
+    mixed = profile_quality.mix(first, second, 0.25)
+    for name, norm in mixed.norms.items():
+        for key in ("running_mean", "running_var", "weight"):
+            expected = 0.75 * first.norms[name][key] + 0.25 * second.norms[name][key]
+            torch.testing.assert_close(norm[key], expected)
+    for part, end in ((0.0, first), (1.0, second)):
+        for name, norm in profile_quality.mix(first, second, part).norms.items():
+            assert torch.equal(norm["running_var"], end.norms[name]["running_var"])
 
 
 def test_every_cell_is_visited_in_random_order_and_the_model_stays_as_it_was(runner):
     state = {name: value.clone() for name, value in runner.model.state_dict().items()}
     cells = [Cell(2, 1, 0.0, False), Cell(8, 2, 1.0, False), adaptation_cell(1, 2), adaptation_cell(10**6, 2)]
     assert [cell.batch_size for cell in cells[2:]] == [2, ADAPT_BATCH]
-    visits = measure_cells(runner, cells, None, 0.04, 2, np.random.default_rng(0))
+    visits = measure_cells(runner, cells, None, 0.02, 0.0, 0.0, np.random.default_rng(0))
     assert {cell: len(seen) for cell, seen in visits.items()} == dict.fromkeys(cells, 2)
     assert all(visit.latency_s > 0 and visit.units_per_s > 0 for seen in visits.values() for visit in seen)
     assert all(torch.equal(value, state[name]) for name, value in runner.model.state_dict().items())
 
 
+def test_time_that_is_left_goes_to_the_least_certain_cells(monkeypatch):
+    cells = [Cell(2, 1, 0.0, False), Cell(8, 1, 0.0, False)]
+    rng = np.random.default_rng(0)
+    noisy = {2: 0.5, 8: 0.01}
+
+    def visited(runner, cell, meter, window_s):
+        return Visit(1.0 + noisy[cell.batch_size] * rng.random(), 1.0, float("nan"), float("nan"))
+
+    monkeypatch.setattr(profile_cost, "visit", visited)
+    monkeypatch.setattr(profile_cost, "Load", lambda runner, cell: SimpleNamespace(step=int, drain=int))
+    idle = SimpleNamespace(reset=lambda seed: None)
+    visits = measure_cells(idle, cells, None, 0.1, 1e3, 0.0, np.random.default_rng(0))  # pyright: ignore[reportArgumentType]
+    assert [len(visits[cell]) for cell in cells] == [profile_cost.MOST_VISITS] * 2
+    now = iter(range(100))
+    monkeypatch.setattr(profile_cost, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    visits = measure_cells(idle, cells, None, 0.1, 4.5, 0.0, np.random.default_rng(0))  # pyright: ignore[reportArgumentType]
+    assert [len(visits[cell]) for cell in cells] == [6, 2]
+
+
 def test_the_command_writes_a_profile_that_loads(runner, monkeypatch, tmp_path, capsys):
-    weights, out = tmp_path / "model.safetensors", tmp_path / "cpu.json"
-    weights.write_bytes(b"weights")
+    out = tmp_path / "cpu.json"
     monkeypatch.setattr(profile, "load_model", lambda task, size, device: runner.model)
-    monkeypatch.setattr(profile, "weights_path", lambda task, size: weights)
+    monkeypatch.setattr(
+        profile, "identity", lambda task, size: {**IDENTITY, "config": runner.model.config.to_dict()}
+    )
     monkeypatch.setattr(profile, "SamplePool", lambda task, shifts, device: runner.samples)
-    monkeypatch.setattr(profile_quality, "CURVE_STEPS", (0, 1))
+    monkeypatch.setattr(profile_quality, "ADAPTED_STEPS", 1)
+    monkeypatch.setattr(profile_quality, "LONG_STEPS", 2)
     options = profile.Options(
         task="vision", size="tiny", device="cpu", out=out, batch_sizes=(4, 1), shifts=("clean", "dark"),
-        expert_counts=(2,), seconds_per_cell=0.02, samples=100,
+        expert_counts=(2,), window_s=0.01, within_s=0.1, samples=100,
     )  # fmt: skip
     profile.main(options)
     measured = load_profile(out)
-    assert (
-        measured.latency_s.shape == (2, 1, 3) and measured.energy_j is None and measured.idle_power_w is None
-    )
+    assert measured.latency_s.shape == measured.visits.shape == (2, 1, 2) and measured.visits.min() >= 2
+    assert measured.energy_j is None and measured.idle_power_w is None
     assert measured.ttt_latency_s is not None and measured.ttt_energy_j is None
     assert measured.batch_size.tolist() == [1, 4] and measured.shifts == ("clean", "dark")
-    assert measured.model_sha256 == hashlib.sha256(b"weights").hexdigest()
-    assert measured.provenance["spread"]["max"] >= measured.provenance["spread"]["median"] >= 0.0
-    assert str(out) in capsys.readouterr().out
+    assert measured.model["data_sha256"] == IDENTITY["data_sha256"] and measured.samples == 100
+    assert {(cell["batch_size"], cell["routing_bias"]) for cell in measured.held_out} == {(2, 0.0), (4, 0.5)}
+    spread = measured.provenance["spread"]["latency_spread"]
+    assert spread["max"] >= spread["median"] >= 0.0
+    printed = capsys.readouterr().out
+    for part in (str(out), "latency spread", "latency interpolation", "adaptation model", "in the long run"):
+        assert part in printed
+
+
+def test_a_count_of_experts_without_the_models_own_is_refused(runner, monkeypatch, tmp_path):
+    monkeypatch.setattr(profile, "load_model", lambda task, size, device: runner.model)
+    monkeypatch.setattr(profile, "SamplePool", lambda task, shifts, device: runner.samples)
+    options = profile.Options(
+        task="vision", size="tiny", device="cpu", out=tmp_path / "none.json", expert_counts=(1,)
+    )
+    with pytest.raises(ProfileError, match="expert_count=2"):
+        profile.measure(options)
+
+
+def tiny_profile(**changes: Any) -> Profile:
+    return replace(made_up(), model={**weights.identity("vision", "tiny"), **changes})
+
+
+def test_a_profile_of_the_model_that_is_here_is_accepted():
+    weights.check_profile(tiny_profile())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights_sha256": "f" * 64}, "weights_sha256 ffffffffffff, here it is"),
+        ({"data_sha256": "f" * 64}, "data_sha256 ffffffffffff, here it is"),
+        ({"config": {**model_config("vision", "tiny").to_dict(), "d_model": 32}}, r"d_model.*32, 64"),
+    ],
+)
+def test_a_profile_of_something_else_is_refused(changes, message):
+    with pytest.raises(ProfileError, match=message) as caught:
+        weights.check_profile(tiny_profile(**changes))
+    assert "python -m moe.profile --task vision" in str(caught.value)
+
+
+def test_another_training_of_a_base_model_is_logged_and_not_refused(tmp_path, caplog):
+    base = replace(made_up(), size="base", model=weights.identity("vision", "base", tmp_path))
+    weights.check_profile(base, tmp_path)
+    assert not caplog.records
+    trained = replace(base, model={**base.model, "weights_sha256": "f" * 64})
+    weights.check_profile(trained, tmp_path)
+    assert "another training" in caplog.text
+    with pytest.raises(ProfileError, match="data_sha256"):
+        weights.check_profile(replace(base, model={**base.model, "data_sha256": "f" * 64}), tmp_path)
 
 
 class Nvml:
