@@ -128,13 +128,12 @@ def tabulate(pure: np.ndarray, mixed: np.ndarray | None, own_k: int) -> AnswerTa
         return AnswerTables(np.ascontiguousarray(pure), np.zeros((len(pure), 0, 2, 3)))
     first, second = np.triu_indices(pure.shape[1], 1)  # [M], in the order of itertools.combinations
     place = np.linspace(0.0, 1.0, mixed.shape[2] + 2)[1:-1]  # [P]
-    share = second_share(place)[:, None]  # [P, 1]
     own = pure[:, :, own_k, 0]  # [S, Q, 3]
-    deviation = mixed - (1.0 - share) * own[:, first, None] - share * own[:, second, None]
-    ends = np.zeros_like(deviation[:, :, :1])
-    curve = PchipInterpolator(
-        np.r_[0.0, place, 1.0], np.concatenate([ends, deviation, ends], axis=2), axis=2
-    )  # through the pure states
-    return AnswerTables(
-        np.ascontiguousarray(pure), np.ascontiguousarray(curve(np.linspace(0.0, 1.0, GRID_POINTS)))
-    )
+    ends = own[:, first, None], own[:, second, None]  # [S, M, 1, 3] each
+    measured = np.concatenate([ends[0], mixed, ends[1]], axis=2)
+    grid = np.linspace(0.0, 1.0, GRID_POINTS)  # [G]
+    share = second_share(grid)[:, None]  # [G, 1]
+    # Of the quality and not of its deviation: it is monotone, mostly, and the interpolant then is too.
+    curve = PchipInterpolator(np.r_[0.0, place, 1.0], measured, axis=2)(grid)  # [S, M, G, 3]
+    deviation = curve - (1.0 - share) * ends[0] - share * ends[1]
+    return AnswerTables(np.ascontiguousarray(pure), np.ascontiguousarray(deviation))

@@ -60,7 +60,7 @@ SHIFTS: dict[tuple[str, str], tuple[str, ...]] = {
 WINDOW_S = {"cpu": 0.1, "cuda": 0.4}
 """On CUDA four ticks of the energy counter."""
 WITHIN_S = {"cpu": 300.0, "cuda": 180.0}
-SCORED_SAMPLES = {"cpu": 2000, "cuda": 4000}
+SCORED_SAMPLES = {"cpu": 1000, "cuda": 4000}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class Options:
     """Time for everything once the model is loaded; default: 300 on a CPU, 180 on CUDA. Quality and two
     visits of every cell are measured however long they take."""
     samples: int | None = None
-    """Samples per quality score, at most the whole pool; default: 2000 on a CPU, 4000 on CUDA."""
+    """Samples per quality score, at most the whole pool; default: 1000 on a CPU, 4000 on CUDA."""
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ ADAPTED_STEPS = 64
 """Steps after which the model counts as adapted: less than a millionth of the old statistics is left."""
 LONG_STEPS = 256
 """Steps after which it is scored again, for what the gradients do in the long run."""
-MIXTURES = 5
+MIXTURES = 6
 """Mixtures of each two states, evenly spaced in `moe.adaptation.mixture_position`."""
 SEQUENCES = 4
 SEGMENTS = 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from moe.adaptation import adapt, answer_quality, mixture_position, second_share
 from moe.config import ModelConfig
 from moe.model import BatchNorm, MoEModel, initialise
 
-SHIFTS, STATES, COUNTS, BIASES, MIXTURES, OWN_K = 3, 4, 2, 2, 5, 1
+SHIFTS, STATES, COUNTS, BIASES, MIXTURES, OWN_K = 3, 4, 2, 2, 6, 1
 PLACES = np.linspace(0.0, 1.0, MIXTURES + 2)[1:-1]
 PAIRS = list(itertools.combinations(range(STATES), 2))
 
@@ -73,7 +74,7 @@ def test_the_statistics_of_a_real_norm_are_the_weighted_mean():
     optimizer = ttt.make_optimizer(model)
     images = torch.randint(0, 256, (2, 32, 28, 28), generator=torch.Generator().manual_seed(1)).byte()
     images[1] //= 3
-    norm = next(module for module in model.modules() if isinstance(module, BatchNorm))
+    norm: Any = next(module for module in model.modules() if isinstance(module, BatchNorm))
     unadapted = ttt.snapshot(model, optimizer)
     pure = [norm.running_var.clone()]
     for shift in range(2):

@@ -36,7 +36,7 @@ from moe.runner import ADAPT_BATCH, Runner
 from moe.workload import Knobs
 
 IDENTITY = {"key": "0" * 12, "config": {"top_k": 2}, "data_sha256": "0" * 64, "weights_sha256": "0" * 64}
-CELL = dict.fromkeys(HELD_OUT, 0.1)
+CELL: dict[str, float | None] = {name: 0.1 for name in HELD_OUT}
 
 
 def made_up() -> Profile:
