@@ -192,7 +192,7 @@ def measure(options: Options) -> Profile:
         entropy=quality.pure[..., 2],
         mixture=quality.mixed,
         adapt_rate=STATISTICS_MOMENTUM if adapts else None,
-        adaptation_error=adaptation_error(quality, own_k, STATISTICS_MOMENTUM),
+        adaptation_error=adaptation_error(quality, routing_biases, own_k, STATISTICS_MOMENTUM),
         expert_share=quality.expert_share,
     )
     return replace(

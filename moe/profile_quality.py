@@ -52,7 +52,7 @@ class Point(NamedTuple):
     k: int
     """Index of the expert count of the score."""
     r: int
-    """Index of its routing bias."""
+    """Index of its routing bias in `probed_biases`."""
     quality: tuple[float, float, float]
 
 
@@ -196,23 +196,32 @@ def _play_sequence(
     routing_biases: Sequence[float],
 ) -> list[Point]:
     """Change the shift at random, adapt for a random time, and score before, midway and after."""
+    biases = probed_biases(routing_biases)
     points, shift = [], -1
     for _ in range(SEGMENTS):
         shift = int(rng.choice([other for other in range(n_shifts) if other != shift]))
         steps = int(rng.choice(SEGMENT_STEPS))
         for more in (0, steps // 2, steps - steps // 2):
             examiner.adapt(shift, more)
-            k, r = int(rng.integers(len(expert_counts))), int(rng.integers(len(routing_biases)))
-            quality = examiner.score(shift, expert_counts[k], routing_biases[r])[:3]
+            k, r = int(rng.integers(len(expert_counts))), int(rng.integers(len(biases)))
+            quality = examiner.score(shift, expert_counts[k], biases[r])[:3]
             points.append(Point(shift, more, k, r, quality))
     return points
 
 
-def adaptation_error(quality: Quality, own_k: int, rate: float) -> dict[str, float] | None:
+def probed_biases(routing_biases: Sequence[float]) -> list[float]:
+    """Biases of sequences: those of the tables, and those midway between them."""
+    return sorted([*routing_biases, *((low + high) / 2 for low, high in itertools.pairwise(routing_biases))])
+
+
+def adaptation_error(
+    quality: Quality, routing_biases: Sequence[float], own_k: int, rate: float
+) -> dict[str, float] | None:
     """Error of `moe.adaptation` on the sequences that were played; None where nothing adapts.
 
     Args:
         quality: what was measured.
+        routing_biases: R biases of the tables.
         own_k: index of the model's own expert count.
         rate: share of the norms' statistics that one step replaces.
 
@@ -221,7 +230,9 @@ def adaptation_error(quality: Quality, own_k: int, rate: float) -> dict[str, flo
     """
     if quality.mixed is None:
         return None
-    tables = tabulate(quality.pure, quality.mixed, own_k)
+    probed = probed_biases(routing_biases)
+    pure = np.apply_along_axis(lambda row: np.interp(probed, routing_biases, row), 3, quality.pure)
+    tables = tabulate(pure, quality.mixed, own_k)
     weights = np.zeros(quality.pure.shape[1])
     errors = []
     for points in quality.sequences:

@@ -119,7 +119,7 @@ def test_quality_tables_agree_with_the_bare_model(runner, monkeypatch):
     assert np.all(quality.pure[:, 1:, ..., 2] != quality.pure[:, :1, ..., 2])
     sequence = quality.sequences[0]
     assert all(p.shift != q.shift for p, q in zip(sequence[2::3], sequence[3::3], strict=False))
-    error = profile_quality.adaptation_error(quality, 1, 0.2)
+    error = profile_quality.adaptation_error(quality, [0.0, 1.0], 1, 0.2)
     assert error is not None and error["points"] == sum(map(len, quality.sequences)) == 72
     assert 0.0 < error["confidence_rmse"] < error["confidence_max"] < 0.1
 
