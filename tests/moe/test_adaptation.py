@@ -104,7 +104,7 @@ def test_mixtures_of_two_answer_as_measured(shift, pair, share):
     weights = np.zeros(STATES)
     weights[pair[0]], weights[pair[1]] = 1.0 - share, share
     expected = quadratic(shift, weights, OWN_K, 0)
-    np.testing.assert_allclose(answer_quality(TABLES, weights, shift, OWN_K, 0), expected, atol=2e-3)
+    np.testing.assert_allclose(answer_quality(TABLES, weights, shift, OWN_K, 0), expected, atol=4e-3)
 
 
 @given(
@@ -116,7 +116,7 @@ def test_mixtures_of_two_answer_as_measured(shift, pair, share):
 def test_any_state_of_a_second_order_polynomial_is_found(shift, k, r, parts):
     weights = np.array(parts) / sum(parts)
     expected = np.clip(quadratic(shift, weights, k, r), 0.0, 1.0)
-    np.testing.assert_allclose(answer_quality(TABLES, weights, shift, k, r), expected, atol=4e-3)
+    np.testing.assert_allclose(answer_quality(TABLES, weights, shift, k, r), expected, atol=6e-3)
 
 
 @given(st.floats(0.0, 1.0))
