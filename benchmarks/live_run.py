@@ -56,7 +56,8 @@ class LiveRun:
     profile_batches: tuple[int, ...] = (64, 256, 1024, 4096, 8192)
     profile_biases: tuple[float, ...] = (0.0, 1.0)
     profile_shifts: tuple[str, ...] = ("clean", "gaussian_noise@5", "contrast@5", "brightness@5")
-    seconds_per_cell: float = 0.5
+    profile_within_s: float = 120.0
+    """Time for the profile."""
     timesteps: int = 3_000_000
     """Training steps of PPO."""
     trials: int = 160
@@ -74,7 +75,7 @@ def main(config: LiveRun) -> None:
             Options(
                 task=raw["task"], size="base", device="cuda", out=profile, batch_sizes=config.profile_batches,
                 routing_biases=config.profile_biases, shifts=config.profile_shifts,
-                seconds_per_cell=config.seconds_per_cell,
+                within_s=config.profile_within_s,
             )
         ),
         profile,

@@ -1,15 +1,17 @@
 """Measure a model here: ``python -m moe.profile --task vision --size tiny --device cpu --out PATH``.
 
-The result is a `moe.profiles.Profile`. It is written whole at the end; an interrupted run writes nothing.
+Quality comes first; it warms the device up. Then every cell of the cost tables is visited twice, in random
+order, and what is left of the time goes to the cells whose cost is least certain. The result is a
+`moe.profiles.Profile`. It is written whole at the end; an interrupted run writes nothing.
 """
 
 from __future__ import annotations
 
 import datetime
-import hashlib
 import platform
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,31 +23,44 @@ from moe import data
 from moe.config import Size, Task
 from moe.meter import EnergyCounter, open_meter
 from moe.profile_cost import (
+    LEAST_VISITS,
     Cell,
     Costs,
     adaptation_cell,
     costs,
     fitting_batch_sizes,
+    held_out_cells,
     idle_power_w,
     measure_cells,
     serving_cells,
 )
-from moe.profile_quality import CURVE_STEPS, Quality, measure_quality
-from moe.profiles import Profile, ProfileError, save_profile
+from moe.profile_quality import ADAPTED_STEPS, LONG_STEPS, adaptation_error, measure_quality
+from moe.profiles import HELD_OUT, Profile, ProfileError, level_index, save_profile
 from moe.runner import ADAPT_BATCH, Runner
 from moe.samples import DEFAULT_SHIFTS, SamplePool
 from moe.train import device_name
-from moe.weights import load_model, weights_path
+from moe.ttt import STATISTICS_MOMENTUM
+from moe.weights import identity, load_model
 
 BATCH_SIZES: dict[tuple[str, str], tuple[int, ...]] = {
     ("vision", "tiny"): (1, 4, 16, 64, 256),
     ("language", "tiny"): (1, 4, 16, 64),
-    ("vision", "base"): (32, 128, 512, 1024, 2048, 4096, 8192),
-    ("language", "base"): (8, 64, 128, 256, 512, 1024),
+    ("vision", "base"): (64, 256, 512, 1024, 2048, 4096, 8192),
+    ("language", "base"): (8, 32, 64, 128, 256, 512, 1024),
 }
-"""A text chunk is eight times as many tokens as an image."""
-SECONDS_PER_CELL = {"cpu": 0.15, "cuda": 0.8}
-SCORED_SAMPLES = {"cpu": 2000, "cuda": 10_000}
+"""A text chunk is eight times as many tokens as an image. Latency has a floor, so close to it the batch sizes
+lie closer: between 256 and 1024 images on an H100."""
+SHIFTS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("vision", "tiny"): ("clean", "gaussian_noise@5", "contrast@5", "brightness@5"),
+    ("vision", "base"): ("clean", "gaussian_noise@5", "contrast@5", "brightness@5", "gaussian_noise@3"),
+    ("language", "tiny"): DEFAULT_SHIFTS["language"],
+    ("language", "base"): DEFAULT_SHIFTS["language"],
+}
+"""Scenarios name a shift by its place. Scores grow with the cube of their number."""
+WINDOW_S = {"cpu": 0.1, "cuda": 0.4}
+"""On CUDA four ticks of the energy counter."""
+WITHIN_S = {"cpu": 300.0, "cuda": 180.0}
+SCORED_SAMPLES = {"cpu": 1000, "cuda": 4000}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,136 +73,164 @@ class Options:
     out: Path
     """Profile to write, such as configs/profiles/cpu-vision.json."""
     batch_sizes: tuple[int, ...] = ()
-    """Ascending; default: by task and size. Those that do not fit into memory are left out."""
+    """Default: by task and size. Those that do not fit into memory are left out."""
     expert_counts: tuple[int, ...] = ()
-    """Default: those the model was trained for."""
+    """Default: those the model was trained for. The model's own must be among them."""
     routing_biases: tuple[float, ...] = (0.0, 0.5, 1.0)
+    """Biases at which quality and expert shares are measured."""
+    cost_biases: tuple[float, ...] = (0.0, 1.0)
+    """Biases at which costs are measured, from and to the ends of `routing_biases`."""
     shifts: tuple[str, ...] = ()
-    """Input shifts, "clean" first; default: by task."""
-    seconds_per_cell: float | None = None
-    """Time under load per cell, over all repeats; default: 0.15 on a CPU, 0.8 on CUDA."""
+    """Input shifts, "clean" first; default: by task and size."""
+    window_s: float | None = None
+    """Time under load per visit of a cell; default: 0.1 on a CPU, 0.4 on CUDA."""
+    within_s: float | None = None
+    """Time for everything once the model is loaded; default: 300 on a CPU, 180 on CUDA. Quality and two
+    visits of every cell are measured however long they take."""
     samples: int | None = None
-    """Samples per quality score, at most the whole pool; default: 2000 on a CPU, 10000 on CUDA."""
-    repeats: int = 2
-    """Windows per cell, in random order; their difference is the spread."""
+    """Samples per quality score, at most the whole pool; default: 1000 on a CPU, 4000 on CUDA."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what could not be measured."""
-        if self.repeats < 1 or (self.seconds_per_cell is not None and self.seconds_per_cell <= 0.0):
-            raise ValueError(f"repeats and seconds_per_cell must be positive, got {self}")
-        if self.samples is not None and self.samples < 1:
-            raise ValueError(f"samples must be at least 1, got {self.samples}")
+        for name in ("window_s", "within_s", "samples"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
         if self.batch_sizes and min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes must be at least 1, got {self.batch_sizes}")
         if self.shifts and self.shifts[0] != "clean":
             raise ValueError(f'shifts must start with "clean", got {self.shifts}')
+        for biases in (self.routing_biases, self.cost_biases):
+            if min(biases) != 0.0 or not max(biases) == max(self.routing_biases) <= 1.0:
+                raise ValueError(
+                    "routing_biases and cost_biases must both start at 0 and end at the same value up to 1, "
+                    f"got {self.routing_biases} and {self.cost_biases}"
+                )
 
 
 def measure(options: Options) -> Profile:
     """Load the model and measure it.
 
     Raises:
-        ProfileError: not even the smallest batch fits.
+        ProfileError: not even the smallest batch fits, or the model's own expert count is not asked for.
         MeterUnavailableError: CUDA is used and NVML gives no energy.
     """
-    began = time.monotonic()
     device = torch.device(options.device)
     meter = open_meter(device)
-    cold_c = meter.temperature_c() if meter else None
     model = load_model(options.task, options.size, device)
-    shifts = options.shifts or DEFAULT_SHIFTS[options.task]
+    began = time.monotonic()
+    cold_c = meter.temperature_c() if meter else None
+    shifts = options.shifts or SHIFTS[options.task, options.size]
     runner = Runner(model, SamplePool(options.task, shifts, device), device)
-    expert_counts = sorted(options.expert_counts or model.config.top_k_choices)
-    routing_biases = sorted(options.routing_biases)
-    wanted = sorted(options.batch_sizes or BATCH_SIZES[options.task, options.size])
+    expert_counts = sorted(set(options.expert_counts or model.config.top_k_choices))
+    own_k = level_index("expert_count", model.config.top_k, np.array(expert_counts))
+    routing_biases, cost_biases = sorted(set(options.routing_biases)), sorted(set(options.cost_biases))
+    wanted = sorted(set(options.batch_sizes or BATCH_SIZES[options.task, options.size]))
     batch_sizes = fitting_batch_sizes(runner, wanted, expert_counts)
     if not batch_sizes:
         raise ProfileError(
             f"not even {wanted[0]} requests fit into the memory of {device}; use a smaller model"
         )
-    cells = serving_cells(batch_sizes, expert_counts, routing_biases)
-    if runner.adapts:
-        cells += sorted({adaptation_cell(n, k) for n in batch_sizes for k in expert_counts})
-    idle_before_w = idle_power_w(meter) if meter else None
     samples = min(options.samples or SCORED_SAMPLES[options.device], len(runner.samples))
-    seconds = options.seconds_per_cell or SECONDS_PER_CELL[options.device]
+    quality = measure_quality(runner, expert_counts, routing_biases, samples, options.seed)
+    quality_s = time.monotonic() - began
+    cells = serving_cells(batch_sizes, expert_counts, cost_biases)
+    extra = held_out_cells(batch_sizes, expert_counts, cost_biases)
+    steps = (
+        sorted({adaptation_cell(n, k) for n in batch_sizes for k in expert_counts}) if runner.adapts else []
+    )
+    idle_before_w = idle_power_w(meter) if meter else None
     visits = measure_cells(
-        runner, cells, meter, seconds, options.repeats, np.random.default_rng(options.seed)
+        runner,
+        cells + steps + extra,
+        meter,
+        options.window_s or WINDOW_S[options.device],
+        (options.within_s or WITHIN_S[options.device]) - (time.monotonic() - began),
+        idle_before_w or 0.0,
+        np.random.default_rng(options.seed),
     )
     hot_c = meter.temperature_c() if meter else None
     idle_after_w = idle_power_w(meter) if meter else None
-    quality = measure_quality(runner, expert_counts, routing_biases, samples, options.seed)
     idle_w = None if idle_before_w is None or idle_after_w is None else (idle_before_w + idle_after_w) / 2
     cost = {cell: costs(seen, idle_w or 0.0) for cell, seen in visits.items()}
-    provenance = {
-        **_machine(device, meter),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seed": options.seed,
-        "seconds": round(time.monotonic() - began, 1),
-        "seconds_per_cell": seconds,
-        "repeats": options.repeats,
-        "samples": samples,
-        "left_out_batch_sizes": [n for n in wanted if n not in batch_sizes],
-        "spread": _spread(cost),
-        "idle_power_w": {"before": idle_before_w, "after": idle_after_w},
-        "temperature_c": {"start": cold_c, "end_of_load": hot_c},
-        "adapt_batch": ADAPT_BATCH if runner.adapts else None,
-        "adaptation_curve": {"steps": list(CURVE_STEPS), "accuracy": quality.curve.round(4).tolist()},
-        "data": data.describe(options.task),
-    }
-    return _profile(
-        options, runner, batch_sizes, expert_counts, routing_biases, cost, idle_w, quality, provenance
-    )
+    metered = idle_w is not None
 
+    def table(names: Sequence[Cell], field: str, last: int | None = len(cost_biases)) -> np.ndarray:
+        values = np.array([getattr(cost[cell], field) for cell in names])
+        shape = (len(batch_sizes), len(expert_counts))
+        return values.reshape(shape if last is None else (*shape, last))
 
-def _profile(
-    options: Options,
-    runner: Runner,
-    batch_sizes: list[int],
-    expert_counts: list[int],
-    routing_biases: list[float],
-    cost: dict[Cell, Costs],
-    idle_w: float | None,
-    quality: Quality,
-    provenance: dict[str, Any],
-) -> Profile:
-    served = [cost[cell] for cell in serving_cells(batch_sizes, expert_counts, routing_biases)]
-    shape = (len(batch_sizes), len(expert_counts), len(routing_biases))
-    ttt_latency_s = ttt_energy_j = None
-    if runner.adapts:
-        steps = [cost[adaptation_cell(n, k)] for n in batch_sizes for k in expert_counts]
-        ttt_latency_s = np.array([c.latency_s for c in steps]).reshape(shape[:2])
-        ttt_energy_j = np.array([c.energy_j for c in steps]).reshape(shape[:2]) if idle_w else None
-    weights = weights_path(options.task, options.size)
-    return Profile(
+    step_of = [adaptation_cell(n, k) for n in batch_sizes for k in expert_counts]
+    adapts = runner.adapts
+    profile = Profile(
         task=options.task,
         size=options.size,
-        device=provenance["device_name"],
-        provenance=provenance,
-        model_sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
+        device=device_name(device),
+        provenance={},
+        model=identity(options.task, options.size),
+        shifts=runner.samples.shifts,
         batch_size=np.array(batch_sizes, np.float64),
         expert_count=np.array(expert_counts, np.float64),
         routing_bias=np.array(routing_biases),
-        shifts=runner.samples.shifts,
-        latency_s=np.array([c.latency_s for c in served]).reshape(shape),
-        energy_j=np.array([c.energy_j for c in served]).reshape(shape) if idle_w else None,
+        cost_bias=np.array(cost_biases),
+        latency_s=table(cells, "latency_s"),
+        latency_spread=table(cells, "latency_spread"),
+        energy_j=table(cells, "energy_j") if metered else None,
+        energy_spread=table(cells, "energy_spread") if metered else None,
+        visits=table(cells, "visits"),
+        start_temperature_c=table(cells, "start_temperature_c") if metered else None,
         idle_power_w=idle_w,
-        ttt_latency_s=ttt_latency_s,
-        ttt_energy_j=ttt_energy_j,
-        accuracy=quality.accuracy,
-        confidence=quality.confidence,
-        entropy=quality.entropy,
-        adapt_rate=quality.adapt_rate,
-        carry_over=quality.carry_over,
+        ttt_latency_s=table(step_of, "latency_s", None) if adapts else None,
+        ttt_latency_spread=table(step_of, "latency_spread", None) if adapts else None,
+        ttt_energy_j=table(step_of, "energy_j", None) if adapts and metered else None,
+        ttt_energy_spread=table(step_of, "energy_spread", None) if adapts and metered else None,
+        held_out=[],
+        samples=samples,
+        accuracy=quality.pure[..., 0],
+        confidence=quality.pure[..., 1],
+        entropy=quality.pure[..., 2],
+        mixture=quality.mixed,
+        adapt_rate=STATISTICS_MOMENTUM if adapts else None,
+        adaptation_error=adaptation_error(quality, routing_biases, own_k, STATISTICS_MOMENTUM),
         expert_share=quality.expert_share,
     )
+    return replace(
+        profile,
+        held_out=[interpolation_error(profile, cell, cost[cell]) for cell in extra],
+        provenance={
+            **_machine(device, meter),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seed": options.seed,
+            "seconds": {"total": round(time.monotonic() - began, 1), "quality": round(quality_s, 1)},
+            "window_s": options.window_s or WINDOW_S[options.device],
+            "left_out_batch_sizes": [n for n in wanted if n not in batch_sizes],
+            "spread": _spread(cost),
+            "idle_power_w": {"before": idle_before_w, "after": idle_after_w},
+            "temperature_c": {"start": cold_c, "end_of_load": hot_c},
+            "adaptation": _long_run(quality.long) if adapts else None,
+            "data": data.describe(options.task),
+        },
+    )
+
+
+def interpolation_error(profile: Profile, cell: Cell, cost: Costs) -> dict[str, float | None]:
+    """Entry of `Profile.held_out`: interpolated over measured cost, less 1, for a cell outside the tables."""
+    place = (cell.batch_size, cell.expert_count, cell.routing_bias)
+    metered = profile.energy_j is not None
+    values = (
+        *place,
+        cost.latency_s,
+        cost.energy_j if metered else None,
+        profile.latency_at(*place) / cost.latency_s - 1.0,
+        profile.energy_at(*place) / cost.energy_j - 1.0 if metered else None,
+    )
+    return dict(zip(HELD_OUT, values, strict=True))
 
 
 def _machine(device: torch.device, meter: EnergyCounter | None) -> dict[str, Any]:
     return {
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "device_name": device_name(device),
         "driver": meter.driver() if meter else None,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -195,13 +238,66 @@ def _machine(device: torch.device, meter: EnergyCounter | None) -> dict[str, Any
 
 
 def _spread(cost: dict[Cell, Costs]) -> dict[str, Any]:
-    """Relative difference between a cell's repeats: median and maximum over the cells, and its place."""
-    worst = max(cost, key=lambda cell: cost[cell].spread)
+    """Median and largest spread over the cells, with their place, of latency and of energy."""
+    result: dict[str, Any] = {}
+    for name in ("latency_spread", "energy_spread"):
+        spreads = {cell: getattr(c, name) for cell, c in cost.items() if np.isfinite(getattr(c, name))}
+        if spreads:
+            worst = max(spreads, key=lambda cell: spreads[cell])
+            result[name] = {
+                "median": round(float(np.median(list(spreads.values()))), 4),
+                "max": round(spreads[worst], 4),
+                "max_at": worst._asdict(),
+            }
+    result["visits"] = {"least": LEAST_VISITS, "total": sum(c.visits for c in cost.values())}
+    return result
+
+
+def _long_run(long: np.ndarray | None) -> dict[str, Any]:
+    """What the gradients do in the long run: quality under the shift adapted to, after `LONG_STEPS`."""
+    assert long is not None
     return {
-        "median": round(float(np.median([c.spread for c in cost.values()])), 4),
-        "max": round(cost[worst].spread, 4),
-        "max_at": worst._asdict(),
+        "batch": ADAPT_BATCH,
+        "steps": ADAPTED_STEPS,
+        "long_steps": LONG_STEPS,
+        "accuracy_after_long": long[:, 0].round(4).tolist(),
+        "confidence_after_long": long[:, 1].round(4).tolist(),
     }
+
+
+def summary(profile: Profile) -> str:
+    """A few lines on how far the profile can be trusted."""
+    seconds, spread = profile.provenance["seconds"], profile.provenance["spread"]
+    lines = [
+        f"{profile.device}, {profile.task}-{profile.size}: {profile.latency_s.size} cells, "
+        f"{spread['visits']['total']} visits, {seconds['total']} s in all, {seconds['quality']} s of quality"
+    ]
+    for name in ("latency", "energy"):
+        if f"{name}_spread" in spread:
+            s = spread[f"{name}_spread"]
+            lines.append(f"{name} spread: {s['median']:.1%} (median), {s['max']:.1%} (max, at {s['max_at']})")
+        errors = {
+            i: abs(e) for i, cell in enumerate(profile.held_out) if (e := cell[f"{name}_error"]) is not None
+        }
+        if errors:
+            worst = profile.held_out[max(errors, key=lambda i: errors[i])]
+            where = {key: worst[key] for key in HELD_OUT[:3]}
+            lines.append(
+                f"{name} interpolation: {np.median(list(errors.values())):.1%} (median), "
+                f"{max(errors.values()):.1%} (max, at {where}) over {len(errors)} cells"
+            )
+    lines.append(f"left out for memory: {profile.provenance['left_out_batch_sizes'] or 'none'}")
+    half = np.ptp(profile.accuracy_interval(), axis=-1).max() / 2
+    lines.append(f"accuracy: 95% interval of at most +-{half:.2%}, {profile.samples} samples per score")
+    if profile.mixture is not None:
+        own = range(len(profile.shifts))
+        before = profile.accuracy[:, 0, profile.own_k, 0]
+        after = profile.accuracy[own, np.arange(1, len(own) + 1), profile.own_k, 0]
+        long = profile.provenance["adaptation"]["accuracy_after_long"]
+        for shift, *row in zip(profile.shifts, before, after, long, strict=True):
+            lines.append("  {}: {:.3f} unadapted, {:.3f} adapted, {:.3f} in the long run".format(shift, *row))
+        lines.append(f"adaptation model: {profile.adaptation_error}")
+    return "\n".join(lines)
 
 
 def main(options: Options) -> None:
@@ -209,12 +305,7 @@ def main(options: Options) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)  # better refused now than after minutes
     profile = measure(options)
     save_profile(profile, options.out)
-    spread = profile.provenance["spread"]
-    print(
-        f"wrote {options.out}: {profile.device}, {profile.latency_s.size} cells in "
-        f"{profile.provenance['seconds']} s, spread {spread['median']:.1%} (median), "
-        f"{spread['max']:.1%} (max, at {spread['max_at']})"
-    )
+    print(f"{summary(profile)}\nwrote {options.out}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,15 @@
 
 A profile is a JSON file. Every cell in it was measured; a cell that could not be measured is absent,
 and the file is refused. Energies are per micro-batch and above the idle power of the device.
-Index letters: N batch sizes, K expert counts, R routing biases, S input shifts, L layers, E experts.
+
+What lies between the cells: expert counts are never interpolated. Batch sizes and routing biases are,
+linearly and within the measured range: above a small batch's floor, time and energy are linear in its size.
+A batch smaller than the smallest costs as much as that. `held_out` says with what error for costs; biases
+between those of the quality are among the points of `adaptation_error`.
+
+Index letters: N batch sizes, K expert counts, C biases of the costs, R biases of the quality, S input
+shifts, Q states of the model (unadapted, then adapted to each shift; 1 where nothing adapts), M pairs of
+states, P mixtures of a pair, L layers, E experts.
 """
 
 from __future__ import annotations
@@ -16,6 +24,16 @@ from typing import Any
 
 import numpy as np
 
+IDENTITY = ("key", "config", "data_sha256", "weights_sha256")
+"""Fields of `Profile.model`."""
+HELD_OUT = (
+    "batch_size", "expert_count", "routing_bias", "latency_s", "energy_j", "latency_error", "energy_error",
+)  # fmt: skip
+"""Fields of an entry of `Profile.held_out`; energies are null without a meter."""
+_METERED = ("energy_j", "energy_spread", "start_temperature_c", "idle_power_w")
+_ADAPTING = ("mixture", "adapt_rate", "adaptation_error", "ttt_latency_s", "ttt_latency_spread")
+_METERED_AND_ADAPTING = ("ttt_energy_j", "ttt_energy_spread")
+
 
 class ProfileError(ValueError):
     """A profile file cannot be used; the message names the file, the field and the remedy."""
@@ -23,42 +41,67 @@ class ProfileError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Measured tables of one (model, machine). Adaptation tables are None for a task without it."""
+    """Measured tables of one (model, machine). Adaptation tables are None for a task without it.
+
+    A spread is the standard deviation of a cell's visits over their median, which is the cell's value.
+    """
 
     task: str
     size: str
     device: str
     """Name of the device as its driver gives it."""
     provenance: dict[str, Any]
-    """Where, when, with what versions and seed it was measured, and with what spread."""
-    model_sha256: str
+    """Where, when, with what versions, seed and options it was measured."""
+    model: dict[str, Any]
+    """Identity of what was measured, as `moe.weights.identity` gives it."""
+    shifts: tuple[str, ...]
+    """[S] names of the input shifts; the first is "clean"."""
     batch_size: np.ndarray
     """[N] measured batch sizes, ascending."""
     expert_count: np.ndarray
     """[K] experts per token, ascending."""
     routing_bias: np.ndarray
-    """[R] ascending from 0."""
-    shifts: tuple[str, ...]
-    """[S] names of the input shifts; the first is "clean"."""
+    """[R] biases at which quality and expert shares were measured, ascending from 0."""
+    cost_bias: np.ndarray
+    """[C] biases at which costs were measured, ascending, from and to the ends of `routing_bias`."""
     latency_s: np.ndarray
-    """[N, K, R] time of a micro-batch at full clock."""
+    """[N, K, C] time of a micro-batch at full clock."""
+    latency_spread: np.ndarray
+    """[N, K, C]"""
     energy_j: np.ndarray | None
-    """[N, K, R] energy of a micro-batch above idle; None where no meter exists."""
+    """[N, K, C] energy of a micro-batch above idle; None where no meter exists."""
+    energy_spread: np.ndarray | None
+    """[N, K, C]"""
+    visits: np.ndarray
+    """[N, K, C] how often a cell was measured."""
+    start_temperature_c: np.ndarray | None
+    """[N, K, C] temperature of the die before a visit, mean over the visits."""
     idle_power_w: float | None
     ttt_latency_s: np.ndarray | None
     """[N, K] time of one adaptation step after a micro-batch."""
+    ttt_latency_spread: np.ndarray | None
+    """[N, K]"""
     ttt_energy_j: np.ndarray | None
     """[N, K] energy of one adaptation step above idle."""
+    ttt_energy_spread: np.ndarray | None
+    """[N, K]"""
+    held_out: list[dict[str, float | None]]
+    """Cells between those of the tables: what was measured, and the relative error of interpolation."""
+    samples: int
+    """Samples behind each quality."""
     accuracy: np.ndarray
-    """[S, K, R, 2] share of right answers before and after adaptation to the shift."""
+    """[S, Q, K, R] share of right answers."""
     confidence: np.ndarray
-    """[S, K, R, 2] mean probability of the answer given."""
+    """[S, Q, K, R] mean probability of the answer given."""
     entropy: np.ndarray
-    """[S, K, R, 2] mean entropy of the answer over its maximum."""
-    adapt_rate: np.ndarray
-    """[S] share of the remaining gain that one adaptation step brings."""
-    carry_over: float
-    """Share of the adaptation's gain that survives a change of shift (negative: it harms)."""
+    """[S, Q, K, R] mean entropy of the answer over its maximum."""
+    mixture: np.ndarray | None
+    """[S, M, P, 3] accuracy, confidence and entropy of mixtures of two states at the model's own expert count
+    and without bias, as `moe.adaptation.tabulate` reads them."""
+    adapt_rate: float | None
+    """Share of the norms' statistics that one adaptation step replaces."""
+    adaptation_error: dict[str, float] | None
+    """Error of `moe.adaptation` on random sequences of shifts and steps, played on the model itself."""
     expert_share: np.ndarray
     """[K, R, L, E] share of a layer's routed tokens that each expert takes."""
 
@@ -66,19 +109,41 @@ class Profile:
         """Latency of a micro-batch in seconds, interpolated as the twin does."""
         return self._at(self.latency_s, batch_size, expert_count, routing_bias)
 
-    def active_power_w(self, batch_size: float, expert_count: int, routing_bias: float = 0.0) -> float:
-        """Mean power above idle while micro-batches of this kind run back to back."""
+    def energy_at(self, batch_size: float, expert_count: int, routing_bias: float = 0.0) -> float:
+        """Energy of a micro-batch above idle in joules, interpolated as the twin does."""
         if self.energy_j is None:
             raise ProfileError(
                 f"the profile of {self.device} holds no energies; measure one on a card with NVML"
             )
-        energy = self._at(self.energy_j, batch_size, expert_count, routing_bias)
+        return self._at(self.energy_j, batch_size, expert_count, routing_bias)
+
+    def active_power_w(self, batch_size: float, expert_count: int, routing_bias: float = 0.0) -> float:
+        """Mean power above idle while micro-batches of this kind run back to back."""
+        energy = self.energy_at(batch_size, expert_count, routing_bias)
         return energy / self.latency_at(batch_size, expert_count, routing_bias)
+
+    def quality(self) -> np.ndarray:
+        """Accuracy, confidence and entropy of the states, [S, Q, K, R, 3]."""
+        return np.stack([self.accuracy, self.confidence, self.entropy], axis=-1)
+
+    @property
+    def own_k(self) -> int:
+        """Index of the model's own expert count, at which it adapted."""
+        return level_index("expert_count", self.model["config"]["top_k"], self.expert_count)
+
+    def accuracy_interval(self) -> np.ndarray:
+        """Ends of the 95% interval of `accuracy` (Wilson, JASA 22, 1927), [S, Q, K, R, 2]."""
+        z2_n = 1.959964**2 / self.samples
+        middle = (self.accuracy + z2_n / 2.0) / (1.0 + z2_n)
+        variance = self.accuracy * (1.0 - self.accuracy) * z2_n + z2_n**2 / 4.0
+        half = np.sqrt(variance) / (1.0 + z2_n)
+        return np.stack([middle - half, middle + half], axis=-1)
 
     def _at(self, table: np.ndarray, batch_size: float, expert_count: int, routing_bias: float) -> float:
         k = level_index("expert_count", expert_count, self.expert_count)
-        column = [np.interp(routing_bias, self.routing_bias, row) for row in table[:, k, :]]  # [N]
-        return float(np.exp(np.interp(np.log(batch_size), np.log(self.batch_size), np.log(column))))
+        refuse_beyond("routing_bias", routing_bias, self.cost_bias)
+        column = [np.interp(routing_bias, self.cost_bias, row) for row in table[:, k, :]]  # [N]
+        return float(np.interp(batch_size, self.batch_size, column))
 
 
 def level_index(knob: str, value: float, levels: np.ndarray) -> int:
@@ -87,6 +152,15 @@ def level_index(knob: str, value: float, levels: np.ndarray) -> int:
     if not len(hits):
         raise ProfileError(f"{knob}={value} was not measured; the profile holds {list(np.asarray(levels))}")
     return int(hits[0])
+
+
+def refuse_beyond(knob: str, value: float, levels: np.ndarray) -> None:
+    """Refuse a value outside of the measured levels of a knob that is interpolated."""
+    if not levels[0] <= value <= levels[-1]:
+        raise ProfileError(
+            f"{knob}={value} lies outside of what was measured, {levels[0]} to {levels[-1]}; measure it "
+            "with `python -m moe.profile`"
+        )
 
 
 def load_profile(path: str | Path) -> Profile:
@@ -124,7 +198,7 @@ def save_profile(profile: Profile, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     try:
-        part.write_text(json.dumps(document, indent=1))
+        part.write_text(json.dumps(document, indent=1, allow_nan=False))
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -148,28 +222,49 @@ def _as_json(value: Any) -> Any:
 
 
 def _check(path: Path, p: Profile) -> None:
-    for name in ("batch_size", "expert_count", "routing_bias", "expert_share"):
+    for name in ("batch_size", "expert_count", "routing_bias", "cost_bias", "expert_share"):
         table = getattr(p, name)
         if table is None or table.size == 0 or table.ndim != (4 if name == "expert_share" else 1):
             raise ProfileError(
                 f"{path}: {name} is absent, empty or of the wrong rank; measure the profile again"
             )
-    n, k, r, s = len(p.batch_size), len(p.expert_count), len(p.routing_bias), len(p.shifts)
-    shapes = {
-        "latency_s": (n, k, r),
-        "energy_j": (n, k, r),
-        "ttt_latency_s": (n, k),
-        "ttt_energy_j": (n, k),
-        "accuracy": (s, k, r, 2),
-        "confidence": (s, k, r, 2),
-        "entropy": (s, k, r, 2),
-        "adapt_rate": (s,),
-        "expert_share": (k, r, *p.expert_share.shape[2:]),
+    _check_tables(path, p)
+    for name in ("batch_size", "expert_count", "routing_bias", "cost_bias"):
+        levels = getattr(p, name)
+        if np.any(np.diff(levels) <= 0):
+            raise ProfileError(f"{path}: {name} must ascend, got {levels.tolist()}")
+    for name in ("batch_size", "expert_count"):
+        if getattr(p, name)[0] < 1:
+            raise ProfileError(f"{path}: {name} must start at 1 or above, got {getattr(p, name)[0]}")
+    ends = [0.0, p.routing_bias[-1]]
+    if [p.routing_bias[0], p.routing_bias[-1]] != ends or [p.cost_bias[0], p.cost_bias[-1]] != ends:
+        raise ProfileError(f"{path}: routing_bias must start at 0 and cost_bias have the same ends")
+    if p.shifts[0] != "clean":
+        raise ProfileError(f'{path}: shifts must start with "clean", got {list(p.shifts)}')
+    _check_scalars(path, p)
+    if not np.allclose(p.expert_share.sum(axis=-1), 1.0, atol=1e-3):
+        raise ProfileError(f"{path}: expert_share does not sum to 1 over the experts of a layer")
+
+
+def _check_tables(path: Path, p: Profile) -> None:
+    cost = (len(p.batch_size), len(p.expert_count), len(p.cost_bias))
+    states = 1 if p.mixture is None else len(p.shifts) + 1
+    quality = (len(p.shifts), states, len(p.expert_count), len(p.routing_bias))
+    points = p.mixture.shape[2] if p.mixture is not None and p.mixture.ndim == 4 else 0
+    shapes: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(("latency_s", "latency_spread", "energy_j", "energy_spread", "visits"), cost),
+        "start_temperature_c": cost,
+        **dict.fromkeys(
+            ("ttt_latency_s", "ttt_latency_spread", "ttt_energy_j", "ttt_energy_spread"), cost[:2]
+        ),
+        **dict.fromkeys(("accuracy", "confidence", "entropy"), quality),
+        "mixture": (len(p.shifts), states * (states - 1) // 2, points, 3),
+        "expert_share": (*quality[2:], *p.expert_share.shape[2:]),
     }
     for name, shape in shapes.items():
         table = getattr(p, name)
         if table is None:
-            if name in ("energy_j", "ttt_latency_s", "ttt_energy_j"):
+            if name in _METERED + _ADAPTING + _METERED_AND_ADAPTING:
                 continue
             raise ProfileError(f"{path}: {name} is absent; measure it with `python -m moe.profile`")
         if table.shape != shape:
@@ -179,34 +274,45 @@ def _check(path: Path, p: Profile) -> None:
         if not np.all(np.isfinite(table)) or np.any(table < 0.0):
             where = np.argwhere(~np.isfinite(table) | (table < 0.0))[0].tolist()
             raise ProfileError(f"{path}: {name}{where} is negative or not a number; measure that cell again")
-    for name in ("latency_s", "energy_j", "ttt_latency_s", "ttt_energy_j"):
-        table = getattr(p, name)
-        if table is not None and np.any(table <= 0.0):
+        if name.endswith(("_s", "_j", "visits")) and np.any(table <= 0.0):
             raise ProfileError(f"{path}: {name} holds a zero; nothing runs in no time at no cost")
-    for name in ("batch_size", "expert_count", "routing_bias"):
-        if np.any(np.diff(getattr(p, name)) <= 0):
-            raise ProfileError(f"{path}: {name} must ascend, got {getattr(p, name).tolist()}")
-        if name != "routing_bias" and getattr(p, name)[0] < 1:
-            raise ProfileError(f"{path}: {name} must start at 1 or above, got {getattr(p, name)[0]}")
-    for name in ("accuracy", "confidence", "entropy", "adapt_rate", "expert_share"):
-        if np.any(getattr(p, name) > 1.0 + 1e-6):
+        if name in ("accuracy", "confidence", "entropy", "mixture", "expert_share") and np.any(
+            table > 1.0 + 1e-6
+        ):
             raise ProfileError(f"{path}: {name} holds a value above 1")
-    if p.routing_bias[0] != 0.0 or p.shifts[0] != "clean":
-        raise ProfileError(f'{path}: routing_bias must start at 0 and shifts with "clean"')
-    if (p.energy_j is None) != (p.idle_power_w is None):
-        raise ProfileError(f"{path}: energy_j and idle_power_w are measured together or not at all")
-    if (p.ttt_energy_j is None) != (p.ttt_latency_s is None or p.energy_j is None):
-        raise ProfileError(
-            f"{path}: ttt_energy_j is measured where ttt_latency_s and energy_j are, and only there"
-        )
+
+
+def _check_scalars(path: Path, p: Profile) -> None:
+    """Check the numbers, and which fields are there together."""
+    groups = (
+        (_METERED, p.energy_j is not None),
+        (_ADAPTING, p.mixture is not None),
+        (_METERED_AND_ADAPTING, p.energy_j is not None and p.mixture is not None),
+    )
+    for names, there in groups:
+        for name in names:
+            if (getattr(p, name) is not None) != there:
+                raise ProfileError(
+                    f"{path}: {name} must be {'there' if there else 'null'} as the others of {names} are: "
+                    "they are measured together or not at all"
+                )
     if p.idle_power_w is not None and not _within(p.idle_power_w, 1e-3, 1e5):
         raise ProfileError(f"{path}: idle_power_w must be above 0, got {p.idle_power_w}")
-    if not _within(p.carry_over, -10.0, 1.0):
-        raise ProfileError(
-            f"{path}: carry_over must lie in [-10, 1], got {p.carry_over}; measure the profile again"
-        )
-    if not np.allclose(p.expert_share.sum(axis=-1), 1.0, atol=1e-3):
-        raise ProfileError(f"{path}: expert_share does not sum to 1 over the experts of a layer")
+    if p.adapt_rate is not None and not _within(p.adapt_rate, 1e-6, 1.0):
+        raise ProfileError(f"{path}: adapt_rate must lie in (0, 1], got {p.adapt_rate}")
+    if not isinstance(p.samples, int) or p.samples < 1:
+        raise ProfileError(f"{path}: samples must be a whole number above 0, got {p.samples!r}")
+    if not isinstance(p.model, dict) or set(p.model) != set(IDENTITY):
+        raise ProfileError(f"{path}: model must be an object with exactly the fields {IDENTITY}")
+    for cell in p.held_out if isinstance(p.held_out, list) else [None]:
+        if not isinstance(cell, dict) or set(cell) != set(HELD_OUT):
+            raise ProfileError(f"{path}: held_out must list objects with exactly the fields {HELD_OUT}")
+        for name, value in cell.items():
+            if not (value is None and name.startswith("energy")) and not _within(value, -1e9, 1e9):
+                raise ProfileError(f"{path}: held_out has {name}={value!r}, which is not a number")
+    for name, value in (p.adaptation_error or {}).items():
+        if not _within(value, 0.0, 1e9):
+            raise ProfileError(f"{path}: adaptation_error.{name} must be a number, got {value!r}")
 
 
 def _within(value: Any, low: float, high: float) -> bool:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,9 +15,13 @@ from moe.checkpoint import TrainingRecord, WeightsError, load_checkpoint, read_r
 from moe.config import ModelConfig, model_config
 from moe.data import data_digest
 from moe.model import MoEModel
+from moe.profiles import Profile, ProfileError
 from moe.train import RECIPES, serving_dtype, train
 
-__all__ = ["CACHE_VARIABLE", "WeightsError", "load_model", "training_record", "weights_path"]
+__all__ = [
+    "CACHE_VARIABLE", "WeightsError", "check_profile", "identity", "load_model", "training_record",
+    "weights_path",
+]  # fmt: skip
 
 CACHE_VARIABLE = "THERMALMOE_CACHE"
 SHIPPED_FOLDER = Path(__file__).parent / "weights"
@@ -66,6 +71,65 @@ def weights_path(task: str, size: str, cache_dir: Path | None = None) -> Path:
     if cache_dir is None:
         cache_dir = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "thermalmoe")
     return cache_dir / f"{task}-{size}-{_key(config)}.safetensors"
+
+
+def identity(task: str, size: str, cache_dir: Path | None = None) -> dict[str, Any]:
+    """What makes a model the one it is, as `moe.profiles.Profile.model` holds it.
+
+    Returns:
+        Its config; the hash of its data; the key of both; and the hash of its weights, None where a base
+        model is not trained yet.
+    """
+    config, path = model_config(task, size), weights_path(task, size, cache_dir)
+    return {
+        "key": _key(config),
+        "config": config.to_dict(),
+        "data_sha256": data_digest(config.task),
+        "weights_sha256": _file_sha256(path) if path.exists() else None,
+    }
+
+
+def check_profile(profile: Profile, cache_dir: Path | None = None) -> None:
+    """Refuse a profile of another model or of other data than are used here.
+
+    The weights of a tiny model are shipped and must be those that were measured. A base model is trained on
+    every machine anew: it is the same one when config and data are, and other weights are logged.
+
+    Raises:
+        ProfileError: The profile was measured with another model, other data or other shipped weights.
+    """
+    here = identity(profile.task, profile.size, cache_dir)
+    measured = profile.model
+    name = f"{profile.task}-{profile.size}"
+    for field in ("config", "data_sha256", "weights_sha256"):
+        if here[field] == measured[field]:
+            continue
+        if field == "config":
+            differing = sorted(k for k in here[field] if here[field][k] != measured[field].get(k))
+            found = {k: (measured[field].get(k), here[field][k]) for k in differing}
+            what = f"a model whose config differs in {found} (measured, here)"
+        else:
+            what = f"{field} {_short(measured[field])}, here it is {_short(here[field])}"
+        if field == "weights_sha256" and profile.size == "base":
+            _log.warning(
+                "the profile of %s was measured with another training of %s (%s): its quality may differ "
+                "by what training leaves to chance",
+                profile.device, name, what,
+            )  # fmt: skip
+            continue
+        raise ProfileError(
+            f"the profile of {name} on {profile.device} was measured with {what}; measure it again with "
+            f"`python -m moe.profile --task {profile.task} --size {profile.size} --device ... --out ...`"
+        )
+
+
+def _short(digest: str | None) -> str:
+    return digest[:12] if digest else "none yet"
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _key(config: ModelConfig) -> str:

@@ -36,7 +36,7 @@ from thermoe_env.twin import DEVICE_DTYPE, GPU_DTYPE, heat, idle_reading, start_
 @numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _step_all(
     tables, service, rules, prices, levels, index, level_share, arrivals, shift, budget, drift, next_request,
-    head_slot, server, device, track, work, gpu, raw, raw_rows, histogram, slot_energy, terms, cost,
+    head_slot, server, weights, device, track, work, gpu, raw, raw_rows, histogram, slot_energy, terms, cost,
     observation, reward, tripped,
 ):  # fmt: skip
     """One interval of every environment."""
@@ -47,8 +47,9 @@ def _step_all(
         )  # fmt: skip
         second = int(server[i].time_s + 1e-9)
         serve(
-            tables, service, arrivals[i], shift[i, second], next_request[i], head_slot[i], server[i], knobs,
-            device[i].clock, track[i].stage < rules.deferrable_below, work[i], histogram[i], slot_energy[i],
+            tables, service, arrivals[i], shift[i, second], next_request[i], head_slot[i], server[i],
+            weights[i], knobs, device[i].clock, track[i].stage < rules.deferrable_below, work[i],
+            histogram[i], slot_energy[i],
         )  # fmt: skip
         tripped[i] = heat(device[i], slot_energy[i], drift[i, second], gpu[i])
         reward[i] = settle(
@@ -100,6 +101,7 @@ class TwinBatch:
         self._next_request = np.zeros((n, 2), np.int64)
         self._head_slot = np.zeros((n, 2), np.int64)
         self._server = np.zeros(n, SERVER_DTYPE)
+        self._weights = np.zeros((n, len(problem.profile.shifts) + 1))
         self.device = np.zeros(n, DEVICE_DTYPE)
         self._track = np.zeros(n, TRACK_DTYPE)
         self._slot_energy = np.zeros((n, slots))
@@ -139,9 +141,10 @@ class TwinBatch:
         _step_all(
             self._tables, self._service, self._rules, self._prices, self._levels, self.index,
             knob_level(self.problem, self.index), self._arrivals, self._shift, self._budget, self._drift,
-            self._next_request, self._head_slot, self._server, self.device, self._track, self.work, self.gpu,
-            self.raw, self.raw.view(np.float64).reshape(self.num_envs, -1), self.histogram, self._slot_energy,
-            self.terms, self.cost, self._observation, self._reward, self._tripped,
+            self._next_request, self._head_slot, self._server, self._weights, self.device, self._track,
+            self.work, self.gpu, self.raw, self.raw.view(np.float64).reshape(self.num_envs, -1),
+            self.histogram, self._slot_energy, self.terms, self.cost, self._observation, self._reward,
+            self._tripped,
         )  # fmt: skip
         terminated = self._tripped.copy()
         truncated = (self._track["step"] >= self.problem.scenario.steps) & ~terminated
@@ -160,7 +163,7 @@ class TwinBatch:
         scenario = problem.scenario
         self._budget[i] = draw_power_budget(scenario.power_budget, seed, scenario.steps, scenario.interval_s)
         self._next_request[i] = self._head_slot[i] = 0
-        start_server(self._server[i], stream.shift_id)
+        start_server(self._server[i], self._weights[i])
         gpu, raw = np.zeros(1, GPU_DTYPE), np.zeros(1, RAW_DTYPE)
         idle_reading(self.device[i], gpu[0])
         self._track[i] = np.zeros((), TRACK_DTYPE)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe.profiles import Profile, ProfileError, level_index, load_profile
+from moe.adaptation import tabulate
+from moe.profiles import Profile, ProfileError, level_index, load_profile, refuse_beyond
 from thermoe_env.calibration import TwinParams, load_twin
 from thermoe_env.errors import ScenarioError
 from thermoe_env.knobs import KnobTable
@@ -18,16 +19,14 @@ from thermoe_env.scenario import Scenario, config_path
 class Tables(NamedTuple):
     """The profile at the knobs' levels, as compiled code reads it. B biases, else as in `Profile`."""
 
-    log_batch: np.ndarray  # [N]
-    log_latency: np.ndarray  # [N, K, B] log s
-    log_energy: np.ndarray  # [N, K, B] log J
+    batch_size: np.ndarray  # [N]
+    latency_s: np.ndarray  # [N, K, B]
+    energy_j: np.ndarray  # [N, K, B]
     ttt_latency_s: np.ndarray  # [N, K]
     ttt_energy_j: np.ndarray  # [N, K]
-    accuracy: np.ndarray  # [S, K, B, 2]
-    confidence: np.ndarray  # [S, K, B, 2]
-    entropy: np.ndarray  # [S, K, B, 2]
+    answer_pure: np.ndarray  # [S, Q, K, B, 3], as the next two see `moe.adaptation`
+    answer_mixed: np.ndarray  # [S, M, G, 3]
     adapt_rate: np.ndarray  # [S]
-    carry_over: float
     load_imbalance: np.ndarray  # [K, B]
 
 
@@ -102,7 +101,7 @@ class Problem:
         k = level_index("expert_count", static.expert_count, self.profile.expert_count)
         column = [
             np.interp(static.routing_bias, self.profile.routing_bias, row)
-            for row in self.profile.accuracy[:, k, :, 0]
+            for row in self.profile.accuracy[:, 0, k]
         ]
         return np.array(column) - self.scenario.feasible.quality_margin
 
@@ -117,27 +116,29 @@ class Problem:
         """The profile interpolated to the levels of the knobs, for compiled code."""
         p, bias = self.profile, np.array(self.knobs.levels["routing_bias"])
 
-        def at_bias(table: np.ndarray) -> np.ndarray:
-            """Interpolate axis 2 (measured biases) to the knob's levels."""
+        for value in bias:
+            refuse_beyond("routing_bias", value, p.routing_bias)
+
+        def at_bias(table: np.ndarray, measured: np.ndarray, axis: int) -> np.ndarray:
+            """Interpolate an axis of measured biases to the knob's levels."""
             return np.ascontiguousarray(
-                np.apply_along_axis(lambda row: np.interp(bias, p.routing_bias, row), 2, table)
+                np.apply_along_axis(lambda row: np.interp(bias, measured, row), axis, table)
             )
 
         if p.energy_j is None:
             raise ProfileError(f"the profile of {p.device} holds no energies, so no twin can run on it")
         shape = (len(p.batch_size), len(p.expert_count))
         share = p.expert_share * p.expert_share.shape[-1]  # [K, R, L, E], 1 = even
-        imbalance = share.std(axis=-1).mean(axis=-1)[None]  # [1, K, R]
+        imbalance = share.std(axis=-1).mean(axis=-1)  # [K, R]
+        answers = tabulate(p.quality(), p.mixture, p.own_k)
         return Tables(
-            np.log(p.batch_size),
-            np.log(at_bias(p.latency_s)),
-            np.log(at_bias(p.energy_j)),
+            p.batch_size,
+            at_bias(p.latency_s, p.cost_bias, 2),
+            at_bias(p.energy_j, p.cost_bias, 2),
             np.zeros(shape) if p.ttt_latency_s is None else p.ttt_latency_s,
             np.zeros(shape) if p.ttt_energy_j is None else p.ttt_energy_j,
-            at_bias(p.accuracy),
-            at_bias(p.confidence),
-            at_bias(p.entropy),
-            p.adapt_rate,
-            float(p.carry_over),
-            at_bias(imbalance)[0],
+            at_bias(answers.answer_pure, p.routing_bias, 3),
+            answers.answer_mixed,
+            np.full(len(p.shifts), p.adapt_rate or 0.0),
+            at_bias(imbalance, p.routing_bias, 1),
         )

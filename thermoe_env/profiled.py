@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe.adaptation import adapt, answer_quality, start_unadapted
 from moe.queueing import (
     DEFERRABLE,
     INTERACTIVE,
@@ -33,12 +34,9 @@ WORK_DTYPE = np.dtype([(name, np.float64) for name in STAT_NAMES])
 HISTOGRAM_BINS = len(LATENCY_EDGES_S) + 1
 
 SERVER_DTYPE = np.dtype(
-    [
-        (name, np.float64)
-        for name in ("time_s", "free_at_s", "carry_until_s", "carry_power_w", "adaptation", "shift_id")
-    ]
+    [(name, np.float64) for name in ("time_s", "free_at_s", "carry_until_s", "carry_power_w")]
 )
-"""State of the server: its clock, when the device is free, the running batch's tail, adaptation."""
+"""State of the server: its clock, when the device is free, the running batch's tail."""
 
 
 class Terms(NamedTuple):
@@ -63,18 +61,17 @@ class KnobLevels(NamedTuple):
 
 
 @jit
-def _table_row(log_batch, n):
-    """Lower neighbour of log n in the batch axis and the weight of the upper one."""
-    x = math.log(n)
-    last = log_batch.shape[0] - 1
-    if x <= log_batch[0] or last == 0:
+def _table_row(batch_size, n):
+    """Lower neighbour of n in the batch axis and the weight of the upper one."""
+    last = batch_size.shape[0] - 1
+    if n <= batch_size[0] or last == 0:
         return 0, 0.0
-    if x >= log_batch[last]:
+    if n >= batch_size[last]:
         return last - 1, 1.0
     i = 0
-    while log_batch[i + 1] < x:
+    while batch_size[i + 1] < n:
         i += 1
-    return i, (x - log_batch[i]) / (log_batch[i + 1] - log_batch[i])
+    return i, (n - batch_size[i]) / (batch_size[i + 1] - batch_size[i])
 
 
 @jit
@@ -83,11 +80,11 @@ def _batch_cost(tables, n, knobs, clock):
 
     Below the smallest measured batch the smallest one's cost stands: latency has a floor there.
     """
-    i, w = _table_row(tables.log_batch, n)
-    j = min(i + 1, tables.log_batch.shape[0] - 1)
+    i, w = _table_row(tables.batch_size, n)
+    j = min(i + 1, tables.batch_size.shape[0] - 1)
     k, b = knobs.expert_index, knobs.bias_index
-    latency = math.exp((1.0 - w) * tables.log_latency[i, k, b] + w * tables.log_latency[j, k, b]) / clock
-    energy = math.exp((1.0 - w) * tables.log_energy[i, k, b] + w * tables.log_energy[j, k, b])
+    latency = ((1.0 - w) * tables.latency_s[i, k, b] + w * tables.latency_s[j, k, b]) / clock
+    energy = (1.0 - w) * tables.energy_j[i, k, b] + w * tables.energy_j[j, k, b]
     ttt_latency = (
         knobs.ttt_steps * ((1.0 - w) * tables.ttt_latency_s[i, k] + w * tables.ttt_latency_s[j, k]) / clock
     )
@@ -126,8 +123,8 @@ def _take(arrivals, next_request, head_slot, t, room, completion, deadline_s, hi
 
 @jit
 def serve(
-    tables, terms, arrivals, shift, next_request, head_slot, server, knobs, clock, serve_deferrable, work,
-    histogram, slot_energy,
+    tables, terms, arrivals, shift, next_request, head_slot, server, weights, knobs, clock, serve_deferrable,
+    work, histogram, slot_energy,
 ):  # fmt: skip
     """Serve one interval of the request stream at the profile's cost.
 
@@ -139,6 +136,7 @@ def serve(
         next_request: int64 [2], first unserved request per class; updated.
         head_slot: int64 [2], a slot not later than that request's; updated.
         server: record of `SERVER_DTYPE`; updated.
+        weights: float [Q], state of the adaptation; updated.
         knobs: `KnobLevels`.
         clock: clock fraction that throttling leaves.
         serve_deferrable: whether deferrable requests are served.
@@ -149,12 +147,6 @@ def serve(
     origin = server.time_s
     end = origin + terms.slots * SLOT_S
     clock = min(clock, knobs.sm_clock)
-    if shift != int(server.shift_id):
-        server.adaptation *= tables.carry_over
-        server.shift_id = shift
-    acc = tables.accuracy[shift, knobs.expert_index, knobs.bias_index]
-    conf = tables.confidence[shift, knobs.expert_index, knobs.bias_index]
-    ent = tables.entropy[shift, knobs.expert_index, knobs.bias_index]
     work.busy_s += _deposit(slot_energy, origin, origin, server.carry_until_s, server.carry_power_w)
     served, confidence, entropy = 0, 0.0, 0.0
     for s in range(terms.slots):
@@ -188,7 +180,9 @@ def serve(
             n = min(waiting, knobs.batch_size)
             latency, ttt_latency, energy = _batch_cost(tables, n, knobs, clock)
             completion = t + latency
-            quality = acc[0] + server.adaptation * (acc[1] - acc[0])
+            quality, sure, unsure = answer_quality(
+                tables, weights, shift, knobs.expert_index, knobs.bias_index
+            )
             room = knobs.batch_size
             for c in range(2):
                 if c == DEFERRABLE and not serve_deferrable:
@@ -214,15 +208,14 @@ def serve(
                     work.late_deferrable += late
             served += n
             work.correct += quality * n
-            confidence += n * (conf[0] + server.adaptation * (conf[1] - conf[0]))
-            entropy += n * (ent[0] + server.adaptation * (ent[1] - ent[0]))
+            confidence += n * sure
+            entropy += n * unsure
             done = completion + ttt_latency
             work.busy_s += _deposit(slot_energy, origin, t, done, energy / (done - t))
             work.ttt_busy_s += ttt_latency
             work.ttt_steps += knobs.ttt_steps
             work.batches += 1.0
-            for _ in range(knobs.ttt_steps):
-                server.adaptation += tables.adapt_rate[shift] * (1.0 - server.adaptation)
+            adapt(weights, shift, knobs.ttt_steps, tables.adapt_rate[shift])
             server.carry_until_s = done
             server.carry_power_w = energy / (done - t)
             server.free_at_s = t + (done - t) / knobs.pace
@@ -270,10 +263,10 @@ def draw_episode_stream(problem: Problem, seed: int) -> RequestStream:
     return draw_stream(scenario.traffic, seed, math.ceil(scenario.episode_s) + 1, problem.capacity_rps)
 
 
-def start_server(server: np.ndarray, shift_id: np.ndarray) -> None:
+def start_server(server: np.ndarray, weights: np.ndarray) -> None:
     """Set one server record to an idle device, not adapted, at time 0."""
     server["time_s"] = server["free_at_s"] = server["carry_until_s"] = server["carry_power_w"] = 0.0
-    server["adaptation"], server["shift_id"] = 0.0, shift_id[0]
+    start_unadapted(weights)
 
 
 class ProfiledWorkload:
@@ -286,13 +279,14 @@ class ProfiledWorkload:
         self._tables: Tables = problem.tables
         self._terms = terms_of(problem)
         self._server = np.zeros(1, SERVER_DTYPE)
+        self._weights = np.zeros(len(problem.profile.shifts) + 1)
 
     def reset(self, seed: int) -> None:
         """Draw the request stream of `seed` and start with an empty queue."""
         self._stream = draw_episode_stream(self._problem, seed)
         self._next = np.zeros(2, np.int64)
         self._head = np.zeros(2, np.int64)
-        start_server(self._server[0], self._stream.shift_id)
+        start_server(self._server[0], self._weights)
 
     def run(self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True) -> WorkStats:
         """Serve one interval. `duration_s` must be the scenario's interval."""
@@ -308,8 +302,8 @@ class ProfiledWorkload:
         shift = int(self._stream.shift_id[int(self._server[0]["time_s"] + 1e-9)])
         serve(
             self._tables, self._terms, self._stream.arrivals, shift, self._next, self._head, self._server[0],
-            knob_levels_row(self._problem, index), self._clock(), serve_deferrable, work[0], histogram,
-            slot_energy,
+            self._weights, knob_levels_row(self._problem, index), self._clock(), serve_deferrable, work[0],
+            histogram, slot_energy,
         )  # fmt: skip
         p, k = self._problem.profile, int(index[KNOB_NAMES.index("expert_count")])
         share = np.apply_along_axis(

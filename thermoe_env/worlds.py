@@ -84,7 +84,7 @@ def _live(scenario: Scenario) -> World:
 
     from moe.live import LiveWorkload
     from moe.samples import SamplePool
-    from moe.weights import load_model
+    from moe.weights import check_profile, load_model
     from thermoe_env.nvml import NvmlTelemetry
     from thermoe_env.shadow import Shadow
 
@@ -99,6 +99,7 @@ def _live(scenario: Scenario) -> World:
     telemetry: Telemetry = NvmlTelemetry() if on_gpu else TwinTelemetry(problem)
     try:
         device = "cuda" if on_gpu else "cpu"
+        check_profile(problem.profile)
         model = load_model(scenario.task, problem.profile.size, device)
         samples = SamplePool(scenario.task, problem.profile.shifts, device)
         live = LiveWorkload(

@@ -20,28 +20,43 @@ def make_profile() -> Profile:
     work = batch[:, None, None] * (1.0 + experts[None, :, None]) * (1.0 - 0.2 * bias[None, None, :])
     latency = 0.004 + work * 3.5e-6
     quality = np.array([0.9, 0.6, 0.55, 0.5])[:, None, None] - 0.02 / experts[None, :, None] - 0.005 * bias
-    adapted = quality + np.array([0.0, 0.2, 0.25, 0.15])[:, None, None]
-    accuracy = np.stack([quality, adapted], axis=-1)  # [S, K, R, 2]
+    gain = np.diag([0.0, 0.2, 0.25, 0.15]) + 0.02  # [S, S], what adaptation to one shift gains under another
+    adapted = quality[:, None] + gain[:, :, None, None]  # [S, S, K, R]
+    accuracy = np.concatenate([quality[:, None], adapted], axis=1)  # [S, Q, K, R]
+    confidence, entropy = np.clip(accuracy + 0.03, 0.0, 1.0), np.clip(0.5 * (1.0 - accuracy), 0.0, 1.0)
+    own = np.stack([accuracy, confidence, entropy], axis=-1)[:, :, 2, 0]  # [S, Q, 3]
+    first, second = np.triu_indices(5, 1)
+    energy = latency * 350.0 + work * 4e-4
     return Profile(
         task="vision",
         size="base",
         device="a device made up for tests",
         provenance={"note": "not measured"},
-        model_sha256="0" * 64,
+        model={"key": "0" * 12, "config": {"top_k": 4}, "data_sha256": "0" * 64, "weights_sha256": "0" * 64},
         batch_size=batch,
         expert_count=experts,
         routing_bias=bias,
+        cost_bias=bias,
         shifts=SHIFTS,
         latency_s=latency,
-        energy_j=latency * 350.0 + work * 4e-4,
+        latency_spread=np.full(latency.shape, 0.02),
+        energy_j=energy,
+        energy_spread=np.full(latency.shape, 0.03),
+        visits=np.full(latency.shape, 2.0),
+        start_temperature_c=np.full(latency.shape, 50.0),
         idle_power_w=122.0,
         ttt_latency_s=np.full((4, 4), 0.015),
+        ttt_latency_spread=np.full((4, 4), 0.02),
         ttt_energy_j=np.full((4, 4), 5.0),
+        ttt_energy_spread=np.full((4, 4), 0.03),
+        held_out=[],
+        samples=4000,
         accuracy=accuracy,
-        confidence=np.clip(accuracy + 0.03, 0.0, 1.0),
-        entropy=np.clip(0.5 * (1.0 - accuracy), 0.0, 1.0),
-        adapt_rate=np.full(4, 0.05),
-        carry_over=0.1,
+        confidence=confidence,
+        entropy=entropy,
+        mixture=np.repeat(0.5 * (own[:, first] + own[:, second])[:, :, None], 3, axis=2),
+        adapt_rate=0.05,
+        adaptation_error={"points": 0.0},
         expert_share=np.full((4, 2, 2, 8), 0.125),
     )
 
