@@ -89,7 +89,7 @@ def _with_modelled_energy(problem: Problem) -> Profile:
     watts = np.array(
         [
             [
-                [power.active_power_w(n * problem.batch_scale, int(k), r) for r in own.routing_bias]
+                [power.active_power_w(n * problem.batch_scale, int(k), r) for r in own.cost_bias]
                 for k in own.expert_count
             ]
             for n in own.batch_size

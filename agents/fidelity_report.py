@@ -214,7 +214,7 @@ def write_fidelity(
         episodes=comparison.episodes.to_dict("records"),
         profile=problem.profile,
         twin=problem.twin,
-        same_weights=all(m["weights_sha256"] == problem.profile.model_sha256 for m in machines),
+        same_weights=all(m["weights_sha256"] == problem.profile.model["weights_sha256"] for m in machines),
         arrived_gap=float(np.abs(arrived).max()),
         lost=live.lost,
         signed=_signed,
