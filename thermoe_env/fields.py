@@ -79,6 +79,7 @@ RAW_DTYPE = np.dtype([(name, np.float64) for name in FIELD_NAMES])
 
 _LOW = np.array([f.low for f in FIELDS])
 _SPAN = np.array([f.high - f.low for f in FIELDS])
+_SCALE = 2.0 / _SPAN
 
 
 def observation_space() -> spaces.Box:
@@ -90,7 +91,7 @@ def observation_space() -> spaces.Box:
 def encode_row(raw, out):
     """Scale one raw row (float64 [fields]) into an observation row (float32 [fields])."""
     for f in range(raw.shape[0]):
-        out[f] = min(1.0, max(-1.0, 2.0 * (raw[f] - _LOW[f]) / _SPAN[f] - 1.0))
+        out[f] = min(1.0, max(-1.0, (raw[f] - _LOW[f]) * _SCALE[f] - 1.0))
 
 
 def decode(observation: np.ndarray) -> dict[str, np.ndarray]:

@@ -14,21 +14,30 @@ from thermoe_env.errors import ScenarioError
 from thermoe_env.knobs import KnobTable
 from thermoe_env.scenario import Scenario, config_path
 
+NODES_PER_OCTAVE = 8
+
 
 class Tables(NamedTuple):
     """The profile at the knobs' levels, as compiled code reads it. B biases, else as in `Profile`."""
 
-    log_batch: np.ndarray  # [N]
-    log_latency: np.ndarray  # [N, K, B] log s
-    log_energy: np.ndarray  # [N, K, B] log J
-    ttt_latency_s: np.ndarray  # [N, K]
-    ttt_energy_j: np.ndarray  # [N, K]
+    cost: np.ndarray
+    """[K, B, M, 4] cost of a micro-batch at the sizes of `batch_nodes`: latency in s, energy in J, and the
+    same of one adaptation step."""
     accuracy: np.ndarray  # [S, K, B, 2]
     confidence: np.ndarray  # [S, K, B, 2]
     entropy: np.ndarray  # [S, K, B, 2]
     adapt_rate: np.ndarray  # [S]
-    carry_over: float
     load_imbalance: np.ndarray  # [K, B]
+
+
+def batch_nodes(largest: int) -> np.ndarray:
+    """Batch sizes from 1 to `largest` at which costs are tabled: `NODES_PER_OCTAVE` evenly in each octave.
+
+    Straight lines between them miss a power law of the batch size by less than 0.05%.
+    """
+    octaves = int(np.ceil(np.log2(max(2, largest))))
+    step = np.arange(octaves * NODES_PER_OCTAVE + 2)
+    return 2.0 ** (step // NODES_PER_OCTAVE) * (1.0 + step % NODES_PER_OCTAVE / NODES_PER_OCTAVE)
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,13 @@ class Problem:
         return self.capacity_rps * float(floor + self.scenario.feasible.quality_margin)
 
     @cached_property
+    def expert_tokens(self) -> np.ndarray:
+        """[K, B, L, E] tokens that one answer sends to each expert of each layer, at the knobs' levels."""
+        p, bias = self.profile, np.array(self.knobs.levels["routing_bias"])
+        share = np.apply_along_axis(lambda row: np.interp(bias, p.routing_bias, row), 1, p.expert_share)
+        return share * p.expert_count[:, None, None, None]
+
+    @cached_property
     def tables(self) -> Tables:
         """The profile interpolated to the levels of the knobs, for compiled code."""
         p, bias = self.profile, np.array(self.knobs.levels["routing_bias"])
@@ -123,21 +139,37 @@ class Problem:
                 np.apply_along_axis(lambda row: np.interp(bias, p.routing_bias, row), 2, table)
             )
 
+        def at_nodes(table: np.ndarray) -> np.ndarray:
+            """Interpolate axis 0 (measured batch sizes) to the nodes, straight in logarithms.
+
+            Below the smallest measured batch the smallest one's cost stands: latency has a floor there.
+            """
+            x, at = np.log(p.batch_size), np.log(batch_nodes(int(p.batch_size[-1])))
+            return np.apply_along_axis(lambda column: np.exp(np.interp(at, x, np.log(column))), 0, table)
+
+        def per_step(table: np.ndarray | None) -> np.ndarray:
+            """Cost of an adaptation step, [M, K, B]; it does not depend on the bias."""
+            shape = len(batch_nodes(int(p.batch_size[-1]))), len(p.expert_count), len(bias)
+            if table is None:
+                return np.zeros(shape)
+            return np.broadcast_to(at_nodes(table)[:, :, None], shape)
+
         if p.energy_j is None:
             raise ProfileError(f"the profile of {p.device} holds no energies, so no twin can run on it")
-        shape = (len(p.batch_size), len(p.expert_count))
         share = p.expert_share * p.expert_share.shape[-1]  # [K, R, L, E], 1 = even
         imbalance = share.std(axis=-1).mean(axis=-1)[None]  # [1, K, R]
+        cost = np.stack(
+            [
+                at_nodes(at_bias(p.latency_s)), at_nodes(at_bias(p.energy_j)),
+                per_step(p.ttt_latency_s), per_step(p.ttt_energy_j),
+            ],
+            axis=-1,
+        )  # fmt: skip
         return Tables(
-            np.log(p.batch_size),
-            np.log(at_bias(p.latency_s)),
-            np.log(at_bias(p.energy_j)),
-            np.zeros(shape) if p.ttt_latency_s is None else p.ttt_latency_s,
-            np.zeros(shape) if p.ttt_energy_j is None else p.ttt_energy_j,
+            np.ascontiguousarray(cost.transpose(1, 2, 0, 3)),
             at_bias(p.accuracy),
             at_bias(p.confidence),
             at_bias(p.entropy),
             p.adapt_rate,
-            float(p.carry_over),
             at_bias(imbalance)[0],
         )

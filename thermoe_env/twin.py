@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from moe.queueing import SLOT_S, jit
+from moe.randomness import derive, normal, uniform
 from moe.workload import WorkStats
 from thermoe_env.errors import ReadingError
 from thermoe_env.physics import (
+    approach,
     capped_power_w,
+    decay,
     die_temperature_c,
     idle_power_w,
     memory_temperature_c,
     next_clock,
-    relax,
     sensor_c,
 )
 from thermoe_env.problem import Problem
@@ -31,22 +34,25 @@ _PHYSICS = (
     "tau_spreader_s", "r_sink_c_per_w", "tau_sink_s", "inlet_c", "r_mem_c_per_w", "tau_mem_s", "mem_offset_c",
     "slowdown_c", "hw_slowdown_c", "mem_limit_c", "shutdown_c", "max_clock_mhz",
 )  # fmt: skip
-DEVICE_DTYPE = np.dtype(
-    [
-        (name, np.float64)
-        for name in (
-            *_PHYSICS,
-            "energy_factor",
-            "die_c",
-            "mem_c",
-            "spreader_c",
-            "sink_c",
-            "memory_c",
-            "clock",
-        )
-    ]
-)
-"""One device: its (randomised) parameters, and its state. Nodes are rises above the inlet."""
+_DECAY = ("keep_spreader", "keep_sink", "keep_memory")
+_STATE = ("die_c", "mem_c", "spreader_c", "sink_c", "memory_c", "clock")
+DEVICE_DTYPE = np.dtype([(name, np.float64) for name in (*_PHYSICS, "energy_factor", *_DECAY, *_STATE)])
+"""One device: its (randomised) parameters, what its nodes keep over a slot, its state. Nodes are rises above
+the inlet."""
+
+
+class Spread(NamedTuple):
+    """How devices and their inlets differ between episodes, as compiled code reads it."""
+
+    resistance: float
+    time_constant: float
+    leakage: float
+    energy: float
+    inlet_c: float
+    drift_c: float
+    """Standard deviation of the inlet's drift."""
+    drift_keep: float
+    """Share of the drift that is left after a second."""
 
 
 @jit
@@ -69,11 +75,11 @@ def heat(device, slot_energy, drift_c, gpu):
         idle = idle_power_w(device.idle_power_w, device.leakage_per_c, device.die_c, device.idle_reference_c)
         dynamic = slot_energy[s] * device.energy_factor / SLOT_S
         power = capped_power_w(idle, dynamic, device.power_cap_w)
-        device.spreader_c = relax(
-            device.spreader_c, device.r_spreader_c_per_w * power, SLOT_S, device.tau_spreader_s
+        device.spreader_c = approach(
+            device.spreader_c, device.r_spreader_c_per_w * power, device.keep_spreader
         )
-        device.sink_c = relax(device.sink_c, device.r_sink_c_per_w * power, SLOT_S, device.tau_sink_s)
-        device.memory_c = relax(device.memory_c, device.r_mem_c_per_w * power, SLOT_S, device.tau_mem_s)
+        device.sink_c = approach(device.sink_c, device.r_sink_c_per_w * power, device.keep_sink)
+        device.memory_c = approach(device.memory_c, device.r_mem_c_per_w * power, device.keep_memory)
         device.die_c = die_temperature_c(inlet, device.r_die_c_per_w, power, device.spreader_c, device.sink_c)
         device.mem_c = memory_temperature_c(inlet, device.mem_offset_c, device.memory_c, device.sink_c)
         tripped = tripped or device.die_c >= device.shutdown_c
@@ -95,60 +101,72 @@ def heat(device, slot_energy, drift_c, gpu):
 
 
 @jit
-def _walk(noise, spread, tau_s):
-    """Mean-reverting walk from 0 with stationary standard deviation `spread`, one step a second."""
-    keep = math.exp(-1.0 / tau_s)
-    walk = np.empty_like(noise)
-    level = 0.0
-    for second in range(noise.shape[0]):
-        level = keep * level + math.sqrt(1.0 - keep * keep) * spread * noise[second]
-        walk[second] = level
-    return walk
+def _vary(key, i, half_width):
+    """A factor around 1."""
+    return uniform(key, i, 1.0 - half_width, 1.0 + half_width)
 
 
-def start_device(problem: Problem, seed: int, device: np.ndarray) -> np.ndarray:
-    """Draw a device for an episode, settled at idle, into one record; returns its inlet drift.
+@jit
+def start_device(spread, seed, device, drift_c, gpu):
+    """Draw a device for an episode, settled at idle.
 
-    Returns:
-        float [seconds], offset of the inlet: a mean-reverting walk, as neighbours and fans make it.
+    Args:
+        spread: `Spread`.
+        seed: uint64.
+        device: record of `DEVICE_DTYPE` as `nominal_device` makes it; varied, and its state set.
+        drift_c: float [seconds]; filled with the offset of the inlet: a mean-reverting walk, as neighbours
+            and fans make it.
+        gpu: record of `GPU_DTYPE`; filled with its first reading.
     """
-    rng = np.random.default_rng([seed, 2])
-    twin, spread = problem.twin, problem.scenario.randomize
-    for name in _PHYSICS:
-        device[name] = getattr(twin, name)
-
-    def vary(half_width: float) -> float:
-        return 1.0 + rng.uniform(-half_width, half_width)
-
-    for name in ("r_die_c_per_w", "r_spreader_c_per_w", "r_sink_c_per_w", "r_mem_c_per_w"):
-        device[name] *= vary(spread.resistance)
-    for name in ("tau_spreader_s", "tau_sink_s", "tau_mem_s"):
-        device[name] *= vary(spread.time_constant)
-    device["leakage_per_c"] *= vary(spread.leakage)
-    device["energy_factor"] = vary(spread.energy)
-    device["inlet_c"] += rng.uniform(-spread.inlet_c, spread.inlet_c)
-    seconds = problem.scenario.episode_s + 1
-    drift = _walk(rng.standard_normal(seconds), twin.inlet_drift_c, twin.inlet_drift_tau_s)
-    power = twin.idle_power_w
-    device["spreader_c"] = device["r_spreader_c_per_w"] * power
-    device["sink_c"] = device["r_sink_c_per_w"] * power
-    device["memory_c"] = device["r_mem_c_per_w"] * power
-    device["die_c"] = (
-        device["inlet_c"] + device["r_die_c_per_w"] * power + device["spreader_c"] + device["sink_c"]
+    key, walk = derive(seed, np.uint64(2)), derive(seed, np.uint64(4))
+    device.r_die_c_per_w *= _vary(key, 0, spread.resistance)
+    device.r_spreader_c_per_w *= _vary(key, 1, spread.resistance)
+    device.r_sink_c_per_w *= _vary(key, 2, spread.resistance)
+    device.r_mem_c_per_w *= _vary(key, 3, spread.resistance)
+    device.tau_spreader_s *= _vary(key, 4, spread.time_constant)
+    device.tau_sink_s *= _vary(key, 5, spread.time_constant)
+    device.tau_mem_s *= _vary(key, 6, spread.time_constant)
+    device.leakage_per_c *= _vary(key, 7, spread.leakage)
+    device.energy_factor = _vary(key, 8, spread.energy)
+    device.inlet_c += uniform(key, 9, -spread.inlet_c, spread.inlet_c)
+    device.keep_spreader = decay(SLOT_S, device.tau_spreader_s)
+    device.keep_sink = decay(SLOT_S, device.tau_sink_s)
+    device.keep_memory = decay(SLOT_S, device.tau_mem_s)
+    power = device.idle_power_w
+    device.spreader_c = device.r_spreader_c_per_w * power
+    device.sink_c = device.r_sink_c_per_w * power
+    device.memory_c = device.r_mem_c_per_w * power
+    device.die_c = die_temperature_c(
+        device.inlet_c, device.r_die_c_per_w, power, device.spreader_c, device.sink_c
     )
-    device["mem_c"] = device["inlet_c"] + device["mem_offset_c"] + device["memory_c"] + device["sink_c"]
-    device["clock"] = 1.0
-    return drift
+    device.mem_c = memory_temperature_c(device.inlet_c, device.mem_offset_c, device.memory_c, device.sink_c)
+    device.clock = 1.0
+    kick = math.sqrt(1.0 - spread.drift_keep * spread.drift_keep) * spread.drift_c
+    level = 0.0
+    for second in range(drift_c.shape[0]):
+        level = spread.drift_keep * level + kick * normal(walk, second)
+        drift_c[second] = level
+    gpu.temp_c, gpu.mem_temp_c = sensor_c(device.die_c), sensor_c(device.mem_c)
+    gpu.power_w, gpu.energy_j = power, 0.0
+    gpu.sm_clock_mhz = device.clock * device.max_clock_mhz
+    gpu.power_capped_s = gpu.thermal_throttle_s = 0.0
 
 
-def idle_reading(device: np.ndarray, gpu: np.ndarray) -> None:
-    """Fill one reading record with an idle device as `start_device` leaves it."""
-    gpu["temp_c"] = sensor_c(float(device["die_c"]))
-    gpu["mem_temp_c"] = sensor_c(float(device["mem_c"]))
-    gpu["power_w"] = device["idle_power_w"]
-    gpu["energy_j"] = 0.0
-    gpu["sm_clock_mhz"] = device["clock"] * device["max_clock_mhz"]
-    gpu["power_capped_s"] = gpu["thermal_throttle_s"] = 0.0
+def nominal_device(problem: Problem) -> np.ndarray:
+    """The calibrated device, `DEVICE_DTYPE` [1]: parameters only."""
+    device = np.zeros(1, DEVICE_DTYPE)
+    for name in _PHYSICS:
+        device[name] = getattr(problem.twin, name)
+    return device
+
+
+def spread_of(problem: Problem) -> Spread:
+    """`Spread` of a scenario on its twin."""
+    spread, twin = problem.scenario.randomize, problem.twin
+    return Spread(
+        spread.resistance, spread.time_constant, spread.leakage, spread.energy, spread.inlet_c,
+        twin.inlet_drift_c, math.exp(-1.0 / twin.inlet_drift_tau_s),
+    )  # fmt: skip
 
 
 class TwinTelemetry:
@@ -157,7 +175,8 @@ class TwinTelemetry:
     simulated = True
 
     def __init__(self, problem: Problem) -> None:
-        self._problem = problem
+        self._nominal, self._spread = nominal_device(problem), spread_of(problem)
+        self._drift = np.zeros(problem.scenario.episode_s + 1)
         self._device = np.zeros(1, DEVICE_DTYPE)
         self._gpu = np.zeros(1, GPU_DTYPE)
         self.tripped = False
@@ -170,10 +189,10 @@ class TwinTelemetry:
 
     def reset(self, seed: int) -> GpuReading:
         """Draw the device of `seed` and settle it at idle."""
-        self._drift = start_device(self._problem, seed, self._device[0])
+        self._device[:] = self._nominal
+        start_device(self._spread, np.uint64(seed), self._device[0], self._drift, self._gpu[0])
         self._elapsed_s = 0.0
         self.tripped = False
-        idle_reading(self._device[0], self._gpu[0])
         return self._reading()
 
     def read(self, work: WorkStats, duration_s: float) -> GpuReading:
