@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from moe.queueing import SLOT_S, jit
+from moe.queueing import SLOT_S, copy_row, fill, jit
 from moe.randomness import derive
 from moe.traffic import fill_stream, traffic_of
 from thermoe_env.fields import FIELDS, RAW_DTYPE, encode_row
@@ -35,66 +35,65 @@ from thermoe_env.twin import DEVICE_DTYPE, GPU_DTYPE, heat, nominal_device, spre
 @jit
 def _start(
     rules, traffic, budget, spread, nominal, default_index, seed, arrivals, shift, budget_w, drift_c, weights,
-    server, device, track, observation,
+    server, device, track, track_row, gpu, raw, raw_row, observation,
 ):  # fmt: skip
     """Begin the episode of `seed` in one environment and write its first observation.
 
-    Arguments are rows of the arrays of `TwinBatch`; `device` and `track` are arrays of one record.
+    Arguments are rows of the arrays of `TwinBatch`; `device` is an array of one record.
     """
-    gpu, raw = np.zeros(1, GPU_DTYPE), np.zeros(1, RAW_DTYPE)
     fill_stream(traffic, seed, arrivals, shift)
     fill_power_budget(budget, seed, budget_w)
     start_service(weights, server)
     device[0] = nominal[0]
-    start_device(spread, seed, device[0], drift_c, gpu[0])
-    track.view(np.float64)[:] = 0.0
-    begin(rules, track[0], gpu[0], budget_w, default_index, raw[0])
-    encode_row(raw.view(np.float64), observation)
+    start_device(spread, seed, device[0], drift_c, gpu)
+    fill(track_row, 0.0)
+    fill(raw_row, 0.0)
+    begin(rules[0], track, gpu, budget_w, default_index, raw)
+    encode_row(raw_row, observation)
 
 
 @numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
-def _start_all(
-    rules, traffic, budget, spread, nominal, default_index, seeds, episodes, arrivals, shift, budget_w, drift_c,
-    weights, server, device, track, observation,
+def _advance_all(
+    begin_all, tables, terms, levels, prices, quality_floor, steps, rules, traffic, budget, spread, nominal, default_index, seeds,
+    episodes, arrivals, shift, budget_w, drift_c, weights, server, device, track, track_rows,
+    first_gpu, first_raw, first_raw_rows, index, work, gpu, raw, raw_rows, histogram, slot_energy, reward_terms, cost, observation, final, reward, terminated, truncated,
 ):  # fmt: skip
-    """Begin an episode in every environment."""
-    for i in numba.prange(observation.shape[0]):
-        _start(
-            rules, traffic, budget, spread, nominal, default_index, derive(seeds[i], episodes[i]), arrivals[i],
-            shift[i], budget_w[i], drift_c[i], weights[i], server[i], device[i : i + 1], track[i : i + 1],
-            observation[i],
-        )  # fmt: skip
+    """One interval of every environment, and the next episode's beginning where one ended.
 
-
-@numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
-def _play_all(
-    tables, terms, levels, prices, steps, rules, traffic, budget, spread, nominal, default_index, seeds,
-    episodes, arrivals, shift, budget_w, drift_c, weights, server, device, track, index, work, gpu, raw,
-    histogram, slot_energy, reward_terms, cost, observation, final, reward, terminated, truncated,
-):  # fmt: skip
-    """One interval of every environment, and the next episode's beginning where one ended."""
+    With `begin_all` no interval is played: all begin the episode that is set for them.
+    """
     for i in numba.prange(index.shape[0]):
-        second = int(track[i].step * rules.interval_s)
-        histogram[i] = 0
-        serve(
-            tables, terms, levels, index[i], arrivals[i], shift[i, second], device[i].clock,
-            track[i].stage < rules.deferrable_below, weights[i], server[i], work[i], histogram[i],
-            slot_energy[i],
-        )  # fmt: skip
-        terminated[i] = heat(device[i], slot_energy[i], drift_c[i, second], gpu[i])
-        reward[i] = settle(
-            rules, prices, track[i], work[i], gpu[i], budget_w[i], index[i], raw[i], reward_terms[i], cost[i]
-        )
-        encode_row(raw[i : i + 1].view(np.float64), observation[i])
-        truncated[i] = not terminated[i] and track[i].step >= steps
-        if terminated[i] or truncated[i]:
-            final[i] = observation[i]
-            episodes[i] += np.uint64(1)
+        ended = begin_all
+        if not begin_all:
+            second = int(track[i].step * rules[0].interval_s)
+            fill(histogram[i], 0)
+            serve(
+                tables, terms[0], levels, index[i], arrivals[i], shift[i, second], device[i].clock,
+                track[i].stage < rules[0].deferrable_below, weights[i], server[i], work[i], histogram[i],
+                slot_energy[i],
+            )  # fmt: skip
+            terminated[i] = heat(device[i], slot_energy[i], drift_c[i, second], gpu[i])
+            reward[i] = settle(
+                rules[0], prices[0], quality_floor, track[i], work[i], gpu[i], budget_w[i], index[i], raw[i], reward_terms[i],
+                cost[i],
+            )  # fmt: skip
+            encode_row(raw_rows[i], observation[i])
+            truncated[i] = not terminated[i] and track[i].step >= steps
+            ended = terminated[i] or truncated[i]
+            if ended:
+                copy_row(final[i], observation[i])
+                episodes[i] += np.uint64(1)
+        if ended:
             _start(
                 rules, traffic, budget, spread, nominal, default_index, derive(seeds[i], episodes[i]),
                 arrivals[i], shift[i], budget_w[i], drift_c[i], weights[i], server[i], device[i : i + 1],
-                track[i : i + 1], observation[i],
+                track[i], track_rows[i], first_gpu[i], first_raw[i], first_raw_rows[i], observation[i],
             )  # fmt: skip
+
+
+def _with_rows(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Records of float64 fields [n], and the same memory as [n, fields]."""
+    return records, records.view(np.float64).reshape(len(records), -1)
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,10 @@ class TwinBatch:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.problem, self.num_envs = problem, num_envs
         scenario, n, rules = problem.scenario, num_envs, rules_of(problem)
+        notice = int(rules[0]["notice"])
         seconds = scenario.episode_s + 1
         terms = terms_of(problem)
-        self._service = (problem.tables, terms, problem.knobs.level_table, prices_of(problem))
+        self._service = (problem.tables, terms, problem.knobs.level_table, prices_of(problem), problem.quality_floor)
         self._steps = min(scenario.steps, max_steps or scenario.steps)
         self._draws = (
             rules,
@@ -154,18 +154,20 @@ class TwinBatch:
             self._episodes,
             np.zeros((n, 2, round(seconds / SLOT_S) + 1), np.int32),  # arrivals
             np.zeros((n, seconds), np.int64),  # shift
-            np.zeros((n, scenario.steps + rules.notice + 1)),  # budget
+            np.zeros((n, scenario.steps + notice + 1)),  # budget
             np.zeros((n, seconds)),  # drift of the inlet
             np.zeros((n, len(problem.profile.shifts) + 1)),  # adaptation
             np.zeros(n, SERVER_DTYPE),
             np.zeros(n, DEVICE_DTYPE),
-            np.zeros(n, TRACK_DTYPE),
+            *_with_rows(np.zeros(n, TRACK_DTYPE)),
+            np.zeros(n, GPU_DTYPE),  # at an episode's beginning
+            *_with_rows(np.zeros(n, RAW_DTYPE)),  # likewise
         )
         self.index = np.zeros((n, len(KNOB_NAMES)), np.int64)
         self.work, self.gpu, self.raw = np.zeros(n, WORK_DTYPE), np.zeros(n, GPU_DTYPE), np.zeros(n, RAW_DTYPE)
         self.histogram = np.zeros((n, HISTOGRAM_BINS if latencies else 0), np.int64)
         self.terms, self.cost = np.zeros((n, len(REWARD_TERMS))), np.zeros((n, len(COST_NAMES)))
-        self._slot_energy = np.zeros((n, terms.slots))
+        self._slot_energy = np.zeros((n, int(terms[0]["slots"])))
         self._final = np.zeros((n, len(FIELDS)), np.float32)
 
     def reset(self, seeds: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -174,9 +176,7 @@ class TwinBatch:
             raise ValueError(f"{self.num_envs} environments need as many seeds, got {len(seeds)}")
         self._seeds[:] = seeds
         self._episodes[:] = 0
-        observation = np.empty((self.num_envs, len(FIELDS)), np.float32)
-        _start_all(*self._draws, *self._state, observation)
-        return observation
+        return self._advance(begin_all=True).observation
 
     def step(self, index: np.ndarray) -> BatchStep:
         """Play one interval in every environment.
@@ -184,13 +184,16 @@ class TwinBatch:
         Args:
             index: int64 [n, knobs], level of every knob (`KnobTable.indices`).
         """
-        n = self.num_envs
         self.index[:] = index
+        return self._advance(begin_all=False)
+
+    def _advance(self, begin_all: bool) -> BatchStep:
+        n = self.num_envs
         observation = np.empty((n, len(FIELDS)), np.float32)
         reward, terminated, truncated = np.empty(n), np.empty(n, np.bool_), np.empty(n, np.bool_)
-        _play_all(
-            *self._service, self._steps, *self._draws, *self._state, self.index, self.work, self.gpu, self.raw,
-            self.histogram, self._slot_energy, self.terms, self.cost, observation, self._final, reward,
-            terminated, truncated,
+        _advance_all(
+            begin_all, *self._service, self._steps, *self._draws, *self._state, self.index, self.work,
+            self.gpu, *_with_rows(self.raw), self.histogram, self._slot_energy, self.terms, self.cost,
+            observation, self._final, reward, terminated, truncated,
         )  # fmt: skip
         return BatchStep(observation, reward, terminated, truncated, self._final)

@@ -6,6 +6,7 @@ Rules read physical values through `decode`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,16 @@ def encode_row(raw, out):
     """Scale one raw row (float64 [fields]) into an observation row (float32 [fields])."""
     for f in range(raw.shape[0]):
         out[f] = min(1.0, max(-1.0, (raw[f] - _LOW[f]) * _SCALE[f] - 1.0))
+
+
+@jit
+def encode_finite(raw, out):
+    """`encode_row`; returns whether all raw values are finite."""
+    encode_row(raw, out)
+    total = 0.0
+    for f in range(raw.shape[0]):
+        total += raw[f]
+    return math.isfinite(total)
 
 
 def decode(observation: np.ndarray) -> dict[str, np.ndarray]:

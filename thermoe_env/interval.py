@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,7 +46,6 @@ class Rules(NamedTuple):
     deferrable_below: int
     capacity: float
     """Requests of the standard service in one interval."""
-    quality_floor: np.ndarray  # [S]
     interval_s: float
     steps: int
     notice: int
@@ -59,25 +58,40 @@ class Rules(NamedTuple):
     highest_level: np.ndarray  # [knobs], at least 1
 
 
-def prices_of(problem: Problem) -> Prices:
-    """Weights and references of the reward."""
+def as_record(values: NamedTuple) -> np.ndarray:
+    """A tuple of numbers and small arrays as an array of one record.
+
+    It crosses into compiled code several times faster than the tuple, and reads the same there.
+    """
+    dtype = [(name, *_dtype_of(value)) for name, value in values._asdict().items()]
+    return np.array([tuple(values)], np.dtype(dtype))
+
+
+def _dtype_of(value: Any) -> tuple[type, tuple[int, ...]]:
+    return (np.int64 if isinstance(value, int) else np.float64), np.shape(value)
+
+
+def prices_of(problem: Problem) -> np.ndarray:
+    """`Prices`, weights and references of the reward, as an array of one record."""
     s, w = problem.scenario, problem.scenario.reward
-    return Prices(
+    prices = Prices(
         w.good, w.energy, w.late, w.over_budget, w.heat, w.quality,
         problem.reference_power_w * s.interval_s, problem.reference_good_rps * s.interval_s, s.interval_s,
     )  # fmt: skip
+    return as_record(prices)
 
 
-def rules_of(problem: Problem) -> Rules:
-    """Rules of a problem."""
+def rules_of(problem: Problem) -> np.ndarray:
+    """`Rules` of a problem, as an array of one record."""
     s = problem.scenario
-    return Rules(
+    rules = Rules(
         s.limits.temperature_c, np.array(s.limits.stage_margins_c), s.limits.hysteresis_c,
-        s.limits.deferrable_below, problem.capacity_rps * s.interval_s, problem.quality_floor, s.interval_s,
-        s.steps, round(s.power_budget.notice_s / s.interval_s), problem.twin.max_clock_mhz,
+        s.limits.deferrable_below, problem.capacity_rps * s.interval_s, s.interval_s, s.steps,
+        round(s.power_budget.notice_s / s.interval_s), problem.twin.max_clock_mhz,
         *(math.exp(-s.interval_s / tau_s) for tau_s in (5.0, 20.0, 30.0)),
         np.array([max(1.0, len(problem.knobs.levels[name]) - 1) for name in KNOB_NAMES]),
     )  # fmt: skip
+    return as_record(rules)
 
 
 @jit
@@ -120,12 +134,13 @@ def begin(rules, track, gpu, budget_w, index, raw):
 
 
 @jit
-def settle(rules, prices, track, work, gpu, budget_w, index, raw, terms, cost):
+def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw, terms, cost):
     """Account for one interval.
 
     Args:
         rules: `Rules`.
         prices: `Prices`.
+        quality_floor: float [S], least quality per input shift.
         track: record of `TRACK_DTYPE`, updated.
         work: record of `WORK_DTYPE`, what was done.
         gpu: record of `GPU_DTYPE`, what was read.
@@ -146,7 +161,7 @@ def settle(rules, prices, track, work, gpu, budget_w, index, raw, terms, cost):
     over_c = gpu.temp_c - rules.limit_c
     # The floor binds on the mean over the episode: answers above it earn slack for later ones.
     debt_before = max(0.0, track.quality_debt)
-    track.quality_debt += answered * rules.quality_floor[int(work.shift_id)] - work.correct
+    track.quality_debt += answered * quality_floor[int(work.shift_id)] - work.correct
     shortfall = max(0.0, track.quality_debt) - debt_before
     reward = reward_terms(
         prices, work.good, gpu.energy_j, missed, gpu.power_w, budget_now, over_c, shortfall, terms
@@ -215,3 +230,19 @@ def _knob_fields(rules, index, raw):
     raw.ttt_steps_level = index[3] / highest[3]
     raw.pace_level = index[4] / highest[4]
     raw.sm_clock_level = index[5] / highest[5]
+
+
+@jit
+def begin_one(rules, track, gpu, budget_w, index, raw):
+    """`begin` for arrays of one record, which cross into compiled code cheaper; returns the stage."""
+    begin(rules[0], track[0], gpu[0], budget_w, index, raw[0])
+    return int(track[0].stage)
+
+
+@jit
+def settle_one(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw, terms, cost):
+    """`settle` for arrays of one record; returns (reward, stage)."""
+    reward = settle(
+        rules[0], prices[0], quality_floor, track[0], work[0], gpu[0], budget_w, index, raw[0], terms, cost
+    )
+    return reward, int(track[0].stage)

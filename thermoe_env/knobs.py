@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe.queueing import jit
+from moe.queueing import copy_row, jit
 from moe.workload import Knobs
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def knob_levels(profile: Profile) -> dict[str, tuple[float, ...]]:
 def _decode_levels(actions, nvec, columns, default, index):
     """Fill `index` [n, knobs] from levels [n, controlled]; False where an action is not of the space."""
     for i in range(actions.shape[0]):
-        index[i] = default
+        copy_row(index[i], default)
         for c in range(actions.shape[1]):
             level = int(actions[i, c])
             if not 0 <= level < nvec[c] or level != actions[i, c]:
@@ -72,7 +72,7 @@ def _decode_flat(actions, nvec, columns, default, index):
         rest = int(actions[i, 0])
         if not 0 <= rest < combinations or rest != actions[i, 0]:
             return False
-        index[i] = default
+        copy_row(index[i], default)
         for c in range(nvec.shape[0] - 1, -1, -1):
             index[i, columns[c]] = rest % nvec[c]
             rest //= nvec[c]
@@ -83,7 +83,7 @@ def _decode_flat(actions, nvec, columns, default, index):
 def _decode_box(actions, nvec, columns, default, index):
     """Same from [-1, 1] [n, controlled], divided evenly among the levels."""
     for i in range(actions.shape[0]):
-        index[i] = default
+        copy_row(index[i], default)
         for c in range(actions.shape[1]):
             if not abs(actions[i, c]) <= 1.0 + 1e-6:
                 return False

@@ -23,6 +23,7 @@ from moe.queueing import (
     SLOT_S,
     arrived_in_slot,
     expire,
+    fill,
     inlined,
     jit,
     next_launch,
@@ -30,8 +31,9 @@ from moe.queueing import (
     record_latencies,
 )
 from moe.traffic import RequestStream, draw_stream
-from moe.workload import LATENCY_EDGES_S, STAT_NAMES, Knobs, WorkStats
+from moe.workload import LATENCY_EDGES_S, STAT_NAMES, Knobs, WorkStats, frozen
 from thermoe_env.adaptation import adapt, answer_quality
+from thermoe_env.interval import as_record
 from thermoe_env.knobs import KNOB_NAMES
 from thermoe_env.physics import clock_power_factor
 from thermoe_env.problem import NODES_PER_OCTAVE, Problem, Tables
@@ -278,17 +280,17 @@ def _record_group(
 @jit
 def start_service(weights, server):
     """Set one server to an idle device with an empty queue and an unadapted model, at time 0."""
-    weights[:] = 0.0
+    fill(weights, 0.0)
     weights[0] = 1.0
     server.slot = server.next_0 = server.next_1 = server.head_0 = server.head_1 = 0
     server.free_in_s = server.tail_s = server.tail_power_w = 0.0
 
 
-def terms_of(problem: Problem) -> Terms:
-    """Terms of service of a scenario."""
+def terms_of(problem: Problem) -> np.ndarray:
+    """`Terms` of service of a scenario, as an array of one record."""
     service = problem.scenario.service
     slots = round(problem.scenario.interval_s / SLOT_S)
-    return Terms(*service.deadline_s, *service.max_wait_s, *service.expire_after_s, slots)
+    return as_record(Terms(*service.deadline_s, *service.max_wait_s, *service.expire_after_s, slots))
 
 
 @jit
@@ -299,8 +301,8 @@ def _serve_one(
     """`serve` for arrays of one record: they cross into compiled code cheaper than records do."""
     shift = shift_id[int(server[0].slot * SLOT_S)]
     serve(
-        tables, terms, levels, index, arrivals, shift, clock, serve_deferrable, weights, server[0], work[0],
-        histogram, slot_energy,
+        tables, terms[0], levels, index, arrivals, shift, clock, serve_deferrable, weights, server[0],
+        work[0], histogram, slot_energy,
     )  # fmt: skip
 
 
@@ -318,10 +320,13 @@ class ProfiledWorkload:
         self._clock = clock
         self._tables: Tables = problem.tables
         self._terms = terms_of(problem)
-        self._index = {}  # Knobs -> int64 [knobs]
+        self._slots = int(self._terms[0]["slots"])
+        self._known: dict[Knobs, tuple[np.ndarray, np.ndarray]] = {}
+        """Level indices, int64 [knobs], and tokens per expert of an answer, [L, E]."""
         self._weights = np.zeros(len(problem.profile.shifts) + 1)
         self._server = np.zeros(1, SERVER_DTYPE)
         self._work = np.zeros(1, WORK_DTYPE)
+        self._work_row = self._work.view(np.float64)
 
     def reset(self, seed: int) -> None:
         """Draw the request stream of `seed` and start with an empty queue."""
@@ -337,24 +342,23 @@ class ProfiledWorkload:
         problem = self._problem
         if duration_s != problem.scenario.interval_s:
             raise ValueError(f"the profiled workload runs whole intervals of {problem.scenario.interval_s} s")
-        index = self._index.get(knobs)
-        if index is None:
-            index = self._index[knobs] = problem.knobs.index(knobs)
+        if knobs not in self._known:
+            index = problem.knobs.index(knobs)
+            self._known[knobs] = index, problem.expert_tokens[index[2], index[0]]
+        index, tokens = self._known[knobs]
         histogram = np.zeros(HISTOGRAM_BINS, np.int64)
-        slot_energy = np.empty(self._terms.slots)
+        slot_energy = np.empty(self._slots)
         _serve_one(
             self._tables, self._terms, problem.knobs.level_table, index, self._stream.arrivals,
             self._stream.shift_id, self._clock(), serve_deferrable, self._weights, self._server,
              self._work, histogram, slot_energy,
         )  # fmt: skip
-        stats = dict(zip(STAT_NAMES, self._work.item(), strict=True))
-        answered = stats["answered_interactive"] + stats["answered_deferrable"]
-        return WorkStats(
-            **stats,
-            latency_histogram=histogram,
-            tokens_per_expert=problem.expert_tokens[index[2], index[0]] * answered,
+        values = dict(zip(STAT_NAMES, self._work_row.tolist(), strict=True))
+        answered = values["answered_interactive"] + values["answered_deferrable"]
+        return frozen(
+            WorkStats, values, latency_histogram=histogram, tokens_per_expert=tokens * answered,
             slot_energy_j=slot_energy,
-        )
+        )  # fmt: skip
 
     def close(self) -> None:
         """Nothing to release."""

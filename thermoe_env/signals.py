@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe.queueing import jit
+from moe.queueing import fill, jit
 from moe.randomness import derive, uniform
 from thermoe_env.scenario import PowerBudget
 
@@ -67,13 +67,15 @@ def fill_power_budget(terms, seed, budget_w):
         budget_w: float [steps + notice + 1]; filled.
     """
     key = derive(seed, np.uint64(3))
-    budget_w[:] = terms.normal_w
+    fill(budget_w, terms.normal_w)
     end_s = budget_w.shape[0] * terms.interval_s
     t, i = uniform(key, 0, 0.0, terms.gap_high_s), 1
     while t < end_s:
         duration = uniform(key, i, terms.event_low_s, terms.event_high_s)
         first, last = round(t / terms.interval_s), round((t + duration) / terms.interval_s)
-        budget_w[int(first) : int(last)] = uniform(key, i + 1, terms.event_low_w, terms.event_high_w)
+        event_w = uniform(key, i + 1, terms.event_low_w, terms.event_high_w)
+        for interval in range(int(first), min(int(last), budget_w.shape[0])):
+            budget_w[interval] = event_w
         t += duration + uniform(key, i + 2, terms.gap_low_s, terms.gap_high_s)
         i += 3
 

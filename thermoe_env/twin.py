@@ -12,7 +12,7 @@ import numpy as np
 
 from moe.queueing import SLOT_S, jit
 from moe.randomness import derive, normal, uniform
-from moe.workload import WorkStats
+from moe.workload import WorkStats, frozen
 from thermoe_env.errors import ReadingError
 from thermoe_env.physics import (
     approach,
@@ -169,6 +169,20 @@ def spread_of(problem: Problem) -> Spread:
     )  # fmt: skip
 
 
+@jit
+def _start_one(spread, seed, nominal, device, drift_c, gpu):
+    """`start_device` for arrays of one record: they cross into compiled code cheaper than records do."""
+    device[0] = nominal[0]
+    start_device(spread, seed, device[0], drift_c, gpu[0])
+
+
+@jit
+def _heat_one(device, slot_energy, drift_c, gpu):
+    """`heat` for arrays of one record; returns (tripped, clock fraction)."""
+    tripped = heat(device[0], slot_energy, drift_c, gpu[0])
+    return tripped, device[0].clock
+
+
 class TwinTelemetry:
     """`Telemetry` of the modelled device."""
 
@@ -179,18 +193,18 @@ class TwinTelemetry:
         self._drift = np.zeros(problem.scenario.episode_s + 1)
         self._device = np.zeros(1, DEVICE_DTYPE)
         self._gpu = np.zeros(1, GPU_DTYPE)
+        self._gpu_row = self._gpu.view(np.float64)
         self.tripped = False
         """Whether the die passed its shutdown temperature in this episode."""
-
-    @property
-    def clock(self) -> float:
+        self.clock = 1.0
         """Clock fraction that throttling leaves for the next interval."""
-        return float(self._device[0]["clock"])
 
     def reset(self, seed: int) -> GpuReading:
         """Draw the device of `seed` and settle it at idle."""
-        self._device[:] = self._nominal
-        start_device(self._spread, np.uint64(seed), self._device[0], self._drift, self._gpu[0])
+        _start_one(
+            self._spread, np.uint64(seed), self._nominal, self._device, self._drift, self._gpu
+        )
+        self.clock = 1.0
         self._elapsed_s = 0.0
         self.tripped = False
         return self._reading()
@@ -206,7 +220,8 @@ class TwinTelemetry:
                 "this work carries no modelled energy; pair a live workload with NVML or `Shadow`"
             )
         drift = self._drift[int(self._elapsed_s + 1e-9)]
-        self.tripped = bool(heat(self._device[0], work.slot_energy_j, drift, self._gpu[0])) or self.tripped
+        tripped, self.clock = _heat_one(self._device, work.slot_energy_j, drift, self._gpu)
+        self.tripped = tripped or self.tripped
         self._elapsed_s += duration_s
         return self._reading()
 
@@ -214,7 +229,7 @@ class TwinTelemetry:
         """Nothing to release."""
 
     def _reading(self) -> GpuReading:
-        values = {name: float(self._gpu[0][name]) for name in READING_NAMES}
-        if not all(np.isfinite(list(values.values()))):
+        values = dict(zip(READING_NAMES, self._gpu_row.tolist(), strict=True))
+        if not math.isfinite(sum(values.values())):
             raise ReadingError(f"the twin left the numbers: {values}; check the calibration and the profile")
-        return GpuReading(**values)
+        return frozen(GpuReading, values)
