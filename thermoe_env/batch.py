@@ -178,6 +178,11 @@ class TwinBatch:
         self._episodes[:] = 0
         return self._advance(begin_all=True).observation
 
+    def reset_to_next(self) -> np.ndarray:
+        """Start the next episode of every environment's seed; returns the observations."""
+        self._episodes += np.uint64(1)
+        return self._advance(begin_all=True).observation
+
     def step(self, index: np.ndarray) -> BatchStep:
         """Play one interval in every environment.
 
