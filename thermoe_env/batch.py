@@ -148,6 +148,7 @@ class TwinBatch:
             nominal_device(problem),
             np.array(problem.knobs.default_index, np.int64),
         )
+        self.device = np.zeros(n, DEVICE_DTYPE)
         self._seeds, self._episodes = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
         self._state = (
             self._seeds,
@@ -158,7 +159,7 @@ class TwinBatch:
             np.zeros((n, seconds)),  # drift of the inlet
             np.zeros((n, len(problem.profile.shifts) + 1)),  # adaptation
             np.zeros(n, SERVER_DTYPE),
-            np.zeros(n, DEVICE_DTYPE),
+            self.device,
             *_with_rows(np.zeros(n, TRACK_DTYPE)),
             np.zeros(n, GPU_DTYPE),  # at an episode's beginning
             *_with_rows(np.zeros(n, RAW_DTYPE)),  # likewise

@@ -115,9 +115,9 @@ def serve(
         slot_energy: float [slots per interval]; filled with J above idle.
     """
     bias, experts = index[0], index[2]
-    batch_size, ttt_steps, slower = int(levels[1, index[1]]), int(levels[3, index[3]]), 1.0 / levels[4, index[4]]
+    batch_size, ttt_steps, pace = int(levels[1, index[1]]), int(levels[3, index[3]]), levels[4, index[4]]
     clock = min(clock, levels[5, index[5]])
-    stretch = 1.0 / clock
+    stretch, slower = 1.0 / clock, 1.0 / pace
     energy_factor = clock_power_factor(clock) * stretch
     cost = tables.cost[experts, bias]
     arrivals_0, arrivals_1 = arrivals[0], arrivals[1]
@@ -189,7 +189,8 @@ def serve(
                 if not full:
                     mean = min((taken_0 + taken_1) / launches, 1.0 * batch_size)
                     latency, joules, ttt_latency, ttt_joules = batch_cost(cost, max(1.0, mean))
-                    needs = (latency + ttt_steps * ttt_latency) * stretch
+                    # The period was set by the first batch: the mean one may not overlap with the next.
+                    needs = min((latency + ttt_steps * ttt_latency) * stretch, period * pace)
             latency, ttt_latency = latency * stretch, ttt_steps * ttt_latency * stretch
             joules = (joules + ttt_steps * ttt_joules) * energy_factor
             if crowded:
