@@ -125,10 +125,9 @@ def play_twin(problem: Problem, policy: Policy, seeds: Sequence[int], name: str 
         name: label of the policy.
     """
     scenario, n = problem.scenario, len(seeds)
-    batch = TwinBatch(problem, n)
-    share = _expert_share(problem)  # [K, B, L, E]
-    count = np.array(problem.knobs.levels["expert_count"])
-    data = _empty(scenario.steps, n, share.shape[2:])
+    batch = TwinBatch(problem, n, latencies=True)
+    tokens = problem.expert_tokens  # [K, B, L, E]
+    data = _empty(scenario.steps, n, tokens.shape[2:])
     for i, seed in enumerate(seeds):
         budget = draw_power_budget(
             scenario.power_budget, episode_seed(seed, 0), scenario.steps, scenario.interval_s
@@ -145,7 +144,7 @@ def play_twin(problem: Problem, policy: Policy, seeds: Sequence[int], name: str 
             "observation": np.where(done[:, None], step.final_observation, step.observation),
             **{key: getattr(batch, key) for key in ("index", "work", "gpu", "terms", "cost", "histogram")},
             "reward": step.reward,
-            "tokens_per_expert": _tokens(share, count, batch),
+            "tokens_per_expert": _tokens(tokens, batch),
         }
         for key, row in rows.items():
             data[key][t, running] = row[running]
@@ -162,20 +161,12 @@ def play_twin(problem: Problem, policy: Policy, seeds: Sequence[int], name: str 
     )  # fmt: skip
 
 
-def _expert_share(problem: Problem) -> np.ndarray:
-    """Share of a layer's tokens per expert, at the knobs' levels, [K, B, L, E]."""
-    profile, bias = problem.profile, np.array(problem.knobs.levels["routing_bias"])
-    return np.apply_along_axis(
-        lambda row: np.interp(bias, profile.routing_bias, row), 1, profile.expert_share
-    )
-
-
-def _tokens(share: np.ndarray, count: np.ndarray, batch: TwinBatch) -> np.ndarray:
-    """Tokens that the interval's answers sent to each expert, [n, L, E]."""
+def _tokens(tokens: np.ndarray, batch: TwinBatch) -> np.ndarray:
+    """Tokens that the interval's answers sent to each expert, [n, L, E]; `tokens` [K, B, L, E] per answer."""
     k = batch.index[:, KNOB_NAMES.index("expert_count")]
     b = batch.index[:, KNOB_NAMES.index("routing_bias")]
     answered = batch.work["answered_interactive"] + batch.work["answered_deferrable"]
-    return share[k, b] * answered[:, None, None] * count[k][:, None, None]
+    return tokens[k, b] * answered[:, None, None]
 
 
 def play_live(
@@ -207,7 +198,7 @@ def play_live(
         )
     problem = env.problem
     steps = problem.scenario.steps
-    data = _empty(steps, 1, problem.profile.expert_share.shape[2:])
+    data = _empty(steps, 1, problem.profile.expert_tokens.shape[2:])
     first, _ = env.reset(seed=seed)
     observation, state, start = first[None], None, np.ones(1, bool)
     length, terminated, error = 0, False, None

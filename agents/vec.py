@@ -51,10 +51,11 @@ class TwinVecEnv(VecEnv):
         """Start an episode everywhere, float32 [n, fields]: of the seeds given last, else of fresh ones."""
         if self._seeds[0] is None:
             self._resets += 1
-            seeds = fresh_seed(self._seed, self._resets) + np.arange(self.num_envs)
+            first = fresh_seed(self._seed, self._resets)
+            seeds = np.arange(first, first + self.num_envs, dtype=np.uint64)
         else:
             self._seed, self._resets = self._seeds[0], 0
-            seeds = np.array(self._seeds, np.int64)
+            seeds = np.array(self._seeds, np.uint64)
         self._reset_seeds()
         self._reset_options()
         self._return[:] = 0.0
@@ -74,7 +75,7 @@ class TwinVecEnv(VecEnv):
         infos = [self._no_info] * self.num_envs
         for i in np.flatnonzero(done):
             infos[i] = {
-                "terminal_observation": step.final_observation[i],
+                "terminal_observation": step.final_observation[i].copy(),
                 "TimeLimit.truncated": bool(step.truncated[i]),
                 "episode": {"r": float(self._return[i]), "l": int(self._length[i])},
             }

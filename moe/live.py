@@ -28,6 +28,7 @@ from moe.queueing import (
     late_count,
     next_launch,
     oldest_arrival,
+    oldest_in_slot,
     record_latencies,
     slot_of,
 )
@@ -217,19 +218,10 @@ class LiveWorkload:
         elif now < self._free_at_s:
             return self._free_at_s
         else:
-            until = (math.floor(now / SLOT_S + 1e-9) + 1) * SLOT_S
-            due = next_launch(
-                arrivals,
-                self._next,
-                self._head,
-                now,
-                until,
-                knobs.batch_size,
-                self._max_wait_s,
-                serve_deferrable,
-            )
+            slot = math.floor(now / SLOT_S + 1e-9)
+            due = slot * SLOT_S + self._due(slot, now, knobs.batch_size, serve_deferrable)
             if due > now:
-                return min(due, until)
+                return min(due, (slot + 1) * SLOT_S)
         ranges, heads, room = [], [], knobs.batch_size
         for c in range(2):
             taken = min(self._waiting(c, now), room) if c == 0 or serve_deferrable else 0
@@ -247,6 +239,18 @@ class LiveWorkload:
         batch = self.runner.launch(ranges, self._shift_at(now), knobs)
         self._in_flight.append(_InFlight(batch, ranges, heads, knobs))
         return now
+
+    def _due(self, slot: int, now: float, batch_size: int, serve_deferrable: bool) -> float:
+        """When a batch is due, in seconds into the slot that `now` lies in; infinity if later."""
+        queued, in_slot, arrived, due = 0, 0, 0, math.inf
+        for c in range(1 + serve_deferrable):
+            arrivals = self._arrivals[c]
+            queued += int(arrivals[slot]) - int(self._next[c])
+            in_slot += int(arrivals[slot + 1] - arrivals[slot])
+            arrived += arrived_by(arrivals, now) - int(arrivals[slot])
+            oldest, self._head[c] = oldest_in_slot(arrivals, self._next[c], self._head[c], slot)
+            due = min(due, oldest + self._max_wait_s[c])
+        return next_launch(now - slot * SLOT_S, batch_size, queued, in_slot, arrived, due)
 
     def _collect(self, tally: _Tally) -> None:
         """Account for the batches that are done."""
@@ -377,9 +381,8 @@ class LiveWorkload:
     def _compile_queue(self) -> None:
         """Have the compiled queue functions loaded before the clock runs."""
         self.reset(0)
-        zero = np.zeros((2, 2), np.int32)
         arrivals = np.array([[0, 1], [0, 1]], np.int32)
-        next_launch(zero, self._next, self._head, 0.0, SLOT_S, 1, self._max_wait_s, True)
+        self._due(0, 0.0, 1, True)
         oldest_arrival(arrivals[0], self._next[0], self._head[0], SLOT_S)
         expire(arrivals[0], self._next[0], self._head[0], 0.0, self._expire_after_s[0])
         late_count(arrivals[0], 0, 1, SLOT_S, self._deadline_s[0])

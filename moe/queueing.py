@@ -5,7 +5,8 @@ class is one cumulative count per slot (`arrivals`, int32 [slots + 1]) and reque
 by its number alone. The queue then needs one integer per class: the number of the next request to
 serve. A million waiting requests cost as much as one.
 
-All functions are pure, scalar and compiled; times are seconds of the service's clock.
+All functions are pure, scalar and compiled; times are seconds of the service's clock, or seconds into
+a slot where they say so. `moe.batching` launches many batches of a slot at once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from moe.workload import LATENCY_EDGES_S
 
-SLOT_S = 0.05
+SLOT_S = 0.25
 """Width of an arrival slot. Counts are drawn per slot; inside it requests are evenly spaced."""
 
 INTERACTIVE, DEFERRABLE = 0, 1
@@ -27,6 +28,28 @@ _LOG_EDGE_STEP = math.log(LATENCY_EDGES_S[1] / LATENCY_EDGES_S[0])
 _LAST_BIN = len(LATENCY_EDGES_S)
 
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
+inlined = numba.njit(cache=True, nogil=True, error_model="numpy", inline="always")
+"""For small functions of the hottest loops: a call that hands over arrays costs more than they do."""
+
+
+@jit
+def fill(row, value):
+    """Set every entry (a slice takes seconds to compile, for the sake of its errors)."""
+    for i in range(row.shape[0]):
+        row[i] = value
+
+
+@jit
+def copy_row(row, source):
+    """Copy one row into another of the same length."""
+    for i in range(row.shape[0]):
+        row[i] = source[i]
+
+
+@inlined
+def arrived_in_slot(in_slot, t):
+    """How many of a slot's `in_slot` requests have arrived `t` seconds into it (0 <= t)."""
+    return min(int(t / SLOT_S * in_slot + 0.5), in_slot)
 
 
 @jit
@@ -39,8 +62,7 @@ def arrived_by(arrivals, t):
     if position >= slots:
         return int(arrivals[slots])
     slot = int(position)
-    in_slot = arrivals[slot + 1] - arrivals[slot]
-    return int(arrivals[slot]) + min(math.floor((position - slot) * in_slot + 0.5), in_slot)
+    return int(arrivals[slot]) + arrived_in_slot(arrivals[slot + 1] - arrivals[slot], t - slot * SLOT_S)
 
 
 @jit
@@ -67,45 +89,62 @@ def oldest_arrival(arrivals, next_request, head_slot, t):
     return arrival_time(arrivals, next_request, slot_of(arrivals, next_request, head_slot))
 
 
-@jit
-def next_launch(arrivals, next_request, head_slot, now, until, batch_size, max_wait_s, serve_deferrable):
-    """Earliest time in [now, until] at which a batch is due, or infinity.
-
-    A batch is due when `batch_size` requests wait or the oldest of a served class has waited
-    its `max_wait_s`.
+@inlined
+def oldest_in_slot(arrivals, next_request, head_slot, slot):
+    """When the oldest unserved request of a class arrives, if it does so before the slot ends.
 
     Args:
-        arrivals: int32 [2, slots + 1], cumulative arrivals per class.
-        next_request: int64 [2], first unserved request per class.
-        head_slot: int64 [2], a slot not later than that request's.
-        now: time the device is free.
-        until: end of the slot that contains `now`.
-        batch_size: requests per batch.
-        max_wait_s: float [2], longest wait before a partial batch is launched.
-        serve_deferrable: whether deferrable requests are served at all.
+        arrivals: int32 [slots + 1], cumulative arrivals of the class.
+        next_request: the first unserved one.
+        head_slot: a slot not later than its.
+        slot: the slot.
+
+    Returns:
+        (seconds into the slot: below 0 for one of an earlier slot, infinity for one of a later; its slot, or
+        `slot` if it comes later)
     """
-    classes = 2 if serve_deferrable else 1
-    waiting_now, waiting_until, due = 0, 0, math.inf
-    for c in range(classes):
-        waiting_now += arrived_by(arrivals[c], now) - next_request[c]
-        waiting_until += arrived_by(arrivals[c], until) - next_request[c]
-        oldest = oldest_arrival(arrivals[c], next_request[c], head_slot[c], until)
-        due = min(due, max(now, oldest + max_wait_s[c]))
-    if waiting_now >= batch_size:
+    if next_request >= arrivals[slot + 1]:
+        return math.inf, slot
+    if next_request >= arrivals[slot]:
+        head_slot = slot
+    else:
+        head_slot = slot_of(arrivals, next_request, head_slot)
+    in_slot = arrivals[head_slot + 1] - arrivals[head_slot]
+    position = head_slot - slot + (next_request - arrivals[head_slot] + 0.5) / in_slot
+    return position * SLOT_S, head_slot
+
+
+@inlined
+def next_launch(now, batch_size, queued, in_slot, arrived, due):
+    """Earliest time from `now` on at which a batch is due, in seconds into a slot; infinity for a later slot.
+
+    A batch is due when `batch_size` requests wait or the oldest of a class has waited long enough.
+
+    Args:
+        now: when the device is free.
+        batch_size: requests per batch.
+        queued: requests waiting at the slot's beginning, less those of the slot that were served.
+        in_slot: requests that arrive in the slot.
+        arrived: how many of them by `now`.
+        due: end of the oldest request's wait.
+    """
+    if queued + arrived >= batch_size:
         return now
-    if waiting_until >= batch_size:
-        missing = (batch_size - waiting_now) / (waiting_until - waiting_now)
-        due = min(due, now + missing * (until - now))
-    return due if due <= until else math.inf
+    if queued + in_slot >= batch_size:
+        due = min(due, (batch_size - queued) / in_slot * SLOT_S)
+    due = max(due, now)
+    return due if due < SLOT_S else math.inf
 
 
-@jit
+@inlined
 def expire(arrivals, next_request, head_slot, t, expire_after_s):
     """Drop the requests of one class that have waited longer than `expire_after_s` at `t`.
 
     Returns:
         (next_request, head_slot, number expired)
     """
+    if head_slot * SLOT_S >= t - expire_after_s:
+        return next_request, head_slot, 0
     limit = arrived_by(arrivals, t - expire_after_s)
     if limit <= next_request:
         return next_request, head_slot, 0
@@ -133,19 +172,31 @@ def latency_bin(latency_s):
 def record_latencies(arrivals, first, last, head_slot, completion, histogram):
     """Add the latencies of requests [first, last), answered at `completion`, to `histogram`.
 
-    Requests of one slot share the bin of their mean latency (a slot is as wide as a bin at 1 s).
-
-    Returns:
-        The slot of the last request, the next search's starting point.
+    Args:
+        arrivals: int32 [slots + 1], cumulative arrivals of the class.
+        first: first request.
+        last: the one after the last.
+        head_slot: a slot not later than that of `first`.
+        completion: when they were answered.
+        histogram: int64 [bins]; added to.
     """
     slot, request = head_slot, first
     while request < last:
         slot = slot_of(arrivals, request, slot)
         end = min(last, int(arrivals[slot + 1]))
-        middle = 0.5 * (arrival_time(arrivals, request, slot) + arrival_time(arrivals, end - 1, slot))
-        histogram[latency_bin(completion - middle)] += end - request
-        request = end
-    return slot
+        longest = completion - arrival_time(arrivals, request, slot)
+        spacing = SLOT_S / (arrivals[slot + 1] - arrivals[slot])
+        at = latency_bin(longest)
+        while request < end:  # one bin after the other, from the longest latency down
+            inside = end - request
+            if at > 0:
+                inside = min(
+                    inside, max(0, 1 + int(math.floor((longest - LATENCY_EDGES_S[at - 1]) / spacing)))
+                )
+            histogram[at] += inside
+            request += inside
+            longest -= inside * spacing
+            at -= 1
 
 
 def latency_quantile(histogram: np.ndarray, q: float) -> float:

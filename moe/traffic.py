@@ -2,22 +2,27 @@
 
 Load is a fraction of the reference capacity (requests/s of the standard service on this machine), so
 a scenario means the same on a laptop and on a data-centre card. A stream is drawn once per episode
-from its seed: the live service and the twin play the same one.
+from its seed, by one compiled function: the live service, the twin and its batches play the same one.
 """
 
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from moe.queueing import SLOT_S
+from moe.queueing import SLOT_S, jit
+from moe.randomness import derive, exponential, integer, poisson, uniform
 
+KINDS = ("poisson", "bursts", "diurnal", "trace")
+
+_BURSTS, _DIURNAL, _TRACE = (KINDS.index(kind) for kind in ("bursts", "diurnal", "trace"))
 _SLOTS_PER_S = round(1.0 / SLOT_S)
 _LONGEST_TRACE_S = 31 * 86400.0
 
@@ -51,9 +56,8 @@ class TrafficConfig:
     """Mean time between changes of shift (exponential, at least a quarter of it)."""
 
     def __post_init__(self) -> None:
-        kinds = ("poisson", "bursts", "diurnal", "trace")
-        if self.kind not in kinds:
-            raise ValueError(f"traffic.kind must be one of {kinds}, got {self.kind!r}")
+        if self.kind not in KINDS:
+            raise ValueError(f"traffic.kind must be one of {KINDS}, got {self.kind!r}")
         if not 0.0 < self.low_load <= self.high_load:
             raise ValueError(
                 f"traffic needs 0 < low_load <= high_load, got {self.low_load}, {self.high_load}"
@@ -80,64 +84,127 @@ class RequestStream:
     """int64 [seconds]: input shift in force."""
 
 
+class Traffic(NamedTuple):
+    """The arrival process of a scenario, as compiled code reads it."""
+
+    kind: int
+    """Position in `KINDS`."""
+    low_rps: float
+    high_rps: float
+    levels: int
+    dwell_s: float
+    period_s: float
+    interactive_share: float
+    shifts: np.ndarray  # int64 [shifts]
+    shift_dwell_s: float
+    trace_rps: np.ndarray  # [seconds of the trace], empty for any other kind
+
+
+def traffic_of(config: TrafficConfig, seconds: int, capacity_rps: float) -> Traffic:
+    """`Traffic` of a configuration, for episodes of `seconds`.
+
+    Raises:
+        TraceError: the trace cannot be used, or is shorter than an episode.
+    """
+    trace_rps = np.zeros(0)
+    if config.trace is not None:
+        per_second = _trace_per_second(config.trace)
+        if len(per_second) < seconds:
+            raise TraceError(f"{config.trace}: covers {len(per_second)} s, the episode needs {seconds} s")
+        trace_rps = 0.5 * (config.low_load + config.high_load) * capacity_rps * per_second
+    return Traffic(
+        KINDS.index(config.kind), config.low_load * capacity_rps, config.high_load * capacity_rps,
+        config.levels, config.dwell_s, config.period_s, config.interactive_share,
+        np.array(config.shifts, np.int64), config.shift_dwell_s, trace_rps,
+    )  # fmt: skip
+
+
 def draw_stream(config: TrafficConfig, seed: int, seconds: int, capacity_rps: float) -> RequestStream:
     """Draw the stream of one episode.
 
     Args:
         config: the arrival process.
-        seed: everything random in the stream follows from it.
+        seed: everything random in the stream follows from it; in [0, 2**64).
         seconds: length of the episode.
         capacity_rps: requests per second that load 1.0 stands for.
     """
-    rng = np.random.default_rng([seed, 1])
-    load = _draw_load(config, rng, seconds)  # [seconds]
-    rate = np.repeat(load, _SLOTS_PER_S) * capacity_rps * SLOT_S  # [slots]
-    share = (config.interactive_share, 1.0 - config.interactive_share)
-    arrivals = np.zeros((2, len(rate) + 1), np.int32)
-    for c in range(2):
-        np.cumsum(rng.poisson(rate * share[c]), out=arrivals[c, 1:])
-    return RequestStream(arrivals, _draw_shifts(config, rng, seconds))
+    arrivals = np.zeros((2, seconds * _SLOTS_PER_S + 1), np.int32)
+    shift_id = np.zeros(seconds, np.int64)
+    fill_stream(traffic_of(config, seconds, capacity_rps), np.uint64(seed), arrivals, shift_id)
+    return RequestStream(arrivals, shift_id)
 
 
-def _draw_load(config: TrafficConfig, rng: np.random.Generator, seconds: int) -> np.ndarray:
-    middle = 0.5 * (config.low_load + config.high_load)
-    t = np.arange(seconds)
-    if config.kind == "poisson":
-        return np.full(seconds, middle)
-    if config.kind == "diurnal":
-        phase = rng.uniform(0.0, 2.0 * np.pi)
-        swing = 0.5 * (config.high_load - config.low_load)
-        return middle + swing * np.sin(2.0 * np.pi * t / config.period_s + phase)
-    if config.kind == "trace":
-        assert config.trace is not None
-        per_second = _trace_per_second(config.trace)
-        if len(per_second) < seconds:
-            raise TraceError(f"{config.trace}: covers {len(per_second)} s, the episode needs {seconds} s")
-        start = rng.integers(0, len(per_second) - seconds + 1)
-        return middle * per_second[start : start + seconds]
-    levels = np.linspace(config.low_load, config.high_load, config.levels)
-    level = rng.integers(config.levels)
-    load = np.empty(seconds)
-    now = 0
-    while now < seconds:
-        end = now + max(3, round(rng.exponential(config.dwell_s)))
-        load[now:end] = levels[level]
-        level = (level + rng.integers(1, config.levels)) % config.levels
-        now = end
-    return load
+@jit
+def fill_stream(traffic, seed, arrivals, shift_id):
+    """Draw the stream of one episode into `arrivals` and `shift_id` (see `RequestStream`).
+
+    Args:
+        traffic: `Traffic`.
+        seed: uint64.
+        arrivals: int32 [2, slots + 1].
+        shift_id: int64 [seconds].
+    """
+    counts, course, shifts = _keys(seed)
+    seconds = shift_id.shape[0]
+    middle, swing = 0.5 * (traffic.low_rps + traffic.high_rps), 0.5 * (traffic.high_rps - traffic.low_rps)
+    phase, begin, level, level_end, changes = 0.0, 0, 0, 0, 0
+    if traffic.kind == _DIURNAL:
+        phase = uniform(course, 0, 0.0, 2.0 * math.pi)
+    elif traffic.kind == _TRACE:
+        begin = integer(course, 0, traffic.trace_rps.shape[0] - seconds + 1)
+    elif traffic.kind == _BURSTS:
+        level = integer(course, 0, traffic.levels)
+        level_end = _level_s(course, 1, traffic.dwell_s)
+    arrivals[0, 0], arrivals[1, 0] = 0, 0
+    count_0, count_1 = 0, 0
+    for second in range(seconds):
+        rate = middle
+        if traffic.kind == _DIURNAL:
+            rate += swing * math.sin(2.0 * math.pi * second / traffic.period_s + phase)
+        elif traffic.kind == _TRACE:
+            rate = traffic.trace_rps[begin + second]
+        elif traffic.kind == _BURSTS:
+            if second == level_end:
+                changes += 1
+                level = (level + 1 + integer(course, 2 * changes, traffic.levels - 1)) % traffic.levels
+                level_end += _level_s(course, 2 * changes + 1, traffic.dwell_s)
+            rate += swing * (2.0 * level / (traffic.levels - 1) - 1.0)
+        mean_0 = rate * traffic.interactive_share * SLOT_S
+        mean_1 = rate * (1.0 - traffic.interactive_share) * SLOT_S
+        root_0, root_1 = math.sqrt(mean_0), math.sqrt(mean_1)
+        for slot in range(second * _SLOTS_PER_S, (second + 1) * _SLOTS_PER_S):
+            count_0 += poisson(counts, 2 * slot, mean_0, root_0)
+            count_1 += poisson(counts, 2 * slot + 1, mean_1, root_1)
+            arrivals[0, slot + 1], arrivals[1, slot + 1] = count_0, count_1
+    _fill_shifts(traffic, shifts, shift_id)
 
 
-def _draw_shifts(config: TrafficConfig, rng: np.random.Generator, seconds: int) -> np.ndarray:
-    shift = np.empty(seconds, np.int64)
-    choice = rng.integers(len(config.shifts))
-    now = 0.0
-    while now < seconds:
-        end = now + max(config.shift_dwell_s / 4.0, rng.exponential(config.shift_dwell_s))
-        shift[round(now) : round(end)] = config.shifts[choice]
-        if len(config.shifts) > 1:
-            choice = (choice + rng.integers(1, len(config.shifts))) % len(config.shifts)
-        now = end
-    return shift
+@jit
+def _keys(seed):
+    """Streams of an episode's counts, course of the load, and shifts."""
+    key = derive(seed, np.uint64(1))
+    return derive(key, np.uint64(0)), derive(key, np.uint64(1)), derive(key, np.uint64(2))
+
+
+@jit
+def _level_s(key, i, dwell_s):
+    """How long a level of load lasts, in whole seconds."""
+    return max(3, int(exponential(key, i, dwell_s) + 0.5))
+
+
+@jit
+def _fill_shifts(traffic, key, shift_id):
+    """Draw the input shift of every second."""
+    shifts, dwell_s = traffic.shifts.shape[0], traffic.shift_dwell_s
+    choice, changes = integer(key, 0, shifts), 0
+    end = max(0.25 * dwell_s, exponential(key, 1, dwell_s))
+    for second in range(shift_id.shape[0]):
+        while second + 0.5 >= end:
+            changes += 1
+            if shifts > 1:
+                choice = (choice + 1 + integer(key, 2 * changes, shifts - 1)) % shifts
+            end += max(0.25 * dwell_s, exponential(key, 2 * changes + 1, dwell_s))
+        shift_id[second] = traffic.shifts[choice]
 
 
 @lru_cache(maxsize=4)

@@ -12,5 +12,11 @@ from gymnasium.envs.registration import register
 _ENTRY = "thermoe_env.env:ThermalMoEEnv"
 
 register("ThermalMoE-v0", _ENTRY, nondeterministic=True, max_episode_steps=300, kwargs={"world": "auto"})
-register("ThermalMoETwin-v0", _ENTRY, max_episode_steps=300, kwargs={"world": "twin"})
+register(
+    "ThermalMoETwin-v0",
+    _ENTRY,
+    max_episode_steps=300,
+    vector_entry_point="thermoe_env.vector:ThermalMoEVectorEnv",
+    kwargs={"world": "twin"},
+)
 register("ThermalMoELive-v0", _ENTRY, nondeterministic=True, max_episode_steps=300, kwargs={"world": "live"})

@@ -1,7 +1,7 @@
 """The batched core: many twin environments advanced by one compiled call.
 
-Every environment runs the same scalar functions as the single one (`serve`, `heat`, `settle`,
-`encode_row`), so results depend neither on the number of environments nor on threads.
+Every environment runs the same scalar functions as the single one (`fill_stream`, `start_device`, `serve`,
+`heat`, `settle`, `encode_row`, ...), so results depend neither on the number of environments nor on threads.
 """
 
 from __future__ import annotations
@@ -12,56 +12,93 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from moe.queueing import SLOT_S
+from moe.queueing import SLOT_S, copy_row, fill, jit
+from moe.randomness import derive
+from moe.traffic import fill_stream, traffic_of
 from thermoe_env.fields import FIELDS, RAW_DTYPE, encode_row
-from thermoe_env.interval import COST_NAMES, TRACK_DTYPE, begin, knob_level, prices_of, rules_of, settle
+from thermoe_env.interval import COST_NAMES, TRACK_DTYPE, begin, prices_of, rules_of, settle
 from thermoe_env.knobs import KNOB_NAMES
 from thermoe_env.problem import Problem
 from thermoe_env.profiled import (
     HISTOGRAM_BINS,
     SERVER_DTYPE,
     WORK_DTYPE,
-    KnobLevels,
-    draw_episode_stream,
     serve,
-    start_server,
+    start_service,
     terms_of,
 )
 from thermoe_env.reward import REWARD_TERMS
-from thermoe_env.seeding import episode_seed
-from thermoe_env.signals import draw_power_budget
-from thermoe_env.twin import DEVICE_DTYPE, GPU_DTYPE, heat, idle_reading, start_device
+from thermoe_env.signals import budget_terms, fill_power_budget
+from thermoe_env.twin import DEVICE_DTYPE, GPU_DTYPE, heat, nominal_device, spread_of, start_device
+
+
+@jit
+def _start(
+    rules, traffic, budget, spread, nominal, default_index, seed, arrivals, shift, budget_w, drift_c, weights,
+    server, device, track, track_row, gpu, raw, raw_row, observation,
+):  # fmt: skip
+    """Begin the episode of `seed` in one environment and write its first observation.
+
+    Arguments are rows of the arrays of `TwinBatch`; `device` is an array of one record.
+    """
+    fill_stream(traffic, seed, arrivals, shift)
+    fill_power_budget(budget, seed, budget_w)
+    start_service(weights, server)
+    device[0] = nominal[0]
+    start_device(spread, seed, device[0], drift_c, gpu)
+    fill(track_row, 0.0)
+    fill(raw_row, 0.0)
+    begin(rules[0], track, gpu, budget_w, default_index, raw)
+    encode_row(raw_row, observation)
 
 
 @numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
-def _step_all(
-    tables, service, rules, prices, levels, index, level_share, arrivals, shift, budget, drift, next_request,
-    head_slot, server, weights, device, track, work, gpu, raw, raw_rows, histogram, slot_energy, terms, cost,
-    observation, reward, tripped,
+def _advance_all(
+    begin_all, tables, terms, levels, prices, quality_floor, steps, rules, traffic, budget, spread, nominal, default_index, seeds,
+    episodes, arrivals, shift, budget_w, drift_c, weights, server, device, track, track_rows,
+    first_gpu, first_raw, first_raw_rows, index, work, gpu, raw, raw_rows, histogram, slot_energy, reward_terms, cost, observation, final, reward, terminated, truncated,
 ):  # fmt: skip
-    """One interval of every environment."""
+    """One interval of every environment, and the next episode's beginning where one ended.
+
+    With `begin_all` no interval is played: all begin the episode that is set for them.
+    """
     for i in numba.prange(index.shape[0]):
-        knobs = KnobLevels(
-            index[i, 0], int(levels[1, index[i, 1]]), index[i, 2], int(levels[3, index[i, 3]]),
-            levels[4, index[i, 4]], levels[5, index[i, 5]],
-        )  # fmt: skip
-        second = int(server[i].time_s + 1e-9)
-        serve(
-            tables, service, arrivals[i], shift[i, second], next_request[i], head_slot[i], server[i],
-            weights[i], knobs, device[i].clock, track[i].stage < rules.deferrable_below, work[i],
-            histogram[i], slot_energy[i],
-        )  # fmt: skip
-        tripped[i] = heat(device[i], slot_energy[i], drift[i, second], gpu[i])
-        reward[i] = settle(
-            rules, prices, track[i], work[i], gpu[i], budget[i], knobs.ttt_steps, level_share[i], raw[i],
-            terms[i], cost[i],
-        )  # fmt: skip
-        encode_row(raw_rows[i], observation[i])
+        ended = begin_all
+        if not begin_all:
+            second = int(track[i].step * rules[0].interval_s)
+            fill(histogram[i], 0)
+            serve(
+                tables, terms[0], levels, index[i], arrivals[i], shift[i, second], device[i].clock,
+                track[i].stage < rules[0].deferrable_below, weights[i], server[i], work[i], histogram[i],
+                slot_energy[i],
+            )  # fmt: skip
+            terminated[i] = heat(device[i], slot_energy[i], work[i].sm_clock, drift_c[i, second], gpu[i])
+            reward[i] = settle(
+                rules[0], prices[0], quality_floor, track[i], work[i], gpu[i], budget_w[i], index[i], raw[i], reward_terms[i],
+                cost[i],
+            )  # fmt: skip
+            encode_row(raw_rows[i], observation[i])
+            truncated[i] = not terminated[i] and track[i].step >= steps
+            ended = terminated[i] or truncated[i]
+            if ended:
+                copy_row(final[i], observation[i])
+                episodes[i] += np.uint64(1)
+        if ended:
+            _start(
+                rules, traffic, budget, spread, nominal, default_index, derive(seeds[i], episodes[i]),
+                arrivals[i], shift[i], budget_w[i], drift_c[i], weights[i], server[i], device[i : i + 1],
+                track[i], track_rows[i], first_gpu[i], first_raw[i], first_raw_rows[i], observation[i],
+            )  # fmt: skip
+
+
+def _with_rows(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Records of float64 fields [n], and the same memory as [n, fields]."""
+    return records, records.view(np.float64).reshape(len(records), -1)
 
 
 @dataclass(frozen=True)
 class BatchStep:
-    """What one step of all environments returned. Arrays are the core's own: copy to keep."""
+    """What one step of all environments returned. The arrays are the caller's, `final_observation` aside."""
 
     observation: np.ndarray
     """float32 [n, fields]; of a finished environment: the first of its next episode."""
@@ -72,7 +109,8 @@ class BatchStep:
     truncated: np.ndarray
     """bool [n]: the episode's time is over."""
     final_observation: np.ndarray
-    """float32 [n, fields]: the last one of the episode where one ended, else as `observation`."""
+    """float32 [n, fields], the core's own: in a finished environment's row, the last one of its episode;
+    the other rows mean nothing."""
 
 
 class TwinBatch:
@@ -82,42 +120,66 @@ class TwinBatch:
     `histogram` [n, bins], `index` [n, knobs] hold the interval just played, also where an episode ended.
     """
 
-    def __init__(self, problem: Problem, num_envs: int) -> None:
+    def __init__(
+        self, problem: Problem, num_envs: int, *, latencies: bool = False, max_steps: int | None = None
+    ) -> None:
+        """Build the environments; `reset` starts them.
+
+        Args:
+            problem: what to play.
+            num_envs: how many at once.
+            latencies: whether to record latencies in `histogram`, which costs time; it has no bins otherwise.
+            max_steps: intervals after which an episode is truncated; the scenario's at most.
+        """
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.problem, self.num_envs = problem, num_envs
-        scenario, n = problem.scenario, num_envs
-        self._tables, self._service = problem.tables, terms_of(problem)
-        self._rules, self._prices = rules_of(problem), prices_of(problem)
-        self._levels = np.zeros((len(KNOB_NAMES), max(len(v) for v in problem.knobs.levels.values())))
-        for row, name in enumerate(KNOB_NAMES):
-            self._levels[row, : len(problem.knobs.levels[name])] = problem.knobs.levels[name]
+        scenario, n, rules = problem.scenario, num_envs, rules_of(problem)
+        notice = int(rules[0]["notice"])
         seconds = scenario.episode_s + 1
-        slots = round(scenario.interval_s / SLOT_S)
-        self._arrivals = np.zeros((n, 2, round(seconds / SLOT_S) + 1), np.int32)
-        self._shift = np.zeros((n, seconds), np.int64)
-        self._drift = np.zeros((n, seconds))
-        self._budget = np.zeros((n, scenario.steps + self._rules.notice + 1))
-        self._next_request = np.zeros((n, 2), np.int64)
-        self._head_slot = np.zeros((n, 2), np.int64)
-        self._server = np.zeros(n, SERVER_DTYPE)
-        self._weights = np.zeros((n, len(problem.profile.shifts) + 1))
+        terms = terms_of(problem)
+        self._service = (
+            problem.tables,
+            terms,
+            problem.knobs.level_table,
+            prices_of(problem),
+            problem.quality_floor,
+        )
+        self._steps = min(scenario.steps, max_steps or scenario.steps)
+        self._draws = (
+            rules,
+            traffic_of(scenario.traffic, seconds, problem.capacity_rps),
+            budget_terms(scenario.power_budget, scenario.interval_s),
+            spread_of(problem),
+            nominal_device(problem),
+            np.array(problem.knobs.default_index, np.int64),
+        )
         self.device = np.zeros(n, DEVICE_DTYPE)
-        self._track = np.zeros(n, TRACK_DTYPE)
-        self._slot_energy = np.zeros((n, slots))
-        self.work = np.zeros(n, WORK_DTYPE)
-        self.gpu = np.zeros(n, GPU_DTYPE)
-        self.raw = np.zeros(n, RAW_DTYPE)
-        self.histogram = np.zeros((n, HISTOGRAM_BINS), np.int64)
-        self.terms = np.zeros((n, len(REWARD_TERMS)))
-        self.cost = np.zeros((n, len(COST_NAMES)))
-        self.index = np.tile(np.array(problem.knobs.default_index, np.int64), (n, 1))
-        self._observation = np.zeros((n, len(FIELDS)), np.float32)
-        self._reward = np.zeros(n)
-        self._tripped = np.zeros(n, np.bool_)
-        self._seeds = np.zeros(n, np.int64)
-        self._episodes = np.zeros(n, np.int64)
-        self._default_level = knob_level(problem, np.array(problem.knobs.default_index))
+        self._seeds, self._episodes = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
+        self._state = (
+            self._seeds,
+            self._episodes,
+            np.zeros((n, 2, round(seconds / SLOT_S) + 1), np.int32),  # arrivals
+            np.zeros((n, seconds), np.int64),  # shift
+            np.zeros((n, scenario.steps + notice + 1)),  # budget
+            np.zeros((n, seconds)),  # drift of the inlet
+            np.zeros((n, len(problem.profile.shifts) + 1)),  # adaptation
+            np.zeros(n, SERVER_DTYPE),
+            self.device,
+            *_with_rows(np.zeros(n, TRACK_DTYPE)),
+            np.zeros(n, GPU_DTYPE),  # at an episode's beginning
+            *_with_rows(np.zeros(n, RAW_DTYPE)),  # likewise
+        )
+        self.index = np.zeros((n, len(KNOB_NAMES)), np.int64)
+        self.work, self.gpu, self.raw = (
+            np.zeros(n, WORK_DTYPE),
+            np.zeros(n, GPU_DTYPE),
+            np.zeros(n, RAW_DTYPE),
+        )
+        self.histogram = np.zeros((n, HISTOGRAM_BINS if latencies else 0), np.int64)
+        self.terms, self.cost = np.zeros((n, len(REWARD_TERMS))), np.zeros((n, len(COST_NAMES)))
+        self._slot_energy = np.zeros((n, int(terms[0]["slots"])))
+        self._final = np.zeros((n, len(FIELDS)), np.float32)
 
     def reset(self, seeds: Sequence[int] | np.ndarray) -> np.ndarray:
         """Start episode 0 of each seed; returns the observations, float32 [n, fields]."""
@@ -125,9 +187,12 @@ class TwinBatch:
             raise ValueError(f"{self.num_envs} environments need as many seeds, got {len(seeds)}")
         self._seeds[:] = seeds
         self._episodes[:] = 0
-        for i in range(self.num_envs):
-            self._start(i)
-        return self._observation.copy()
+        return self._advance(begin_all=True).observation
+
+    def reset_to_next(self) -> np.ndarray:
+        """Start the next episode of every environment's seed; returns the observations."""
+        self._episodes += np.uint64(1)
+        return self._advance(begin_all=True).observation
 
     def step(self, index: np.ndarray) -> BatchStep:
         """Play one interval in every environment.
@@ -136,36 +201,15 @@ class TwinBatch:
             index: int64 [n, knobs], level of every knob (`KnobTable.indices`).
         """
         self.index[:] = index
-        for array in (self.work, self.histogram, self._slot_energy):
-            array.view(np.uint8)[:] = 0
-        _step_all(
-            self._tables, self._service, self._rules, self._prices, self._levels, self.index,
-            knob_level(self.problem, self.index), self._arrivals, self._shift, self._budget, self._drift,
-            self._next_request, self._head_slot, self._server, self._weights, self.device, self._track,
-            self.work, self.gpu, self.raw, self.raw.view(np.float64).reshape(self.num_envs, -1),
-            self.histogram, self._slot_energy, self.terms, self.cost, self._observation, self._reward,
-            self._tripped,
-        )  # fmt: skip
-        terminated = self._tripped.copy()
-        truncated = (self._track["step"] >= self.problem.scenario.steps) & ~terminated
-        final = self._observation.copy()
-        for i in np.flatnonzero(terminated | truncated):
-            self._episodes[i] += 1
-            self._start(int(i))
-        return BatchStep(self._observation.copy(), self._reward.copy(), terminated, truncated, final)
+        return self._advance(begin_all=False)
 
-    def _start(self, i: int) -> None:
-        """Begin the next episode of environment `i` and write its first observation."""
-        problem, seed = self.problem, episode_seed(int(self._seeds[i]), int(self._episodes[i]))
-        stream = draw_episode_stream(problem, seed)
-        self._arrivals[i], self._shift[i] = stream.arrivals, stream.shift_id
-        self._drift[i] = start_device(problem, seed, self.device[i])
-        scenario = problem.scenario
-        self._budget[i] = draw_power_budget(scenario.power_budget, seed, scenario.steps, scenario.interval_s)
-        self._next_request[i] = self._head_slot[i] = 0
-        start_server(self._server[i], self._weights[i])
-        gpu, raw = np.zeros(1, GPU_DTYPE), np.zeros(1, RAW_DTYPE)
-        idle_reading(self.device[i], gpu[0])
-        self._track[i] = np.zeros((), TRACK_DTYPE)
-        begin(self._rules, self._track[i], gpu[0], self._budget[i], self._default_level, raw[0])
-        encode_row(raw.view(np.float64), self._observation[i])
+    def _advance(self, begin_all: bool) -> BatchStep:
+        n = self.num_envs
+        observation = np.empty((n, len(FIELDS)), np.float32)
+        reward, terminated, truncated = np.empty(n), np.empty(n, np.bool_), np.empty(n, np.bool_)
+        _advance_all(
+            begin_all, *self._service, self._steps, *self._draws, *self._state, self.index, self.work,
+            self.gpu, *_with_rows(self.raw), self.histogram, self._slot_energy, self.terms, self.cost,
+            observation, self._final, reward, terminated, truncated,
+        )  # fmt: skip
+        return BatchStep(observation, reward, terminated, truncated, self._final)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from operator import attrgetter
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
-from moe.workload import STAT_NAMES, WorkStats
+from moe.workload import STAT_NAMES
 from thermoe_env.errors import ReadingError
-from thermoe_env.fields import FIELDS, RAW_DTYPE, encode_row, fields_table, observation_space
-from thermoe_env.interval import COST_NAMES, TRACK_DTYPE, begin, knob_level, prices_of, rules_of, settle
+from thermoe_env.fields import FIELDS, RAW_DTYPE, encode_finite, fields_table, observation_space
+from thermoe_env.interval import COST_NAMES, TRACK_DTYPE, begin_one, prices_of, rules_of, settle_one
 from thermoe_env.profiled import WORK_DTYPE
 from thermoe_env.reward import REWARD_TERMS
 from thermoe_env.scenario import Scenario, load_scenario
 from thermoe_env.seeding import episode_seed
 from thermoe_env.signals import STAGES, draw_power_budget
-from thermoe_env.telemetry import READING_NAMES, GpuReading
+from thermoe_env.telemetry import READING_NAMES
 from thermoe_env.twin import GPU_DTYPE
 from thermoe_env.worlds import build_world
 
@@ -80,6 +80,15 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self.action_space = self.problem.knobs.action_space(action_mode)
         self.observation_space = observation_space()
         self._rules, self._prices = rules_of(self.problem), prices_of(self.problem)
+        self._deferrable_below = self.problem.scenario.limits.deferrable_below
+        self._track, self._gpu, self._work = (
+            np.zeros(1, TRACK_DTYPE),
+            np.zeros(1, GPU_DTYPE),
+            np.zeros(1, WORK_DTYPE),
+        )
+        self._raw = np.zeros(1, RAW_DTYPE)
+        self._raw_row = self._raw.view(np.float64)
+        self._terms, self._cost = np.zeros(len(REWARD_TERMS)), np.zeros(len(COST_NAMES))
         self._seed: int | None = None
         self._episode = 0
         self._running = False
@@ -100,12 +109,14 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self._world.workload.reset(episode)
         reading = self._world.telemetry.reset(episode)
         self._budget = draw_power_budget(scenario.power_budget, episode, scenario.steps, scenario.interval_s)
-        self._track = np.zeros(1, TRACK_DTYPE)
-        raw = np.zeros(1, RAW_DTYPE)
-        level = knob_level(self.problem, np.array(self.problem.knobs.default_index))
-        begin(self._rules, self._track[0], _gpu_row(reading), self._budget, level, raw[0])
+        self._track.view(np.float64)[:] = 0.0
+        self._raw_row[:] = 0.0
+        self._gpu[0] = _reading_row(reading)
+        index = np.array(self.problem.knobs.default_index)
+        self._stage = begin_one(self._rules, self._track, self._gpu, self._budget, index, self._raw)
+        self._count = 0
         self._running = True
-        return self._encode(raw), {"world": self.world, "reading": asdict(reading)}
+        return self._encode(), {"world": self.world, "reading": dict(vars(reading))}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Play one control interval.
@@ -119,51 +130,50 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
             raise gym.error.ResetNeeded("call reset() before step(): no episode is running")
         index = self.problem.knobs.indices(np.asarray(action)[None], self.action_mode)[0]
         knobs = self.problem.knobs.knobs(index)
-        scenario, track = self.problem.scenario, self._track[0]
+        scenario = self.problem.scenario
+        step, stage = self._count, self._stage
         self._running = False  # an interval that fails ends the episode
-        serve_deferrable = bool(track["stage"] < self._rules.deferrable_below)
-        work = self._world.workload.run(knobs, scenario.interval_s, serve_deferrable)
+        work = self._world.workload.run(knobs, scenario.interval_s, stage < self._deferrable_below)
         reading = self._world.telemetry.read(work, scenario.interval_s)
-        raw, terms, cost = np.zeros(1, RAW_DTYPE), np.zeros(len(REWARD_TERMS)), np.zeros(len(COST_NAMES))
-        budget_w = float(self._budget[int(track["step"])])
-        reward = settle(
-            self._rules, self._prices, track, _work_row(work), _gpu_row(reading), self._budget,
-            knobs.ttt_steps, knob_level(self.problem, index), raw[0], terms, cost,
+        stats, readings = _work_row(work), _reading_row(reading)
+        self._work[0], self._gpu[0] = stats, readings
+        reward, self._stage = settle_one(
+            self._rules, self._prices, self.problem.quality_floor, self._track, self._work, self._gpu, self._budget, index, self._raw,
+            self._terms, self._cost,
         )  # fmt: skip
+        self._count = step + 1
         terminated = bool(self._world.telemetry.tripped)
-        truncated = not terminated and int(track["step"]) >= scenario.steps
+        truncated = not terminated and step + 1 >= scenario.steps
         self._running = not (terminated or truncated)
         info: dict[str, Any] = {
             "world": self.world,
-            "knobs": asdict(knobs),
-            "work": {name: getattr(work, name) for name in STAT_NAMES},
+            "knobs": dict(vars(knobs)),
+            "work": dict(zip(STAT_NAMES, stats, strict=True)),
             "latency_histogram": work.latency_histogram,
             "tokens_per_expert": work.tokens_per_expert,
-            "reading": asdict(reading),
-            "stage": STAGES[int(track["stage"])],
-            "budget_w": budget_w,
-            "reward_terms": dict(zip(REWARD_TERMS, terms.tolist(), strict=True)),
-            "cost": dict(zip(COST_NAMES, cost.tolist(), strict=True)),
+            "reading": dict(zip(READING_NAMES, readings, strict=True)),
+            "stage": STAGES[self._stage],
+            "budget_w": float(self._budget[step]),
+            "reward_terms": dict(zip(REWARD_TERMS, self._terms.tolist(), strict=True)),
+            "cost": dict(zip(COST_NAMES, self._cost.tolist(), strict=True)),
         }
         if terminated:
             info["reason"] = "the device passed its shutdown temperature"
-        return self._encode(raw), float(reward), terminated, truncated, info
+        return self._encode(), reward, terminated, truncated, info
 
     def close(self) -> None:
         """Release model and device. May be called twice."""
         self._running = False
         self._world.close()
 
-    def _encode(self, raw: np.ndarray) -> np.ndarray:
-        row = raw.view(np.float64)
-        if not np.all(np.isfinite(row)):
-            bad = [f.name for f, value in zip(FIELDS, row, strict=True) if not np.isfinite(value)]
+    def _encode(self) -> np.ndarray:
+        observation = np.empty(len(FIELDS), np.float32)
+        if not encode_finite(self._raw_row, observation):
+            bad = [f.name for f, value in zip(FIELDS, self._raw_row, strict=True) if not np.isfinite(value)]
             self._running = False
             raise ReadingError(
                 f"not a number in the observation's {bad}; the episode is over, check the sensors"
             )
-        observation = np.zeros(len(FIELDS), np.float32)
-        encode_row(row, observation)
         return observation
 
 
@@ -172,15 +182,5 @@ ThermalMoEEnv.__doc__ = (ThermalMoEEnv.__doc__ or "").replace(
 )
 
 
-def _work_row(work: WorkStats) -> np.ndarray:
-    row = np.zeros(1, WORK_DTYPE)
-    for name in STAT_NAMES:
-        row[0][name] = getattr(work, name)
-    return row[0]
-
-
-def _gpu_row(reading: GpuReading) -> np.ndarray:
-    row = np.zeros(1, GPU_DTYPE)
-    for name in READING_NAMES:
-        row[0][name] = getattr(reading, name)
-    return row[0]
+_work_row = attrgetter(*STAT_NAMES)
+_reading_row = attrgetter(*READING_NAMES)

@@ -6,6 +6,7 @@ Rules read physical values through `decode`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +80,7 @@ RAW_DTYPE = np.dtype([(name, np.float64) for name in FIELD_NAMES])
 
 _LOW = np.array([f.low for f in FIELDS])
 _SPAN = np.array([f.high - f.low for f in FIELDS])
+_SCALE = 2.0 / _SPAN
 
 
 def observation_space() -> spaces.Box:
@@ -90,7 +92,17 @@ def observation_space() -> spaces.Box:
 def encode_row(raw, out):
     """Scale one raw row (float64 [fields]) into an observation row (float32 [fields])."""
     for f in range(raw.shape[0]):
-        out[f] = min(1.0, max(-1.0, 2.0 * (raw[f] - _LOW[f]) / _SPAN[f] - 1.0))
+        out[f] = min(1.0, max(-1.0, (raw[f] - _LOW[f]) * _SCALE[f] - 1.0))
+
+
+@jit
+def encode_finite(raw, out):
+    """`encode_row`; returns whether all raw values are finite."""
+    encode_row(raw, out)
+    total = 0.0
+    for f in range(raw.shape[0]):
+        total += raw[f]
+    return math.isfinite(total)
 
 
 def decode(observation: np.ndarray) -> dict[str, np.ndarray]:

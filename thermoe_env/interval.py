@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe.queueing import jit
 from thermoe_env.knobs import KNOB_NAMES
+from thermoe_env.physics import approach
 from thermoe_env.problem import Problem
 from thermoe_env.reward import Prices, reward_terms
 from thermoe_env.signals import next_stage
@@ -33,6 +34,9 @@ TRACK_DTYPE = np.dtype(
 """What the environment remembers between intervals."""
 
 
+_TTT_STEPS = KNOB_NAMES.index("ttt_steps")
+
+
 class Rules(NamedTuple):
     """The scenario's limits and references, as compiled code reads them."""
 
@@ -42,37 +46,52 @@ class Rules(NamedTuple):
     deferrable_below: int
     capacity: float
     """Requests of the standard service in one interval."""
-    quality_floor: np.ndarray  # [S]
     interval_s: float
     steps: int
     notice: int
     """Intervals by which budgets are announced."""
     max_clock_mhz: float
+    keep_5s: float
+    """Weight of the past in an average with a time constant of 5 s, after one interval."""
+    keep_20s: float
+    keep_30s: float
+    highest_level: np.ndarray  # [knobs], at least 1
 
 
-def prices_of(problem: Problem) -> Prices:
-    """Weights and references of the reward."""
+def as_record(values: NamedTuple) -> np.ndarray:
+    """A tuple of numbers and small arrays as an array of one record.
+
+    It crosses into compiled code several times faster than the tuple, and reads the same there.
+    """
+    dtype = [(name, *_dtype_of(value)) for name, value in values._asdict().items()]
+    return np.array([tuple(values)], np.dtype(dtype))
+
+
+def _dtype_of(value: Any) -> tuple[type, tuple[int, ...]]:
+    return (np.int64 if isinstance(value, int) else np.float64), np.shape(value)
+
+
+def prices_of(problem: Problem) -> np.ndarray:
+    """`Prices`, weights and references of the reward, as an array of one record."""
     s, w = problem.scenario, problem.scenario.reward
-    return Prices(
+    prices = Prices(
         w.good, w.energy, w.late, w.over_budget, w.heat, w.quality,
         problem.reference_power_w * s.interval_s, problem.reference_good_rps * s.interval_s, s.interval_s,
     )  # fmt: skip
+    return as_record(prices)
 
 
-def rules_of(problem: Problem) -> Rules:
-    """Rules of a problem."""
+def rules_of(problem: Problem) -> np.ndarray:
+    """`Rules` of a problem, as an array of one record."""
     s = problem.scenario
-    return Rules(
+    rules = Rules(
         s.limits.temperature_c, np.array(s.limits.stage_margins_c), s.limits.hysteresis_c,
-        s.limits.deferrable_below, problem.capacity_rps * s.interval_s, problem.quality_floor, s.interval_s,
-        s.steps, round(s.power_budget.notice_s / s.interval_s), problem.twin.max_clock_mhz,
+        s.limits.deferrable_below, problem.capacity_rps * s.interval_s, s.interval_s, s.steps,
+        round(s.power_budget.notice_s / s.interval_s), problem.twin.max_clock_mhz,
+        *(math.exp(-s.interval_s / tau_s) for tau_s in (5.0, 20.0, 30.0)),
+        np.array([max(1.0, len(problem.knobs.levels[name]) - 1) for name in KNOB_NAMES]),
     )  # fmt: skip
-
-
-@jit
-def _average(old, new, interval_s, tau_s):
-    """Exponential average with time constant `tau_s`."""
-    return new + (old - new) * math.exp(-interval_s / tau_s)
+    return as_record(rules)
 
 
 @jit
@@ -90,7 +109,7 @@ def look_ahead(rules, budget_w, step, raw):
 
 
 @jit
-def begin(rules, track, gpu, budget_w, knob_level, raw):
+def begin(rules, track, gpu, budget_w, index, raw):
     """Start an episode: clear `track` and fill the raw observation of a device at rest.
 
     Args:
@@ -98,7 +117,7 @@ def begin(rules, track, gpu, budget_w, knob_level, raw):
         track: record of `TRACK_DTYPE`, zeroed by the caller.
         gpu: first reading, record of `GPU_DTYPE`.
         budget_w: float [steps + notice + 1].
-        knob_level: float [knobs], levels in force as a share of the highest.
+        index: int64 [knobs], levels in force.
         raw: record of `RAW_DTYPE`, zeroed by the caller.
     """
     track.temp_c = gpu.temp_c
@@ -110,23 +129,23 @@ def begin(rules, track, gpu, budget_w, knob_level, raw):
     raw.power_w, raw.power_slow_w = gpu.power_w, gpu.power_w
     raw.sm_clock_share = gpu.sm_clock_mhz / rules.max_clock_mhz
     look_ahead(rules, budget_w, 0, raw)
-    _knob_fields(knob_level, raw)
+    _knob_fields(rules, index, raw)
     raw.time_left = 1.0
 
 
 @jit
-def settle(rules, prices, track, work, gpu, budget_w, ttt_steps, knob_level, raw, terms, cost):
+def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw, terms, cost):
     """Account for one interval.
 
     Args:
         rules: `Rules`.
         prices: `Prices`.
+        quality_floor: float [S], least quality per input shift.
         track: record of `TRACK_DTYPE`, updated.
         work: record of `WORK_DTYPE`, what was done.
         gpu: record of `GPU_DTYPE`, what was read.
         budget_w: float [steps + notice + 1].
-        ttt_steps: adaptation steps asked for.
-        knob_level: float [knobs].
+        index: int64 [knobs], levels in force.
         raw: record of `RAW_DTYPE`, filled.
         terms: float [6], filled.
         cost: float [3], filled.
@@ -142,7 +161,7 @@ def settle(rules, prices, track, work, gpu, budget_w, ttt_steps, knob_level, raw
     over_c = gpu.temp_c - rules.limit_c
     # The floor binds on the mean over the episode: answers above it earn slack for later ones.
     debt_before = max(0.0, track.quality_debt)
-    track.quality_debt += answered * rules.quality_floor[int(work.shift_id)] - work.correct
+    track.quality_debt += answered * quality_floor[int(work.shift_id)] - work.correct
     shortfall = max(0.0, track.quality_debt) - debt_before
     reward = reward_terms(
         prices, work.good, gpu.energy_j, missed, gpu.power_w, budget_now, over_c, shortfall, terms
@@ -155,12 +174,12 @@ def settle(rules, prices, track, work, gpu, budget_w, ttt_steps, knob_level, raw
     load = arrived / rules.capacity
     late_share = missed / max(1.0, answered + work.expired_interactive + work.expired_deferrable)
     first = step == 0
-    track.load_fast = load if first else _average(track.load_fast, load, dt, 5.0)
-    track.load_slow = load if first else _average(track.load_slow, load, dt, 30.0)
-    track.late_share_slow = _average(track.late_share_slow, late_share, dt, 30.0)
-    track.power_slow_w = _average(track.power_slow_w, gpu.power_w, dt, 20.0)
+    track.load_fast = load if first else approach(track.load_fast, load, rules.keep_5s)
+    track.load_slow = load if first else approach(track.load_slow, load, rules.keep_30s)
+    track.late_share_slow = approach(track.late_share_slow, late_share, rules.keep_30s)
+    track.power_slow_w = approach(track.power_slow_w, gpu.power_w, rules.keep_20s)
     track.energy_j += gpu.energy_j
-    track.ttt_effort = _average(track.ttt_effort, 1.0 if ttt_steps > 0 else 0.0, dt, 30.0)
+    track.ttt_effort = approach(track.ttt_effort, 1.0 if index[_TTT_STEPS] > 0 else 0.0, rules.keep_30s)
     indicator, change = 0.0, 0.0
     if answered > 0:
         if track.answered_sum > 0.0:
@@ -168,7 +187,7 @@ def settle(rules, prices, track, work, gpu, budget_w, ttt_steps, knob_level, raw
         track.confidence = work.confidence
         slow = work.confidence if track.answered_sum == 0.0 else track.confidence_slow
         indicator = work.confidence - slow
-        track.confidence_slow = _average(slow, work.confidence, dt, 20.0)
+        track.confidence_slow = approach(slow, work.confidence, rules.keep_20s)
         track.confidence_sum += work.confidence * answered
         track.answered_sum += answered
     margin = rules.limit_c - gpu.temp_c
@@ -196,23 +215,34 @@ def settle(rules, prices, track, work, gpu, budget_w, ttt_steps, knob_level, raw
     track.temp_c = gpu.temp_c
     track.step = step + 1
     look_ahead(rules, budget_w, step + 1, raw)
-    _knob_fields(knob_level, raw)
+    _knob_fields(rules, index, raw)
     raw.time_left = 1.0 - track.step / rules.steps
     return reward
 
 
 @jit
-def _knob_fields(knob_level, raw):
-    """Fill the knob levels, in the order of the knob table."""
-    raw.routing_bias_level = knob_level[0]
-    raw.batch_size_level = knob_level[1]
-    raw.expert_count_level = knob_level[2]
-    raw.ttt_steps_level = knob_level[3]
-    raw.pace_level = knob_level[4]
-    raw.sm_clock_level = knob_level[5]
+def _knob_fields(rules, index, raw):
+    """Fill the knob levels as shares of the highest, in the order of the knob table."""
+    highest = rules.highest_level
+    raw.routing_bias_level = index[0] / highest[0]
+    raw.batch_size_level = index[1] / highest[1]
+    raw.expert_count_level = index[2] / highest[2]
+    raw.ttt_steps_level = index[3] / highest[3]
+    raw.pace_level = index[4] / highest[4]
+    raw.sm_clock_level = index[5] / highest[5]
 
 
-def knob_level(problem: Problem, index: np.ndarray) -> np.ndarray:
-    """Level indices [..., knobs] as shares of each knob's highest level."""
-    highest = np.array([max(1, len(problem.knobs.levels[name]) - 1) for name in KNOB_NAMES])
-    return index / highest
+@jit
+def begin_one(rules, track, gpu, budget_w, index, raw):
+    """`begin` for arrays of one record, which cross into compiled code cheaper; returns the stage."""
+    begin(rules[0], track[0], gpu[0], budget_w, index, raw[0])
+    return int(track[0].stage)
+
+
+@jit
+def settle_one(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw, terms, cost):
+    """`settle` for arrays of one record; returns (reward, stage)."""
+    reward = settle(
+        rules[0], prices[0], quality_floor, track[0], work[0], gpu[0], budget_w, index, raw[0], terms, cost
+    )
+    return reward, int(track[0].stage)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe.queueing import copy_row, jit
 from moe.workload import Knobs
 
 if TYPE_CHECKING:
@@ -49,6 +51,50 @@ def knob_levels(profile: Profile) -> dict[str, tuple[float, ...]]:
     }
 
 
+@jit
+def _decode_levels(actions, nvec, columns, default, index):
+    """Fill `index` [n, knobs] from levels [n, controlled]; False where an action is not of the space."""
+    for i in range(actions.shape[0]):
+        copy_row(index[i], default)
+        for c in range(actions.shape[1]):
+            level = int(actions[i, c])
+            if not 0 <= level < nvec[c] or level != actions[i, c]:
+                return False
+            index[i, columns[c]] = level
+    return True
+
+
+@jit
+def _decode_flat(actions, nvec, columns, default, index):
+    """Same from flat numbers [n, 1] of a combination of levels, the last knob varying fastest."""
+    combinations = nvec.prod()
+    for i in range(actions.shape[0]):
+        rest = int(actions[i, 0])
+        if not 0 <= rest < combinations or rest != actions[i, 0]:
+            return False
+        copy_row(index[i], default)
+        for c in range(nvec.shape[0] - 1, -1, -1):
+            index[i, columns[c]] = rest % nvec[c]
+            rest //= nvec[c]
+    return True
+
+
+@jit
+def _decode_box(actions, nvec, columns, default, index):
+    """Same from [-1, 1] [n, controlled], divided evenly among the levels."""
+    for i in range(actions.shape[0]):
+        copy_row(index[i], default)
+        for c in range(actions.shape[1]):
+            if not abs(actions[i, c]) <= 1.0 + 1e-6:
+                return False
+            level = int((actions[i, c] + 1.0) * 0.5 * nvec[c])
+            index[i, columns[c]] = min(max(level, 0), nvec[c] - 1)
+    return True
+
+
+_DECODERS = {"multi_discrete": _decode_levels, "discrete": _decode_flat, "box": _decode_box}
+
+
 @dataclass(frozen=True)
 class KnobTable:
     """Levels of all knobs, which of them are controlled, and where the others stay."""
@@ -72,7 +118,23 @@ class KnobTable:
             default.append(levels[name].index(value))
         return cls(levels, scenario.knobs, tuple(default))
 
-    @property
+    @cached_property
+    def level_table(self) -> np.ndarray:
+        """Levels of all knobs, float [knobs, most levels], rows in `KNOB_NAMES` order filled up with 0."""
+        table = np.zeros((len(KNOB_NAMES), max(len(levels) for levels in self.levels.values())))
+        for row, name in enumerate(KNOB_NAMES):
+            table[row, : len(self.levels[name])] = self.levels[name]
+        return table
+
+    @cached_property
+    def _columns(self) -> np.ndarray:
+        return np.array([KNOB_NAMES.index(name) for name in self.controlled], np.int64)
+
+    @cached_property
+    def _default(self) -> np.ndarray:
+        return np.array(self.default_index, np.int64)
+
+    @cached_property
     def nvec(self) -> np.ndarray:
         """Number of levels per controlled knob."""
         return np.array([len(self.levels[name]) for name in self.controlled], np.int64)
@@ -102,32 +164,46 @@ class KnobTable:
         actions = np.asarray(actions)
         nvec = self.nvec
         if mode == "discrete":
-            if actions.ndim != 1 or np.any(actions < 0) or np.any(actions >= nvec.prod()):
-                raise ValueError(f"an action must be an integer in [0, {int(nvec.prod())}), got {actions!r}")
-            chosen = np.stack(np.unravel_index(actions.astype(np.int64), tuple(nvec)), axis=1)
+            if actions.ndim != 1:
+                raise ValueError(f"actions must be integers, one per environment, got shape {actions.shape}")
+            actions = actions[:, None]
         elif actions.ndim != 2 or actions.shape[1] != len(nvec):
             raise ValueError(
                 f"an action must have {len(nvec)} entries {self.controlled}, got shape {actions.shape}"
             )
-        elif mode == "box":
-            if not np.all(np.isfinite(actions)) or np.any(np.abs(actions) > 1.0 + 1e-6):
-                raise ValueError(f"every entry of a box action must lie in [-1, 1], got {actions!r}")
-            chosen = np.clip(np.floor((actions + 1.0) * 0.5 * nvec), 0, nvec - 1).astype(np.int64)
+        if actions.dtype.kind in "iub":
+            actions = actions.astype(np.int64, copy=False)
         else:
-            if np.any(actions < 0) or np.any(actions >= nvec) or np.any(actions != np.floor(actions)):
-                raise ValueError(
-                    f"every level must lie in [0, {nvec.tolist()}) for {self.controlled}, got {actions!r}"
-                )
-            chosen = actions.astype(np.int64)
-        full = np.tile(np.array(self.default_index, np.int64), (len(chosen), 1))
-        full[:, [KNOB_NAMES.index(name) for name in self.controlled]] = chosen
-        return full
+            actions = actions.astype(np.float64, copy=False)
+        index = np.empty((len(actions), len(KNOB_NAMES)), np.int64)
+        if not _DECODERS[mode](actions, nvec, self._columns, self._default, index):
+            raise ValueError(f"{self._rule(mode)}, got {actions!r}")
+        return index
+
+    def _rule(self, mode: str) -> str:
+        """What actions must be."""
+        if mode == "discrete":
+            return f"an action must be an integer in [0, {int(self.nvec.prod())})"
+        if mode == "box":
+            return "every entry of a box action must lie in [-1, 1]"
+        return f"every level must lie in [0, {self.nvec.tolist()}) for {self.controlled}"
 
     def knobs(self, index: np.ndarray) -> Knobs:
         """The `Knobs` of one row of level indices."""
-        value = {name: self.levels[name][i] for name, i in zip(KNOB_NAMES, index, strict=True)}
-        whole = {name: int(value[name]) for name in ("batch_size", "expert_count", "ttt_steps")}
-        return Knobs(**{**value, **whole})
+        key = tuple(index.tolist())
+        if key not in self._known:
+            value = {name: self.levels[name][i] for name, i in zip(KNOB_NAMES, key, strict=True)}
+            whole = {name: int(value[name]) for name in ("batch_size", "expert_count", "ttt_steps")}
+            self._known[key] = Knobs(**{**value, **whole})
+        return self._known[key]
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, ...], Knobs]:
+        return {}
+
+    def index(self, knobs: Knobs) -> np.ndarray:
+        """Level index of every knob, int64 [knobs]; a value that is no level is refused by `ValueError`."""
+        return np.array([self.levels[name].index(float(getattr(knobs, name))) for name in KNOB_NAMES])
 
     def action(self, **wanted: float) -> np.ndarray:
         """The multi-discrete action nearest to the wanted values; others as in the static service.

@@ -34,9 +34,21 @@ _VOLTAGE_FLOOR = 0.7
 
 
 @jit
+def decay(dt_s, tau_s):
+    """Share of a node's distance from its target that is left after `dt_s`."""
+    return math.exp(-dt_s / tau_s)
+
+
+@jit
+def approach(x, target, keep):
+    """First-order approach of `x` to a constant `target`, exact; `keep` is the `decay` over the step."""
+    return target + (x - target) * keep
+
+
+@jit
 def relax(x, target, dt_s, tau_s):
     """First-order approach of `x` to `target` over `dt_s`, exact for a constant target."""
-    return target + (x - target) * math.exp(-dt_s / tau_s)
+    return approach(x, target, decay(dt_s, tau_s))
 
 
 @jit

@@ -15,19 +15,30 @@ from thermoe_env.errors import ScenarioError
 from thermoe_env.knobs import KnobTable
 from thermoe_env.scenario import Scenario, config_path
 
+NODES_PER_OCTAVE = 8
+
 
 class Tables(NamedTuple):
     """The profile at the knobs' levels, as compiled code reads it. B biases, else as in `Profile`."""
 
-    batch_size: np.ndarray  # [N]
-    latency_s: np.ndarray  # [N, K, B]
-    energy_j: np.ndarray  # [N, K, B]
-    ttt_latency_s: np.ndarray  # [N, K]
-    ttt_energy_j: np.ndarray  # [N, K]
-    answer_pure: np.ndarray  # [S, Q, K, B, 3], as the next two see `moe.adaptation`
+    cost: np.ndarray
+    """[K, B, M, 4] cost of a micro-batch at the sizes of `batch_nodes`: latency in s, energy in J, and the
+    same of one adaptation step."""
+    answer_pure: np.ndarray  # [S, Q, K, B, 3], as the next see `moe.adaptation`
     answer_mixed: np.ndarray  # [S, M, G, 3]
-    adapt_rate: np.ndarray  # [S]
+    adapt_rate: float
+    """Share of the norms' statistics that one adaptation step replaces."""
     load_imbalance: np.ndarray  # [K, B]
+
+
+def batch_nodes(largest: int) -> np.ndarray:
+    """Batch sizes from 1 to `largest` at which costs are tabled: `NODES_PER_OCTAVE` evenly in each octave.
+
+    Costs are straight lines between measured sizes; those that are no node are rounded off by the next ones.
+    """
+    octaves = int(np.ceil(np.log2(max(2, largest))))
+    step = np.arange(octaves * NODES_PER_OCTAVE + 2)
+    return 2.0 ** (step // NODES_PER_OCTAVE) * (1.0 + step % NODES_PER_OCTAVE / NODES_PER_OCTAVE)
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,13 @@ class Problem:
         return self.capacity_rps * float(floor + self.scenario.feasible.quality_margin)
 
     @cached_property
+    def expert_tokens(self) -> np.ndarray:
+        """[K, B, L, E] tokens that one answer sends to each expert of each layer, at the knobs' levels."""
+        p, bias = self.profile, np.array(self.knobs.levels["routing_bias"])
+        share = np.apply_along_axis(lambda row: np.interp(bias, p.routing_bias, row), 1, p.expert_share)
+        return share * p.expert_count[:, None, None, None]
+
+    @cached_property
     def tables(self) -> Tables:
         """The profile interpolated to the levels of the knobs, for compiled code."""
         p, bias = self.profile, np.array(self.knobs.levels["routing_bias"])
@@ -125,20 +143,37 @@ class Problem:
                 np.apply_along_axis(lambda row: np.interp(bias, measured, row), axis, table)
             )
 
+        def at_nodes(table: np.ndarray) -> np.ndarray:
+            """Interpolate axis 0 (measured batch sizes) to the nodes.
+
+            Below the smallest measured batch the smallest one's cost stands: latency has a floor there.
+            """
+            at = batch_nodes(int(p.batch_size[-1]))
+            return np.apply_along_axis(lambda column: np.interp(at, p.batch_size, column), 0, table)
+
+        def per_step(table: np.ndarray | None) -> np.ndarray:
+            """Cost of an adaptation step, [M, K, B]; it does not depend on the bias."""
+            shape = len(batch_nodes(int(p.batch_size[-1]))), len(p.expert_count), len(bias)
+            if table is None:
+                return np.zeros(shape)
+            return np.broadcast_to(at_nodes(table)[:, :, None], shape)
+
         if p.energy_j is None:
             raise ProfileError(f"the profile of {p.device} holds no energies, so no twin can run on it")
-        shape = (len(p.batch_size), len(p.expert_count))
         share = p.expert_share * p.expert_share.shape[-1]  # [K, R, L, E], 1 = even
         imbalance = share.std(axis=-1).mean(axis=-1)  # [K, R]
         answers = tabulate(p.quality(), p.mixture, p.own_k)
+        cost = np.stack(
+            [
+                at_nodes(at_bias(p.latency_s, p.cost_bias, 2)), at_nodes(at_bias(p.energy_j, p.cost_bias, 2)),
+                per_step(p.ttt_latency_s), per_step(p.ttt_energy_j),
+            ],
+            axis=-1,
+        )  # fmt: skip
         return Tables(
-            p.batch_size,
-            at_bias(p.latency_s, p.cost_bias, 2),
-            at_bias(p.energy_j, p.cost_bias, 2),
-            np.zeros(shape) if p.ttt_latency_s is None else p.ttt_latency_s,
-            np.zeros(shape) if p.ttt_energy_j is None else p.ttt_energy_j,
+            np.ascontiguousarray(cost.transpose(1, 2, 0, 3)),
             at_bias(answers.answer_pure, p.routing_bias, 3),
             answers.answer_mixed,
-            np.full(len(p.shifts), p.adapt_rate or 0.0),
+            p.adapt_rate or 0.0,
             at_bias(imbalance, p.routing_bias, 1),
         )

@@ -11,262 +11,305 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe.adaptation import adapt, answer_quality, start_unadapted
+from moe.batching import (
+    full_launches,
+    late_in_backlog,
+    late_in_regular_group,
+    launches_before_end,
+    taken_by,
+    trigger_period,
+)
 from moe.queueing import (
-    DEFERRABLE,
-    INTERACTIVE,
     SLOT_S,
-    arrived_by,
+    arrived_in_slot,
     expire,
+    fill,
+    inlined,
     jit,
-    late_count,
     next_launch,
-    oldest_arrival,
+    oldest_in_slot,
     record_latencies,
 )
 from moe.traffic import RequestStream, draw_stream
-from moe.workload import LATENCY_EDGES_S, STAT_NAMES, Knobs, WorkStats
+from moe.workload import LATENCY_EDGES_S, STAT_NAMES, Knobs, WorkStats, frozen
+from moe.adaptation import adapt, answer_quality, start_unadapted
+from thermoe_env.interval import as_record
 from thermoe_env.knobs import KNOB_NAMES
 from thermoe_env.physics import clock_power_factor
-from thermoe_env.problem import Problem, Tables
+from thermoe_env.problem import NODES_PER_OCTAVE, Problem, Tables
 
 WORK_DTYPE = np.dtype([(name, np.float64) for name in STAT_NAMES])
 HISTOGRAM_BINS = len(LATENCY_EDGES_S) + 1
 
 SERVER_DTYPE = np.dtype(
-    [(name, np.float64) for name in ("time_s", "free_at_s", "carry_until_s", "carry_power_w")]
+    [(name, np.int64) for name in ("slot", "next_0", "next_1", "head_0", "head_1")]
+    + [(name, np.float64) for name in ("free_in_s", "tail_s", "tail_power_w")]
 )
-"""State of the server: its clock, when the device is free, the running batch's tail."""
+"""State of the server: the slot to come; per class the first unserved request, and a slot not later than its;
+when the device is free; what the running batch still needs, and its power."""
+
+ALIKE = 0.02
+"""Sizes of batches that differ by less than this share are taken as one size."""
+
+
+_ONE = int(np.float64(1.0).view(np.int64))
+_NODE_BITS = 52 - int(math.log2(NODES_PER_OCTAVE))
+_IN_NODE, _PER_NODE = 2**_NODE_BITS - 1, 2.0**-_NODE_BITS
 
 
 class Terms(NamedTuple):
-    """Terms of service per class, as compiled code reads them."""
+    """Terms of service of class 0 (interactive) and 1 (deferrable), as compiled code reads them."""
 
-    deadline_s: np.ndarray  # [2]
-    max_wait_s: np.ndarray  # [2]
-    expire_after_s: np.ndarray  # [2]
+    deadline_0: float
+    deadline_1: float
+    max_wait_0: float
+    max_wait_1: float
+    expire_after_0: float
+    expire_after_1: float
     slots: int
     """Slots per interval."""
 
 
-class KnobLevels(NamedTuple):
-    """One row of knobs: values where physics needs them, level indices where tables do."""
+@inlined
+def batch_cost(cost, n):
+    """Cost of a micro-batch of `n` requests (a mean over several need not be whole), at full clock.
 
-    bias_index: int
-    batch_size: int
-    expert_index: int
-    ttt_steps: int
-    pace: float
-    sm_clock: float
+    Args:
+        cost: float [M, 4], `Tables.cost` under the knobs in force.
+        n: requests, at least 1.
 
-
-@jit
-def _table_row(batch_size, n):
-    """Lower neighbour of n in the batch axis and the weight of the upper one."""
-    last = batch_size.shape[0] - 1
-    if n <= batch_size[0] or last == 0:
-        return 0, 0.0
-    if n >= batch_size[last]:
-        return last - 1, 1.0
-    i = 0
-    while batch_size[i + 1] < n:
-        i += 1
-    return i, (n - batch_size[i]) / (batch_size[i + 1] - batch_size[i])
-
-
-@jit
-def _batch_cost(tables, n, knobs, clock):
-    """(latency, adaptation latency, energy of both) of a micro-batch of n requests, in s, s and J.
-
-    Below the smallest measured batch the smallest one's cost stands: latency has a floor there.
+    Returns:
+        (latency in s, energy in J, and the same of one adaptation step)
     """
-    i, w = _table_row(tables.batch_size, n)
-    j = min(i + 1, tables.batch_size.shape[0] - 1)
-    k, b = knobs.expert_index, knobs.bias_index
-    latency = ((1.0 - w) * tables.latency_s[i, k, b] + w * tables.latency_s[j, k, b]) / clock
-    energy = (1.0 - w) * tables.energy_j[i, k, b] + w * tables.energy_j[j, k, b]
-    ttt_latency = (
-        knobs.ttt_steps * ((1.0 - w) * tables.ttt_latency_s[i, k] + w * tables.ttt_latency_s[j, k]) / clock
+    # Exponent and first bits of the fraction of a float are the octave and the node in it.
+    bits = np.float64(n).view(np.int64) - _ONE
+    i, w = bits >> _NODE_BITS, (bits & _IN_NODE) * _PER_NODE
+    return (
+        cost[i, 0] + w * (cost[i + 1, 0] - cost[i, 0]),
+        cost[i, 1] + w * (cost[i + 1, 1] - cost[i, 1]),
+        cost[i, 2] + w * (cost[i + 1, 2] - cost[i, 2]),
+        cost[i, 3] + w * (cost[i + 1, 3] - cost[i, 3]),
     )
-    ttt_energy = knobs.ttt_steps * ((1.0 - w) * tables.ttt_energy_j[i, k] + w * tables.ttt_energy_j[j, k])
-    return latency, ttt_latency, (energy + ttt_energy) * clock_power_factor(clock) / clock
-
-
-@jit
-def _deposit(slot_energy, origin_s, start_s, end_s, power_w):
-    """Spread constant power over the interval's slots; returns the seconds that fell inside it."""
-    slots = slot_energy.shape[0]
-    inside = 0.0
-    first = max(0, int((start_s - origin_s) / SLOT_S))
-    for s in range(first, slots):
-        low = max(start_s, origin_s + s * SLOT_S)
-        high = min(end_s, origin_s + (s + 1) * SLOT_S)
-        if high <= low:
-            if low >= end_s:
-                break
-            continue
-        slot_energy[s] += power_w * (high - low)
-        inside += high - low
-    return inside
-
-
-@jit
-def _take(arrivals, next_request, head_slot, t, room, completion, deadline_s, histogram):
-    """Serve up to `room` waiting requests of one class; returns (taken, late among them)."""
-    first = next_request
-    last = min(arrived_by(arrivals, t), first + room)
-    if last <= first:
-        return 0, 0, head_slot
-    late = late_count(arrivals, first, last, completion, deadline_s)
-    return last - first, late, record_latencies(arrivals, first, last, head_slot, completion, histogram)
 
 
 @jit
 def serve(
-    tables, terms, arrivals, shift, next_request, head_slot, server, weights, knobs, clock, serve_deferrable,
-    work, histogram, slot_energy,
+    tables, terms, levels, index, arrivals, shift, clock, serve_deferrable, weights, server, work, histogram,
+    slot_energy,
 ):  # fmt: skip
     """Serve one interval of the request stream at the profile's cost.
 
     Args:
         tables: `Tables`.
         terms: `Terms`.
+        levels: float [knobs, most levels], `KnobTable.level_table`.
+        index: int64 [knobs], level of every knob.
         arrivals: int32 [2, slots + 1], the whole stream.
         shift: index of the input shift in force.
-        next_request: int64 [2], first unserved request per class; updated.
-        head_slot: int64 [2], a slot not later than that request's; updated.
-        server: record of `SERVER_DTYPE`; updated.
-        weights: float [Q], state of the adaptation; updated.
-        knobs: `KnobLevels`.
         clock: clock fraction that throttling leaves.
         serve_deferrable: whether deferrable requests are served.
-        work: record of `WORK_DTYPE`, zeroed by the caller; filled.
-        histogram: int64 [bins]; added to.
-        slot_energy: float [slots per interval], zeroed by the caller; filled with J above idle.
+        weights: float64 [S + 1], the adaptation; updated.
+        server: record of `SERVER_DTYPE`; updated.
+        work: record of `WORK_DTYPE`; filled.
+        histogram: int64 [bins], added to; without bins no latencies are recorded.
+        slot_energy: float [slots per interval]; filled with J above idle.
     """
-    origin = server.time_s
-    end = origin + terms.slots * SLOT_S
-    clock = min(clock, knobs.sm_clock)
-    work.busy_s += _deposit(slot_energy, origin, origin, server.carry_until_s, server.carry_power_w)
-    served, confidence, entropy = 0, 0.0, 0.0
-    for s in range(terms.slots):
-        slot_start = origin + s * SLOT_S
-        slot_end = slot_start + SLOT_S
-        for c in range(2):
-            next_request[c], head_slot[c], expired = expire(
-                arrivals[c], next_request[c], head_slot[c], slot_start, terms.expire_after_s[c]
-            )
-            if c == INTERACTIVE:
-                work.expired_interactive += expired
-            else:
-                work.expired_deferrable += expired
-        now = max(slot_start, server.free_at_s)
-        while now < slot_end:
-            t = next_launch(
-                arrivals,
-                next_request,
-                head_slot,
-                now,
-                slot_end,
-                knobs.batch_size,
-                terms.max_wait_s,
-                serve_deferrable,
-            )
-            if t >= slot_end:
-                break
-            waiting = arrived_by(arrivals[0], t) - next_request[0]
+    bias, experts = index[0], index[2]
+    batch_size, ttt_steps, pace = int(levels[1, index[1]]), int(levels[3, index[3]]), levels[4, index[4]]
+    clock = min(clock, levels[5, index[5]])
+    stretch, slower = 1.0 / clock, 1.0 / pace
+    energy_factor = clock_power_factor(clock) * stretch
+    cost = tables.cost[experts, bias]
+    arrivals_0, arrivals_1 = arrivals[0], arrivals[1]
+    next_0, next_1, head_0, head_1 = server.next_0, server.next_1, server.head_0, server.head_1
+    free_in, tail, tail_power = server.free_in_s, server.tail_s, server.tail_power_w
+    first_slot = server.slot
+    end_slot = first_slot + terms.slots
+    served_0, served_1, late_0, late_1, expired_0, expired_1, batches = 0, 0, 0, 0, 0, 0, 0
+    busy, ttt_busy, correct, good, confidence, entropy = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for slot in range(first_slot, end_slot):
+        next_0, head_0, gone = expire(arrivals_0, next_0, head_0, slot * SLOT_S, terms.expire_after_0)
+        expired_0 += gone
+        next_1, head_1, gone = expire(arrivals_1, next_1, head_1, slot * SLOT_S, terms.expire_after_1)
+        expired_1 += gone
+        in_slot_0, in_slot_1 = arrivals_0[slot + 1] - arrivals_0[slot], 0
+        if serve_deferrable:
+            in_slot_1 = arrivals_1[slot + 1] - arrivals_1[slot]
+        quality = answer_quality(tables, weights, shift, experts, bias)
+        inside = min(tail, SLOT_S)
+        tail -= inside
+        busy += inside
+        energy = inside * tail_power
+        launched, now = 0, free_in
+        while now < SLOT_S:
+            queued_0, queued_1, due_1 = arrivals_0[slot] - next_0, 0, math.inf
+            due_0, head_0 = oldest_in_slot(arrivals_0, next_0, head_0, slot)
+            due_0 += terms.max_wait_0
             if serve_deferrable:
-                waiting += arrived_by(arrivals[1], t) - next_request[1]
-            n = min(waiting, knobs.batch_size)
-            latency, ttt_latency, energy = _batch_cost(tables, n, knobs, clock)
-            completion = t + latency
-            quality, sure, unsure = answer_quality(
-                tables, weights, shift, knobs.expert_index, knobs.bias_index
+                queued_1 = arrivals_1[slot] - next_1
+                due_1, head_1 = oldest_in_slot(arrivals_1, next_1, head_1, slot)
+                due_1 += terms.max_wait_1
+            arrived = arrived_in_slot(in_slot_0, now) + arrived_in_slot(in_slot_1, now)
+            start = next_launch(
+                now, batch_size, queued_0 + queued_1, in_slot_0 + in_slot_1, arrived, min(due_0, due_1)
             )
-            room = knobs.batch_size
-            for c in range(2):
-                if c == DEFERRABLE and not serve_deferrable:
-                    continue
-                taken, late, head_slot[c] = _take(
-                    arrivals[c],
-                    next_request[c],
-                    head_slot[c],
-                    t,
-                    room,
-                    completion,
-                    terms.deadline_s[c],
-                    histogram,
+            if start >= SLOT_S:
+                break
+            first_0, first_1 = taken_by(start, batch_size, queued_0, in_slot_0, queued_1, in_slot_1)
+            first = first_0 + first_1
+            if first == 0:  # rounding: the request that is due arrives a moment later
+                now = start + 1e-9
+                continue
+            latency, joules, ttt_latency, ttt_joules = batch_cost(cost, first)
+            needs = (latency + ttt_steps * ttt_latency) * stretch
+            launches, period = 1, needs * slower
+            full, crowded = first == batch_size, first_0 == batch_size
+            rate_0, rate_1 = in_slot_0 / SLOT_S, in_slot_1 / SLOT_S
+            if crowded:
+                waiting = queued_0 + arrived_in_slot(in_slot_0, start)
+                launches = full_launches(start, period, waiting, rate_0, batch_size)
+            elif full and rate_0 * period <= batch_size:
+                waiting = queued_0 + queued_1 + arrived_in_slot(in_slot_0, start)
+                waiting += arrived_in_slot(in_slot_1, start)
+                launches = full_launches(start, period, waiting, rate_0 + rate_1, batch_size)
+            elif not full and in_slot_0 + in_slot_1 > 0:
+                # A device that is busy for longer than requests wait launches whenever it is free.
+                period = max(
+                    period, trigger_period(batch_size, rate_0, rate_1, terms.max_wait_0, terms.max_wait_1)
                 )
-                next_request[c] += taken
-                room -= taken
-                work.good += quality * (taken - late)
-                if c == INTERACTIVE:
-                    work.answered_interactive += taken
-                    work.late_interactive += late
-                else:
-                    work.answered_deferrable += taken
-                    work.late_deferrable += late
-            served += n
-            work.correct += quality * n
-            confidence += n * sure
-            entropy += n * unsure
-            done = completion + ttt_latency
-            work.busy_s += _deposit(slot_energy, origin, t, done, energy / (done - t))
-            work.ttt_busy_s += ttt_latency
-            work.ttt_steps += knobs.ttt_steps
-            work.batches += 1.0
-            adapt(weights, shift, knobs.ttt_steps, tables.adapt_rate[shift])
-            server.carry_until_s = done
-            server.carry_power_w = energy / (done - t)
-            server.free_at_s = t + (done - t) / knobs.pace
-            now = server.free_at_s
-    if served > 0:
-        work.batch_fill = served / (work.batches * knobs.batch_size)
-        work.confidence = confidence / served
-        work.entropy = entropy / served
-        work.load_imbalance = tables.load_imbalance[knobs.expert_index, knobs.bias_index]
-    server.time_s = end
-    first = round(origin / SLOT_S)
-    work.arrived_interactive = arrivals[0, first + terms.slots] - arrivals[0, first]
-    work.arrived_deferrable = arrivals[1, first + terms.slots] - arrivals[1, first]
-    work.waiting_interactive = arrived_by(arrivals[0], end) - next_request[0]
-    work.waiting_deferrable = arrived_by(arrivals[1], end) - next_request[1]
-    work.oldest_interactive_s = max(
-        0.0, end - oldest_arrival(arrivals[0], next_request[0], head_slot[0], end)
-    )
-    work.oldest_deferrable_s = max(0.0, end - oldest_arrival(arrivals[1], next_request[1], head_slot[1], end))
+                expected = (rate_0 + rate_1) * period
+                if abs(expected - first) <= ALIKE * first + 1.0 and expected <= batch_size + 0.5:
+                    launches = launches_before_end(start, period)
+            last = start + (launches - 1) * period
+            taken_0, taken_1 = first_0, first_1
+            if launches > 1:
+                taken_0, taken_1 = taken_by(
+                    last, launches * batch_size, queued_0, in_slot_0, queued_1, in_slot_1
+                )
+                if not full:
+                    mean = min((taken_0 + taken_1) / launches, 1.0 * batch_size)
+                    latency, joules, ttt_latency, ttt_joules = batch_cost(cost, max(1.0, mean))
+                    # The period was set by the first batch: the mean one may not overlap with the next.
+                    needs = min((latency + ttt_steps * ttt_latency) * stretch, period * pace)
+            latency, ttt_latency = latency * stretch, ttt_steps * ttt_latency * stretch
+            joules = (joules + ttt_steps * ttt_joules) * energy_factor
+            if crowded:
+                group_late_0 = late_in_backlog(
+                    arrivals_0, slot, next_0, head_0, taken_0, start, period, launches, latency,
+                    terms.deadline_0,
+                )  # fmt: skip
+            else:
+                group_late_0 = late_in_regular_group(
+                    arrivals_0, slot, next_0, first_0, taken_0, start, period, launches, latency,
+                    terms.deadline_0,
+                )  # fmt: skip
+            if full:
+                group_late_1 = late_in_backlog(
+                    arrivals_1, slot, next_1, head_1, taken_1, start, period, launches, latency,
+                    terms.deadline_1,
+                )  # fmt: skip
+            else:
+                group_late_1 = late_in_regular_group(
+                    arrivals_1, slot, next_1, first_1, taken_1, start, period, launches, latency,
+                    terms.deadline_1,
+                )  # fmt: skip
+            if histogram.shape[0] > 0:
+                _record_group(
+                    arrivals_0, arrivals_1, slot, next_0, next_1, head_0, head_1, queued_0, in_slot_0,
+                    queued_1, in_slot_1, batch_size, start, period, launches, latency, histogram,
+                )  # fmt: skip
+            taken = taken_0 + taken_1
+            next_0 += taken_0
+            next_1 += taken_1
+            served_0 += taken_0
+            served_1 += taken_1
+            late_0 += group_late_0
+            late_1 += group_late_1
+            correct += quality[0] * taken
+            good += quality[0] * (taken - group_late_0 - group_late_1)
+            confidence += quality[1] * taken
+            entropy += quality[2] * taken
+            launched += launches
+            ttt_busy += launches * ttt_latency
+            # All batches but the last end within the slot.
+            inside = min(needs, SLOT_S - last)
+            tail, tail_power = needs - inside, joules / needs
+            busy += (launches - 1) * needs + inside
+            energy += (launches - 1) * joules + inside * tail_power
+            now = last + needs * slower
+        free_in = max(0.0, now - SLOT_S)
+        slot_energy[slot - first_slot] = energy
+        batches += launched
+        if launched * ttt_steps > 0:
+            adapt(weights, shift, launched * ttt_steps, tables.adapt_rate)
+    server.next_0, server.next_1, server.head_0, server.head_1 = next_0, next_1, head_0, head_1
+    server.slot, server.free_in_s, server.tail_s, server.tail_power_w = end_slot, free_in, tail, tail_power
+    served = served_0 + served_1
+    work.arrived_interactive = arrivals_0[end_slot] - arrivals_0[first_slot]
+    work.arrived_deferrable = arrivals_1[end_slot] - arrivals_1[first_slot]
+    work.answered_interactive, work.answered_deferrable = served_0, served_1
+    work.late_interactive, work.late_deferrable = late_0, late_1
+    work.expired_interactive, work.expired_deferrable = expired_0, expired_1
+    work.waiting_interactive = arrivals_0[end_slot] - next_0
+    work.waiting_deferrable = arrivals_1[end_slot] - next_1
+    work.oldest_interactive_s = max(0.0, SLOT_S - oldest_in_slot(arrivals_0, next_0, head_0, end_slot - 1)[0])
+    work.oldest_deferrable_s = max(0.0, SLOT_S - oldest_in_slot(arrivals_1, next_1, head_1, end_slot - 1)[0])
+    work.correct, work.good, work.batches = correct, good, batches
+    work.batch_fill = served / (max(1, batches) * batch_size)
+    work.busy_s, work.ttt_busy_s, work.ttt_steps = busy, ttt_busy, batches * ttt_steps
+    work.confidence, work.entropy = confidence / max(1, served), entropy / max(1, served)
+    work.load_imbalance = tables.load_imbalance[experts, bias] if served > 0 else 0.0
+    work.sm_clock = clock
     work.shift_id = shift
 
 
-def terms_of(problem: Problem) -> Terms:
-    """Terms of service of a scenario."""
+@jit
+def _record_group(
+    arrivals_0, arrivals_1, slot, next_0, next_1, head_0, head_1, queued_0, in_slot_0, queued_1, in_slot_1,
+    batch_size, start, period, launches, latency, histogram,
+):  # fmt: skip
+    """Add the latencies of a group's requests to `histogram`, batch by batch."""
+    done_0, done_1 = 0, 0
+    for number in range(launches):
+        t = start + number * period
+        upto_0, upto_1 = taken_by(t, (number + 1) * batch_size, queued_0, in_slot_0, queued_1, in_slot_1)
+        answered_at = slot * SLOT_S + t + latency
+        record_latencies(arrivals_0, next_0 + done_0, next_0 + upto_0, head_0, answered_at, histogram)
+        record_latencies(arrivals_1, next_1 + done_1, next_1 + upto_1, head_1, answered_at, histogram)
+        done_0, done_1 = max(done_0, upto_0), max(done_1, upto_1)
+
+
+@jit
+def start_service(weights, server):
+    """Set one server to an idle device with an empty queue and an unadapted model, at time 0."""
+    start_unadapted(weights)
+    server.slot = server.next_0 = server.next_1 = server.head_0 = server.head_1 = 0
+    server.free_in_s = server.tail_s = server.tail_power_w = 0.0
+
+
+def terms_of(problem: Problem) -> np.ndarray:
+    """`Terms` of service of a scenario, as an array of one record."""
     service = problem.scenario.service
     slots = round(problem.scenario.interval_s / SLOT_S)
-    return Terms(
-        np.array(service.deadline_s), np.array(service.max_wait_s), np.array(service.expire_after_s), slots
-    )
+    return as_record(Terms(*service.deadline_s, *service.max_wait_s, *service.expire_after_s, slots))
 
 
-def knob_levels_row(problem: Problem, index: np.ndarray) -> KnobLevels:
-    """`KnobLevels` of one row of level indices (in `KNOB_NAMES` order)."""
-    at = dict(zip(KNOB_NAMES, index, strict=True))
-    level = {name: problem.knobs.levels[name][at[name]] for name in KNOB_NAMES}
-    return KnobLevels(
-        int(at["routing_bias"]), int(level["batch_size"]), int(at["expert_count"]), int(level["ttt_steps"]),
-        level["pace"], level["sm_clock"],
+@jit
+def _serve_one(
+    tables, terms, levels, index, arrivals, shift_id, clock, serve_deferrable, weights, server, work,
+    histogram, slot_energy,
+):  # fmt: skip
+    """`serve` for arrays of one record: they cross into compiled code cheaper than records do."""
+    shift = shift_id[int(server[0].slot * SLOT_S)]
+    serve(
+        tables, terms[0], levels, index, arrivals, shift, clock, serve_deferrable, weights, server[0],
+        work[0], histogram, slot_energy,
     )  # fmt: skip
 
 
-def draw_episode_stream(problem: Problem, seed: int) -> RequestStream:
-    """The request stream of the episode `seed` (the live workload plays the same one)."""
-    scenario = problem.scenario
-    return draw_stream(scenario.traffic, seed, math.ceil(scenario.episode_s) + 1, problem.capacity_rps)
-
-
-def start_server(server: np.ndarray, weights: np.ndarray) -> None:
-    """Set one server record to an idle device, not adapted, at time 0."""
-    server["time_s"] = server["free_at_s"] = server["carry_until_s"] = server["carry_power_w"] = 0.0
-    start_unadapted(weights)
+@jit
+def _start_one(weights, server):
+    start_service(weights, server[0])
 
 
 class ProfiledWorkload:
@@ -278,44 +321,45 @@ class ProfiledWorkload:
         self._clock = clock
         self._tables: Tables = problem.tables
         self._terms = terms_of(problem)
-        self._server = np.zeros(1, SERVER_DTYPE)
+        self._slots = int(self._terms[0]["slots"])
+        self._known: dict[Knobs, tuple[np.ndarray, np.ndarray]] = {}
+        """Level indices, int64 [knobs], and tokens per expert of an answer, [L, E]."""
         self._weights = np.zeros(len(problem.profile.shifts) + 1)
+        self._server = np.zeros(1, SERVER_DTYPE)
+        self._work = np.zeros(1, WORK_DTYPE)
+        self._work_row = self._work.view(np.float64)
 
     def reset(self, seed: int) -> None:
         """Draw the request stream of `seed` and start with an empty queue."""
-        self._stream = draw_episode_stream(self._problem, seed)
-        self._next = np.zeros(2, np.int64)
-        self._head = np.zeros(2, np.int64)
-        start_server(self._server[0], self._weights)
+        scenario = self._problem.scenario
+        # The live workload plays the same stream.
+        self._stream: RequestStream = draw_stream(
+            scenario.traffic, seed, scenario.episode_s + 1, self._problem.capacity_rps
+        )
+        _start_one(self._weights, self._server)
 
     def run(self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True) -> WorkStats:
         """Serve one interval. `duration_s` must be the scenario's interval."""
-        if duration_s != self._problem.scenario.interval_s:
-            raise ValueError(
-                f"the profiled workload runs whole intervals of {self._problem.scenario.interval_s} s"
-            )
-        levels = self._problem.knobs.levels
-        index = np.array([levels[name].index(float(getattr(knobs, name))) for name in KNOB_NAMES])
-        work = np.zeros(1, WORK_DTYPE)
+        problem = self._problem
+        if duration_s != problem.scenario.interval_s:
+            raise ValueError(f"the profiled workload runs whole intervals of {problem.scenario.interval_s} s")
+        if knobs not in self._known:
+            index = problem.knobs.index(knobs)
+            self._known[knobs] = index, problem.expert_tokens[index[2], index[0]]
+        index, tokens = self._known[knobs]
         histogram = np.zeros(HISTOGRAM_BINS, np.int64)
-        slot_energy = np.zeros(self._terms.slots)
-        shift = int(self._stream.shift_id[int(self._server[0]["time_s"] + 1e-9)])
-        serve(
-            self._tables, self._terms, self._stream.arrivals, shift, self._next, self._head, self._server[0],
-            self._weights, knob_levels_row(self._problem, index), self._clock(), serve_deferrable, work[0],
-            histogram, slot_energy,
+        slot_energy = np.empty(self._slots)
+        _serve_one(
+            self._tables, self._terms, problem.knobs.level_table, index, self._stream.arrivals,
+            self._stream.shift_id, self._clock(), serve_deferrable, self._weights, self._server,
+             self._work, histogram, slot_energy,
         )  # fmt: skip
-        p, k = self._problem.profile, int(index[KNOB_NAMES.index("expert_count")])
-        share = np.apply_along_axis(
-            lambda row: np.interp(knobs.routing_bias, p.routing_bias, row), 0, p.expert_share[k]
-        )
-        answered = float(work[0]["answered_interactive"] + work[0]["answered_deferrable"])
-        return WorkStats(
-            **{name: float(work[0][name]) for name in STAT_NAMES},
-            latency_histogram=histogram,
-            tokens_per_expert=share * answered * knobs.expert_count,
+        values = dict(zip(STAT_NAMES, self._work_row.tolist(), strict=True))
+        answered = values["answered_interactive"] + values["answered_deferrable"]
+        return frozen(
+            WorkStats, values, latency_histogram=histogram, tokens_per_expert=tokens * answered,
             slot_energy_j=slot_energy,
-        )
+        )  # fmt: skip
 
     def close(self) -> None:
         """Nothing to release."""

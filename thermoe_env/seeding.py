@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from moe.randomness import derive
+
 
 def episode_seed(seed: int, episode: int) -> int:
-    """Seed of the episode number `episode` after `reset(seed=seed)`."""
-    return int(np.random.SeedSequence([seed, episode]).generate_state(1, np.uint64)[0])
+    """Seed of the episode number `episode` after `reset(seed=seed)`, in [0, 2**64).
+
+    Raises:
+        ValueError: a seed outside that range.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"a seed must lie in [0, 2**64), got {seed}; choose one in that range")
+    return int(derive(np.uint64(seed), np.uint64(episode)))

@@ -268,7 +268,7 @@ def test_a_batch_is_full_or_its_oldest_request_has_waited(traffic, knobs, seed):
 def test_the_same_seed_asks_the_same_samples_under_the_shift_in_force():
     traffic = TrafficConfig(kind="poisson", low_load=0.5, high_load=0.5, shifts=(0, 2), shift_dwell_s=2.0)
     runs = []
-    for seed in (7, 7, 8):
+    for seed in (5, 5, 8):
         workload, _, launches = make(traffic)
         workload.reset(seed)
         stats = [workload.run(Knobs(batch_size=16, expert_count=1), 1.0) for _ in range(8)]

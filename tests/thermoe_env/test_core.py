@@ -23,7 +23,8 @@ def play(batch: TwinBatch, seeds: list[int], actions: np.ndarray, row: int) -> l
     seen = [tuple(batch.reset(seeds)[row])]
     for action in actions:
         step = batch.step(batch.problem.knobs.indices(action, "multi_discrete"))
-        seen.append((*step.final_observation[row], step.reward[row], *batch.terms[row], *batch.cost[row]))
+        last = step.final_observation if step.truncated[row] else step.observation
+        seen.append((*last[row], step.reward[row], *batch.terms[row], *batch.cost[row]))
     return seen
 
 
