@@ -101,7 +101,9 @@ def late_in_regular_group(
 
 
 @jit
-def late_in_backlog(arrivals, slot, next_request, head_slot, taken, start, period, launches, latency, deadline_s):
+def late_in_backlog(
+    arrivals, slot, next_request, head_slot, taken, start, period, launches, latency, deadline_s
+):
     """How many requests of one class a group answers late where launches take the same share of a backlog.
 
     Args: as in `late_in_regular_group`, and `head_slot`, a slot not later than that of the first request.
@@ -115,6 +117,8 @@ def late_in_backlog(arrivals, slot, next_request, head_slot, taken, start, perio
     late, done = 0, 0
     for number in range(launches):
         upto = taken * (number + 1) // launches
-        late += min(max(arrived_by(arrivals, overdue + number * period) - next_request - done, 0), upto - done)
+        late += min(
+            max(arrived_by(arrivals, overdue + number * period) - next_request - done, 0), upto - done
+        )
         done = upto
     return late

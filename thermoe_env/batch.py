@@ -54,9 +54,12 @@ def _start(
 
 @numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _advance_all(
-    begin_all, tables, terms, levels, prices, quality_floor, steps, rules, traffic, budget, spread, nominal, default_index, seeds,
-    episodes, arrivals, shift, budget_w, drift_c, weights, server, device, track, track_rows,
-    first_gpu, first_raw, first_raw_rows, index, work, gpu, raw, raw_rows, histogram, slot_energy, reward_terms, cost, observation, final, reward, terminated, truncated,
+    begin_all, tables, terms, levels, prices, quality_floor, steps,  # the service
+    rules, traffic, budget, spread, nominal, default_index,  # what is drawn from
+    seeds, episodes, arrivals, shift, budget_w, drift_c, weights, server, device, track, track_rows,
+    first_gpu, first_raw, first_raw_rows,  # the state
+    index, work, gpu, raw, raw_rows, histogram, slot_energy, reward_terms, cost,  # the interval
+    observation, final, reward, terminated, truncated,  # the result
 ):  # fmt: skip
     """One interval of every environment, and the next episode's beginning where one ended.
 
@@ -74,8 +77,8 @@ def _advance_all(
             )  # fmt: skip
             terminated[i] = heat(device[i], slot_energy[i], drift_c[i, second], gpu[i])
             reward[i] = settle(
-                rules[0], prices[0], quality_floor, track[i], work[i], gpu[i], budget_w[i], index[i], raw[i], reward_terms[i],
-                cost[i],
+                rules[0], prices[0], quality_floor, track[i], work[i], gpu[i], budget_w[i], index[i], raw[i],
+                reward_terms[i], cost[i],
             )  # fmt: skip
             encode_row(raw_rows[i], observation[i])
             truncated[i] = not terminated[i] and track[i].step >= steps
@@ -138,7 +141,13 @@ class TwinBatch:
         notice = int(rules[0]["notice"])
         seconds = scenario.episode_s + 1
         terms = terms_of(problem)
-        self._service = (problem.tables, terms, problem.knobs.level_table, prices_of(problem), problem.quality_floor)
+        self._service = (
+            problem.tables,
+            terms,
+            problem.knobs.level_table,
+            prices_of(problem),
+            problem.quality_floor,
+        )
         self._steps = min(scenario.steps, max_steps or scenario.steps)
         self._draws = (
             rules,
@@ -165,7 +174,11 @@ class TwinBatch:
             *_with_rows(np.zeros(n, RAW_DTYPE)),  # likewise
         )
         self.index = np.zeros((n, len(KNOB_NAMES)), np.int64)
-        self.work, self.gpu, self.raw = np.zeros(n, WORK_DTYPE), np.zeros(n, GPU_DTYPE), np.zeros(n, RAW_DTYPE)
+        self.work, self.gpu, self.raw = (
+            np.zeros(n, WORK_DTYPE),
+            np.zeros(n, GPU_DTYPE),
+            np.zeros(n, RAW_DTYPE),
+        )
         self.histogram = np.zeros((n, HISTOGRAM_BINS if latencies else 0), np.int64)
         self.terms, self.cost = np.zeros((n, len(REWARD_TERMS))), np.zeros((n, len(COST_NAMES)))
         self._slot_energy = np.zeros((n, int(terms[0]["slots"])))

@@ -81,7 +81,11 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self.observation_space = observation_space()
         self._rules, self._prices = rules_of(self.problem), prices_of(self.problem)
         self._deferrable_below = self.problem.scenario.limits.deferrable_below
-        self._track, self._gpu, self._work = np.zeros(1, TRACK_DTYPE), np.zeros(1, GPU_DTYPE), np.zeros(1, WORK_DTYPE)
+        self._track, self._gpu, self._work = (
+            np.zeros(1, TRACK_DTYPE),
+            np.zeros(1, GPU_DTYPE),
+            np.zeros(1, WORK_DTYPE),
+        )
         self._raw = np.zeros(1, RAW_DTYPE)
         self._raw_row = self._raw.view(np.float64)
         self._terms, self._cost = np.zeros(len(REWARD_TERMS)), np.zeros(len(COST_NAMES))
@@ -134,8 +138,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         stats, readings = _work_row(work), _reading_row(reading)
         self._work[0], self._gpu[0] = stats, readings
         reward, self._stage = settle_one(
-            self._rules, self._prices, self.problem.quality_floor, self._track, self._work, self._gpu, self._budget, index, self._raw,
-            self._terms, self._cost,
+            self._rules, self._prices, self.problem.quality_floor, self._track, self._work, self._gpu,
+            self._budget, index, self._raw, self._terms, self._cost,
         )  # fmt: skip
         self._count = step + 1
         terminated = bool(self._world.telemetry.tripped)

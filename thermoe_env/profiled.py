@@ -34,7 +34,6 @@ from moe.traffic import RequestStream, draw_stream
 from moe.workload import LATENCY_EDGES_S, STAT_NAMES, Knobs, WorkStats, frozen
 from thermoe_env.adaptation import adapt, answer_quality
 from thermoe_env.interval import as_record
-from thermoe_env.knobs import KNOB_NAMES
 from thermoe_env.physics import clock_power_factor
 from thermoe_env.problem import NODES_PER_OCTAVE, Problem, Tables
 

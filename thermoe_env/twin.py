@@ -201,9 +201,7 @@ class TwinTelemetry:
 
     def reset(self, seed: int) -> GpuReading:
         """Draw the device of `seed` and settle it at idle."""
-        _start_one(
-            self._spread, np.uint64(seed), self._nominal, self._device, self._drift, self._gpu
-        )
+        _start_one(self._spread, np.uint64(seed), self._nominal, self._device, self._drift, self._gpu)
         self.clock = 1.0
         self._elapsed_s = 0.0
         self.tripped = False

@@ -40,7 +40,9 @@ class BatchByBatch:
     def __init__(self, problem: Problem, arrivals: np.ndarray, shift: int) -> None:
         self.problem, self.shift = problem, shift
         self.times = [
-            np.concatenate([(s + (np.arange(n) + 0.5) / n) * SLOT_S for s, n in enumerate(np.diff(row)) if n] or [[]])
+            np.concatenate(
+                [(s + (np.arange(n) + 0.5) / n) * SLOT_S for s, n in enumerate(np.diff(row)) if n] or [[]]
+            )
             for row in arrivals
         ]
         self.next, self.free_at, self.adapted = [0, 0], 0.0, 0.0
@@ -49,6 +51,7 @@ class BatchByBatch:
     def cost(self, knobs: Knobs, n: int) -> tuple[float, float, float]:
         """(latency, time of the adaptation, energy of both), interpolated from the profile itself."""
         p, at = self.problem.profile, np.log(n)
+        assert p.energy_j is not None and p.ttt_latency_s is not None and p.ttt_energy_j is not None
 
         def along_batch(column: np.ndarray) -> float:
             return float(np.exp(np.interp(at, np.log(p.batch_size), np.log(column))))
@@ -76,7 +79,9 @@ class BatchByBatch:
         for c in range(classes):
             if self.waiting(c, slot_end) > 0:
                 due = min(due, self.times[c][self.next[c]] + service.max_wait_s[c])
-        coming = np.sort(np.concatenate([self.times[c][self.next[c] :][: knobs.batch_size] for c in range(classes)]))
+        coming = np.sort(
+            np.concatenate([self.times[c][self.next[c] :][: knobs.batch_size] for c in range(classes)])
+        )
         if len(coming) >= knobs.batch_size:
             due = min(due, coming[knobs.batch_size - 1])
         return max(now, due)
@@ -156,7 +161,9 @@ def play(problem: Problem, seed: int, knobs: list[Knobs], serve: list[bool]) -> 
     return twin, reference, histogram
 
 
-settings_of_a_second = st.tuples(*(st.integers(0, 2) for _ in range(4)), st.sampled_from([0.6, 1.0]), st.booleans())
+settings_of_a_second = st.tuples(
+    *(st.integers(0, 2) for _ in range(4)), st.sampled_from([0.6, 1.0]), st.booleans()
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -167,7 +174,9 @@ settings_of_a_second = st.tuples(*(st.integers(0, 2) for _ in range(4)), st.samp
     seconds=st.lists(settings_of_a_second, min_size=SECONDS, max_size=SECONDS),
     steady=st.booleans(),
 )
-def test_equals_a_service_that_launches_every_batch(problem: Problem, seed, load, share, seconds, steady) -> None:
+def test_equals_a_service_that_launches_every_batch(
+    problem: Problem, seed, load, share, seconds, steady
+) -> None:
     """Over rates from idle to a growing backlog, and knobs that change every second or never."""
     traffic = {"kind": "poisson", "low_load": load, "high_load": load, "interactive_share": share}
     scenario = load_scenario(problem.scenario, traffic=traffic, episode_s=12)

@@ -38,7 +38,9 @@ def make(problem: Problem, n: int, **arguments) -> ThermalMoEVectorEnv:
     n=st.integers(1, 5),
     threads=st.sampled_from([1, 2]),
 )
-def test_equals_single_environments(problem, seed, mode, knobs, kind, load, interval_s, limit, n, threads) -> None:
+def test_equals_single_environments(
+    problem, seed, mode, knobs, kind, load, interval_s, limit, n, threads
+) -> None:
     """Bit for bit, over two episodes, for any scenario, knobs, action mode, number and thread count."""
     overrides = {
         "episode_s": STEPS,
