@@ -21,6 +21,7 @@ type: $(INSTALLED)  ## check types
 	$(BIN)/pyright
 
 bench: $(INSTALLED)  ## measure the speed of the environment and the model
+	$(BIN)/python -m benchmarks.env_speed
 	$(BIN)/python -m benchmarks.train_speed
 	$(BIN)/python -m benchmarks.service_overhead
 

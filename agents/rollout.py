@@ -198,7 +198,7 @@ def play_live(
         )
     problem = env.problem
     steps = problem.scenario.steps
-    data = _empty(steps, 1, problem.profile.expert_tokens.shape[2:])
+    data = _empty(steps, 1, problem.profile.expert_share.shape[2:])
     first, _ = env.reset(seed=seed)
     observation, state, start = first[None], None, np.ones(1, bool)
     length, terminated, error = 0, False, None

@@ -33,6 +33,7 @@ import thermoe_env  # noqa: F401  (registers the ids)
 from agents.training import build_model, load_train_config
 from agents.vec import TwinVecEnv
 from thermoe_env.batch import TwinBatch
+from thermoe_env.fields import FIELDS
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import load_scenario
 
@@ -61,7 +62,7 @@ def main(options: Options) -> dict[str, Any]:
     """Measure everything; returns what `--json` prints."""
     scenario = load_scenario("default")
     problem = Problem.of(scenario)
-    threads = [n for n in options.threads if n <= numba.config.NUMBA_NUM_THREADS]
+    threads = [n for n in options.threads if n <= numba.get_num_threads()]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "platform": platform.platform()},
@@ -156,7 +157,7 @@ class _ZeroCost(TwinVecEnv):
         """Draw the numbers."""
         n = self.num_envs
         rng = np.random.default_rng(0)
-        self._observation = rng.uniform(-1.0, 1.0, (n, *self.observation_space.shape)).astype(np.float32)
+        self._observation = rng.uniform(-1.0, 1.0, (n, len(FIELDS))).astype(np.float32)
         self._reward, self._done = np.zeros(n, np.float32), np.zeros(n, np.bool_)
         self._infos: list[dict[str, Any]] = [{}] * n
 
@@ -239,7 +240,8 @@ def _show(result: dict[str, Any]) -> None:
     console.print(table)
     share = result["ppo"]["share_of_zero_cost"]
     console.print(
-        f"PPO on the twin over PPO on nothing: {share['median']:.1%} ({share['low']:.1%} to {share['high']:.1%})"
+        f"PPO on the twin over PPO on nothing: {share['median']:.1%} "
+        f"({share['low']:.1%} to {share['high']:.1%})"
     )
     for name, row in result["first_call_s"].items():
         console.print(f"first call, {name}: {row['compiled']:.1f} s compiled, {row['cached']:.2f} s cached")

@@ -190,9 +190,7 @@ def record_latencies(arrivals, first, last, head_slot, completion, histogram):
         while request < end:  # one bin after the other, from the longest latency down
             inside = end - request
             if at > 0:
-                inside = min(
-                    inside, max(0, 1 + int(math.floor((longest - LATENCY_EDGES_S[at - 1]) / spacing)))
-                )
+                inside = min(inside, max(0, 1 + math.floor((longest - LATENCY_EDGES_S[at - 1]) / spacing)))
             histogram[at] += inside
             request += inside
             longest -= inside * spacing

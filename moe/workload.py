@@ -106,7 +106,7 @@ T = TypeVar("T")
 
 
 def frozen(kind: type[T], values: dict[str, Any], **more: Any) -> T:
-    """An instance of a frozen dataclass with all its fields given: several times faster than its constructor."""
+    """An instance of a frozen dataclass from all its fields, several times faster than its constructor."""
     instance = object.__new__(kind)
     vars(instance).update(values, **more)
     return instance

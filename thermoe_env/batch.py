@@ -6,6 +6,7 @@ Every environment runs the same scalar functions as the single one (`fill_stream
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,10 @@ from thermoe_env.reward import REWARD_TERMS
 from thermoe_env.signals import budget_terms, fill_power_budget
 from thermoe_env.twin import DEVICE_DTYPE, GPU_DTYPE, heat, nominal_device, spread_of, start_device
 
+# Threads of GNU OpenMP spin while they wait for each other, which costs most of the speed wherever another
+# process wants the cores as well. It reads this when numba starts its threads; the user's own choice stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 @jit
 def _start(
@@ -54,9 +59,12 @@ def _start(
 
 @numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _advance_all(
-    begin_all, tables, terms, levels, prices, quality_floor, steps, rules, traffic, budget, spread, nominal, default_index, seeds,
-    episodes, arrivals, shift, budget_w, drift_c, weights, server, device, track, track_rows,
-    first_gpu, first_raw, first_raw_rows, index, work, gpu, raw, raw_rows, histogram, slot_energy, reward_terms, cost, observation, final, reward, terminated, truncated,
+    begin_all, tables, terms, levels, prices, quality_floor, steps,  # the service
+    rules, traffic, budget, spread, nominal, default_index,  # what is drawn from
+    seeds, episodes, arrivals, shift, budget_w, drift_c, weights, server, device, track, track_rows,
+    first_gpu, first_raw, first_raw_rows,  # the state
+    index, work, gpu, raw, raw_rows, histogram, slot_energy, reward_terms, cost,  # the interval
+    observation, final, reward, terminated, truncated,  # the result
 ):  # fmt: skip
     """One interval of every environment, and the next episode's beginning where one ended.
 
@@ -74,8 +82,8 @@ def _advance_all(
             )  # fmt: skip
             terminated[i] = heat(device[i], slot_energy[i], work[i].sm_clock, drift_c[i, second], gpu[i])
             reward[i] = settle(
-                rules[0], prices[0], quality_floor, track[i], work[i], gpu[i], budget_w[i], index[i], raw[i], reward_terms[i],
-                cost[i],
+                rules[0], prices[0], quality_floor, track[i], work[i], gpu[i], budget_w[i], index[i], raw[i],
+                reward_terms[i], cost[i],
             )  # fmt: skip
             encode_row(raw_rows[i], observation[i])
             truncated[i] = not terminated[i] and track[i].step >= steps

@@ -138,8 +138,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         stats, readings = _work_row(work), _reading_row(reading)
         self._work[0], self._gpu[0] = stats, readings
         reward, self._stage = settle_one(
-            self._rules, self._prices, self.problem.quality_floor, self._track, self._work, self._gpu, self._budget, index, self._raw,
-            self._terms, self._cost,
+            self._rules, self._prices, self.problem.quality_floor, self._track, self._work, self._gpu,
+            self._budget, index, self._raw, self._terms, self._cost,
         )  # fmt: skip
         self._count = step + 1
         terminated = bool(self._world.telemetry.tripped)

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe.queueing import jit
 from thermoe_env.knobs import KNOB_NAMES
-from thermoe_env.physics import approach
+from thermoe_env.physics import approach, decay
 from thermoe_env.problem import Problem
 from thermoe_env.reward import Prices, reward_terms
 from thermoe_env.signals import next_stage
@@ -88,7 +87,7 @@ def rules_of(problem: Problem) -> np.ndarray:
         s.limits.temperature_c, np.array(s.limits.stage_margins_c), s.limits.hysteresis_c,
         s.limits.deferrable_below, problem.capacity_rps * s.interval_s, s.interval_s, s.steps,
         round(s.power_budget.notice_s / s.interval_s), problem.twin.max_clock_mhz,
-        *(math.exp(-s.interval_s / tau_s) for tau_s in (5.0, 20.0, 30.0)),
+        decay(s.interval_s, 5.0), decay(s.interval_s, 20.0), decay(s.interval_s, 30.0),
         np.array([max(1.0, len(problem.knobs.levels[name]) - 1) for name in KNOB_NAMES]),
     )  # fmt: skip
     return as_record(rules)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe.adaptation import adapt, answer_quality, start_unadapted
 from moe.batching import (
     full_launches,
     late_in_backlog,
@@ -23,7 +24,6 @@ from moe.queueing import (
     SLOT_S,
     arrived_in_slot,
     expire,
-    fill,
     inlined,
     jit,
     next_launch,
@@ -32,9 +32,7 @@ from moe.queueing import (
 )
 from moe.traffic import RequestStream, draw_stream
 from moe.workload import LATENCY_EDGES_S, STAT_NAMES, Knobs, WorkStats, frozen
-from moe.adaptation import adapt, answer_quality, start_unadapted
 from thermoe_env.interval import as_record
-from thermoe_env.knobs import KNOB_NAMES
 from thermoe_env.physics import clock_power_factor
 from thermoe_env.problem import NODES_PER_OCTAVE, Problem, Tables
 

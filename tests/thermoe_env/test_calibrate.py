@@ -48,10 +48,10 @@ def shipped() -> TwinParams:
 
 @pytest.fixture(scope="module")
 def cut_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 270 s of the recorded trace."""
+    """The first 400 s of the recorded trace."""
     head, *rows = RECORDED.read_text().splitlines()
     path = tmp_path_factory.mktemp("traces") / "cut_telemetry.csv"
-    path.write_text("\n".join([head, *(row for row in rows if float(row.split(",", 1)[0]) < 270.0)]) + "\n")
+    path.write_text("\n".join([head, *(row for row in rows if float(row.split(",", 1)[0]) < 400.0)]) + "\n")
     return path
 
 

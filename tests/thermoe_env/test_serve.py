@@ -51,6 +51,7 @@ class BatchByBatch:
     def cost(self, knobs: Knobs, n: int) -> tuple[float, float, float]:
         """(latency, time of the adaptation, energy of both), interpolated from the profile itself."""
         p, at = self.problem.profile, np.log(n)
+        assert p.energy_j is not None and p.ttt_latency_s is not None and p.ttt_energy_j is not None
 
         def along_batch(column: np.ndarray) -> float:
             return float(np.exp(np.interp(at, np.log(p.batch_size), np.log(column))))
