@@ -40,19 +40,21 @@ class Segments:
         path = self._recorder.path
         with path.with_name(path.name.replace("_telemetry", "_segments")).open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["phase", "t0", "t1", "k", "tokens", "duty", "policy", "seed"])
+            columns = ["k", "tokens", "duty", "steps", "mean_lat_ms", "load", "policy", "seed"]
+            writer.writerow(["phase", "t0", "t1", *columns])
             writer.writerows(self._rows)
 
 
-def _load(recording: Recording, expert_counts: np.ndarray) -> tuple[float, float, float]:
-    """Means over an episode: experts per token, tokens per batch, busy share."""
+def _load(recording: Recording, expert_counts: np.ndarray) -> tuple[float, float, float, float, float, str]:
+    """An episode as one load: experts per token, tokens per batch, busy share, batches, mean time, name."""
     work, seconds = recording.work[:, 0], len(recording.reward) * recording.interval_s
     k = float(expert_counts[recording.index[:, 0, KNOB_NAMES.index("expert_count")]].mean())
     layers = recording.tokens_per_expert.shape[2]  # [T, 1, L, E]
     tokens = float(recording.tokens_per_expert.sum()) / layers / k
+    batches, busy_s = max(1.0, float(work["batches"].sum())), float(work["busy_s"].sum())
     return (
-        round(k, 3), round(tokens / max(1.0, float(work["batches"].sum())), 1),
-        round(float(work["busy_s"].sum()) / seconds, 3),
+        round(k, 3), round(tokens / batches, 1), round(min(1.0, busy_s / seconds), 3), batches,
+        round(busy_s / batches * 1e3, 3), "service",
     )  # fmt: skip
 
 

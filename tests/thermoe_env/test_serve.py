@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe.adaptation import adapt, answer_quality, start_unadapted
 from moe.queueing import SLOT_S, latency_quantile
 from moe.workload import LATENCY_EDGES_S, Knobs
 from thermoe_env.problem import Problem
@@ -45,20 +46,22 @@ class BatchByBatch:
             )
             for row in arrivals
         ]
-        self.next, self.free_at, self.adapted = [0, 0], 0.0, 0.0
+        self.next, self.free_at = [0, 0], 0.0
+        self.weights = np.zeros(len(problem.profile.shifts) + 1)
+        start_unadapted(self.weights)
         self.ends: list[tuple[float, float, float]] = []
 
     def cost(self, knobs: Knobs, n: int) -> tuple[float, float, float]:
         """(latency, time of the adaptation, energy of both), interpolated from the profile itself."""
-        p, at = self.problem.profile, np.log(n)
+        p = self.problem.profile
         assert p.energy_j is not None and p.ttt_latency_s is not None and p.ttt_energy_j is not None
 
         def along_batch(column: np.ndarray) -> float:
-            return float(np.exp(np.interp(at, np.log(p.batch_size), np.log(column))))
+            return float(np.interp(n, p.batch_size, column))
 
         k = list(p.expert_count).index(knobs.expert_count)
         latency, energy = (
-            along_batch(np.array([np.interp(knobs.routing_bias, p.routing_bias, row) for row in table[:, k]]))
+            along_batch(np.array([np.interp(knobs.routing_bias, p.cost_bias, row) for row in table[:, k]]))
             for table in (p.latency_s, p.energy_j)
         )
         steps = knobs.ttt_steps
@@ -90,17 +93,14 @@ class BatchByBatch:
         sums, p, service = Sums(), self.problem.profile, self.problem.scenario.service
         classes = 1 + serve_deferrable
         k = list(p.expert_count).index(knobs.expert_count)
-        quality = [
-            [np.interp(knobs.routing_bias, p.routing_bias, table[self.shift, k, :, a]) for a in range(2)]
-            for table in (p.accuracy, p.confidence)
-        ]
+        b = self.problem.knobs.levels["routing_bias"].index(knobs.routing_bias)
         for slot in range(round(second / SLOT_S), round((second + 1) / SLOT_S)):
             start, end = slot * SLOT_S, (slot + 1) * SLOT_S
             for c in range(2):
                 gone = max(0, self.waiting(c, start - service.expire_after_s[c]))
                 self.next[c] += gone
                 sums.expired[c] += gone
-            accuracy, confidence = (q[0] + self.adapted * (q[1] - q[0]) for q in quality)
+            accuracy, confidence, _ = answer_quality(self.problem.tables, self.weights, self.shift, k, b)
             now, launched = max(start, self.free_at), 0
             while now < end:
                 t = self.due(now, end, knobs, classes)
@@ -125,7 +125,8 @@ class BatchByBatch:
                 self.ends.append((t, t + latency + ttt, energy / (latency + ttt)))
                 self.free_at = now = t + (latency + ttt) / knobs.pace
             for _ in range(launched * knobs.ttt_steps):
-                self.adapted += p.adapt_rate[self.shift] * (1.0 - self.adapted)
+                assert p.adapt_rate is not None
+                adapt(self.weights, self.shift, 1, p.adapt_rate)
         for begin, stop, power in self.ends:
             inside = max(0.0, min(stop, second + 1) - max(begin, second))
             sums.busy_s += inside
