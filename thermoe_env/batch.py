@@ -32,7 +32,6 @@ from thermoe_env.reward import REWARD_TERMS
 from thermoe_env.signals import budget_terms, fill_power_budget
 from thermoe_env.twin import DEVICE_DTYPE, GPU_DTYPE, heat, nominal_device, spread_of, start_device
 
-
 # Threads of GNU OpenMP spin while they wait for each other, which costs most of the speed wherever another
 # process wants the cores as well. It reads this when numba starts its threads; the user's own choice stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
