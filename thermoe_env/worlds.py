@@ -78,6 +78,18 @@ def _no_gpu_reason() -> str | None:
     return None
 
 
+def warn_of_another_card(card: str, problem: Problem) -> None:
+    """Log where a scenario's calibration or profile is that of another card than the one at work."""
+    twin = ("twin", problem.twin.gpu, "calibrate record, then fit")
+    made = (twin, ("profile", problem.profile.device, "moe.profile"))
+    for what, device, remedy in made:
+        if device != card:
+            _LOG.warning(
+                "the %s of this scenario is of a %s, the card here is a %s: limits and references are the "
+                "other card's; make this card's own (%s)", what, device, card, remedy,
+            )  # fmt: skip
+
+
 def _live(scenario: Scenario) -> World:
     """The live world: real forward passes, read by NVML on CUDA, by the twin's model on a CPU."""
     import torch
@@ -97,6 +109,8 @@ def _live(scenario: Scenario) -> World:
             "live world on a CPU: work is measured, the device is modelled after %s", problem.twin.gpu
         )
     telemetry: Telemetry = NvmlTelemetry() if on_gpu else TwinTelemetry(problem)
+    if isinstance(telemetry, NvmlTelemetry):
+        warn_of_another_card(telemetry.gpu.name, problem)
     try:
         device = "cuda" if on_gpu else "cpu"
         check_profile(problem.profile)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gymnasium
 import pytest
 from gymnasium.utils.env_checker import check_env as gym_check
@@ -10,6 +12,8 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 import thermoe_env  # noqa: F401  (registers the ids)
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.knobs import ACTION_MODES
+from thermoe_env.problem import Problem
+from thermoe_env.worlds import warn_of_another_card
 
 
 @pytest.mark.parametrize("mode", ACTION_MODES)
@@ -23,3 +27,14 @@ def test_checkers_accept_the_live_id_on_a_cpu(mode: str) -> None:
     assert env.unwrapped.world in ("live", "live-cpu")
     env.close()
     env.close()
+
+
+def test_a_calibration_of_another_card_is_named(problem: Problem, caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_another_card("NVIDIA A100-SXM4-80GB", problem)
+    twin, profile = (record.getMessage() for record in caplog.records)
+    assert "twin" in twin and problem.twin.gpu in twin and "A100" in twin
+    assert "profile" in profile and problem.profile.device in profile
+    caplog.clear()
+    own = replace(problem, profile=replace(problem.profile, device=problem.twin.gpu))
+    warn_of_another_card(problem.twin.gpu, own)
+    assert not caplog.records
