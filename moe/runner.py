@@ -155,13 +155,17 @@ class Runner:
     ) -> None:
         """Prepare to serve `samples` with `model`, both on `device`; a model with batch norms can adapt.
 
-        On a CPU this sets torch to one thread, for the whole process: the models for a CPU are so small that
+        For the whole process: on CUDA it turns cuDNN's attention off, on a CPU it sets torch to one thread, the models for a CPU are so small that
         more threads gain nothing, and cost a thousandfold where another process holds one of the cores.
         """
         self.model, self.samples, self.device = model, samples, torch.device(device)
         self._clock = clock
         if self.device.type == "cpu":
             torch.set_num_threads(1)
+        else:
+            # cuDNN's attention plans anew for every batch size, which takes longer than the batch, and a
+            # service under changing load meets a new size most of the time.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.adapts = model.config.norm == "batch"
         if self.adapts:
             self.optimizer = ttt.make_optimizer(ttt.configure(model))
