@@ -155,8 +155,9 @@ class Runner:
     ) -> None:
         """Prepare to serve `samples` with `model`, both on `device`; a model with batch norms can adapt.
 
-        For the whole process: on CUDA it turns cuDNN's attention off, on a CPU it sets torch to one thread, the models for a CPU are so small that
-        more threads gain nothing, and cost a thousandfold where another process holds one of the cores.
+        For the whole process, on CUDA this turns cuDNN's attention off, and on a CPU it sets torch to one
+        thread: the models for a CPU are so small that more threads gain nothing, and cost a thousandfold
+        where another process holds one of the cores.
         """
         self.model, self.samples, self.device = model, samples, torch.device(device)
         self._clock = clock

@@ -126,6 +126,8 @@ def validate_twin(
     )
     stays = np.full_like(errors, np.nan)
     for h, step in enumerate(steps):
+        if len(stays) - step <= first:
+            continue
         stays[first : len(stays) - step, h] = (measured_c[: len(stays) - step] - measured_c[step:])[first:]
     predicted = None if segments is None else predict_power(intervals, segments, twin)
     return Validation(
