@@ -352,6 +352,21 @@ def test_the_shipped_twin_meets_its_claim_on_traces_that_it_was_not_fitted_to(sh
             assert errors["temp_rmse_c"][h] < 0.45 * errors["persistence_rmse_c"][h]
 
 
+def test_the_shipped_twin_forecasts_a_card_that_it_never_saw(shipped: TwinParams) -> None:
+    trace = load_trace(ROOT / "benchmarks/traces/h100_service_b_telemetry.csv")
+    assert trace.sha256 not in {source["sha256"] for source in shipped.provenance["traces"]}
+    errors = validate_twin(trace.intervals(), shipped)
+    for h, aim_c in (("1", 0.45), ("10", 0.75), ("60", 1.3), ("180", 1.6)):
+        rmse_c, stays_c = errors.temp_rmse_c[h], errors.persistence_rmse_c[h]
+        assert rmse_c is not None and stays_c is not None
+        assert rmse_c < aim_c and rmse_c < stays_c
+
+
+def test_a_trace_too_short_to_judge_is_refused(shipped: TwinParams, cut: Trace) -> None:
+    with pytest.raises(TraceFormatError, match="59 s are too short"):
+        validate_twin(cut.intervals().until(59), shipped)
+
+
 def test_traces_without_what_the_fit_needs_are_refused(tmp_path: Path, shipped: TwinParams) -> None:
     columns = simulate(shipped, 120, seed=1)
     rows = len(columns["t"])
