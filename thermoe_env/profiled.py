@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -302,10 +302,11 @@ def terms_of(problem: Problem) -> np.ndarray:
 
 @jit
 def _serve_one(
-    tables, terms, levels, index, arrivals, shift_id, clock, serve_deferrable, weights, server, work,
+    cost, answer_pure, answer_mixed, adapt_rate, load_imbalance, terms, levels, index, arrivals, shift_id, clock, serve_deferrable, weights, server, work,
     histogram, slot_energy,
 ):  # fmt: skip
-    """`serve` for arrays of one record: they cross into compiled code cheaper than records do."""
+    """`serve` for arrays of one record and the parts of `Tables`: they cross into compiled code cheaper."""
+    tables = Tables(cost, answer_pure, answer_mixed, adapt_rate, load_imbalance)
     shift = shift_id[int(server[0].slot * SLOT_S)]
     serve(
         tables, terms[0], levels, index, arrivals, shift, clock, serve_deferrable, weights, server[0],
@@ -349,23 +350,25 @@ class ProfiledWorkload:
         problem = self._problem
         if duration_s != problem.scenario.interval_s:
             raise ValueError(f"the profiled workload runs whole intervals of {problem.scenario.interval_s} s")
-        if knobs not in self._known:
+        known = self._known.get(knobs)
+        if known is None:
             index = problem.knobs.index(knobs)
-            self._known[knobs] = index, problem.expert_tokens[index[2], index[0]]
-        index, tokens = self._known[knobs]
+            tokens = np.ascontiguousarray(problem.expert_tokens[index[2], index[0]])
+            known = self._known[knobs] = index, tokens
+        index, tokens = known
         histogram = np.zeros(HISTOGRAM_BINS, np.int64)
         slot_energy = np.empty(self._slots)
         _serve_one(
-            self._tables, self._terms, problem.knobs.level_table, index, self._stream.arrivals,
-            self._stream.shift_id, self._clock(), serve_deferrable, self._weights, self._server,
-             self._work, histogram, slot_energy,
+            *self._tables, self._terms, problem.knobs.level_table, index, self._stream.arrivals,
+            self._stream.shift_id, self._clock(), serve_deferrable, self._weights, self._server, self._work,
+            histogram, slot_energy,
         )  # fmt: skip
-        values = dict(zip(STAT_NAMES, self._work_row.tolist(), strict=True))
+        values: dict[str, Any] = dict(zip(STAT_NAMES, self._work_row.tolist(), strict=True))
         answered = values["answered_interactive"] + values["answered_deferrable"]
-        return frozen(
-            WorkStats, values, latency_histogram=histogram, tokens_per_expert=tokens * answered,
-            slot_energy_j=slot_energy,
-        )  # fmt: skip
+        values["latency_histogram"] = histogram
+        values["tokens_per_expert"] = tokens * answered
+        values["slot_energy_j"] = slot_energy
+        return frozen(WorkStats, values)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -246,7 +246,8 @@ class TwinTelemetry:
         """Nothing to release."""
 
     def _reading(self) -> GpuReading:
-        values = dict(zip(READING_NAMES, self._gpu_row.tolist(), strict=True))
-        if not math.isfinite(sum(values.values())):
+        row = self._gpu_row.tolist()
+        values = dict(zip(READING_NAMES, row, strict=True))
+        if not math.isfinite(sum(row)):
             raise ReadingError(f"the twin left the numbers: {values}; check the calibration and the profile")
         return frozen(GpuReading, values)
