@@ -122,12 +122,12 @@ def begin(rules, track, gpu, budget_w, index, raw):
     track.temp_c = gpu.temp_c
     track.power_slow_w = gpu.power_w
     margin = rules.limit_c - gpu.temp_c
-    track.stage = next_stage(0, margin, rules.stage_begin_c, rules.hysteresis_c)
+    track.stage = next_stage(int(track.stage), margin, rules.stage_begin_c, rules.hysteresis_c)
     raw.temp_c, raw.mem_temp_c, raw.margin_c = gpu.temp_c, gpu.mem_temp_c, margin
     raw.stage = track.stage
     raw.power_w, raw.power_slow_w = gpu.power_w, gpu.power_w
     raw.sm_clock_share = gpu.sm_clock_mhz / rules.max_clock_mhz
-    look_ahead(rules, budget_w, 0, raw)
+    look_ahead(rules, budget_w, int(track.step), raw)
     _knob_fields(rules, index, raw)
     raw.time_left = 1.0
 

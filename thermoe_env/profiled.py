@@ -168,13 +168,12 @@ def serve(
             launches, period = 1, needs * slower
             full, crowded = first == batch_size, first_0 == batch_size
             rate_0, rate_1 = in_slot_0 / SLOT_S, in_slot_1 / SLOT_S
-            if crowded:
-                waiting = queued_0 + arrived_in_slot(in_slot_0, start)
-                launches = full_launches(start, period, waiting, rate_0, batch_size)
-            elif full and rate_0 * period <= batch_size:
-                waiting = queued_0 + queued_1 + arrived_in_slot(in_slot_0, start)
-                waiting += arrived_in_slot(in_slot_1, start)
-                launches = full_launches(start, period, waiting, rate_0 + rate_1, batch_size)
+            if crowded or (full and rate_0 * period <= batch_size):
+                waiting, rate = queued_0 + arrived_in_slot(in_slot_0, start), rate_0
+                if not crowded:
+                    waiting += queued_1 + arrived_in_slot(in_slot_1, start)
+                    rate += rate_1
+                launches = full_launches(start, period, waiting, rate, batch_size)
             elif not full and in_slot_0 + in_slot_1 > 0:
                 # A device that is busy for longer than requests wait launches whenever it is free.
                 period = max(
