@@ -135,8 +135,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self._running = False  # an interval that fails ends the episode
         work = self._world.workload.run(knobs, scenario.interval_s, stage < self._deferrable_below)
         reading = self._world.telemetry.read(work, scenario.interval_s)
-        _pack_work(self._work, 0, *_work_row(work))
-        _pack_reading(self._gpu, 0, *_reading_row(reading))
+        _pack_work(self._work.data, 0, *_work_row(work))
+        _pack_reading(self._gpu.data, 0, *_reading_row(reading))
         reward, self._stage = settle_one(
             self._rules, self._prices, self.problem.quality_floor, self._track, self._work, self._gpu,
             self._budget, index, self._raw, self._terms, self._cost,

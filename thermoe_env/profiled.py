@@ -153,9 +153,7 @@ def serve(
                 if serve_deferrable:
                     due_1, head_1 = oldest_in_slot(arrivals_1, next_1, head_1, slot)
                     due = min(due, due_1 + terms.max_wait_1)
-                start = next_launch(
-                    now, batch_size, queued_0 + queued_1, in_slot_0 + in_slot_1, arrived, due
-                )
+                start = next_launch(now, batch_size, queued_0 + queued_1, in_slot_0 + in_slot_1, arrived, due)
                 if start >= SLOT_S:
                     break
             first_0, first_1 = taken_by(start, batch_size, queued_0, in_slot_0, queued_1, in_slot_1)
@@ -301,8 +299,8 @@ def terms_of(problem: Problem) -> np.ndarray:
 
 @jit
 def _serve_one(
-    cost, answer_pure, answer_mixed, adapt_rate, load_imbalance, terms, levels, index, arrivals, shift_id, clock, serve_deferrable, weights, server, work,
-    histogram, slot_energy,
+    cost, answer_pure, answer_mixed, adapt_rate, load_imbalance, terms, levels, index, arrivals, shift_id,
+    clock, serve_deferrable, weights, server, work, histogram, slot_energy,
 ):  # fmt: skip
     """`serve` for arrays of one record and the parts of `Tables`: they cross into compiled code cheaper."""
     tables = Tables(cost, answer_pure, answer_mixed, adapt_rate, load_imbalance)

@@ -32,7 +32,9 @@ class Prices(NamedTuple):
     """Per answer by which quality falls short."""
 
     @classmethod
-    def of(cls, weights: RewardWeights, reference_j: float, reference_good: float, interval_s: float) -> Prices:
+    def of(
+        cls, weights: RewardWeights, reference_j: float, reference_good: float, interval_s: float
+    ) -> Prices:
         """Prices of the weights of a scenario.
 
         Args:
