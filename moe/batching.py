@@ -100,7 +100,7 @@ def late_in_regular_group(
     return late + min(int((launches - 1) * each + 0.5), taken - at_first)
 
 
-@jit
+@inlined
 def late_in_backlog(
     arrivals, slot, next_request, head_slot, taken, start, period, launches, latency, deadline_s
 ):
@@ -108,9 +108,16 @@ def late_in_backlog(
 
     Args: as in `late_in_regular_group`, and `head_slot`, a slot not later than that of the first request.
     """
-    last = (launches - 1) * period
     overdue = slot * SLOT_S + start + latency - deadline_s  # who arrived by then is late in launch 1
-    if overdue + last <= head_slot * SLOT_S or arrived_by(arrivals, overdue + last) <= next_request:
+    if overdue + (launches - 1) * period <= head_slot * SLOT_S:  # as always where deadlines are long
+        return 0
+    return _late_in_backlog(arrivals, next_request, taken, overdue, period, launches)
+
+
+@jit
+def _late_in_backlog(arrivals, next_request, taken, overdue, period, launches):
+    """The same, told until when requests of launch 1 have arrived that are `overdue`."""
+    if arrived_by(arrivals, overdue + (launches - 1) * period) <= next_request:
         return 0
     if arrived_by(arrivals, overdue) >= next_request + taken:
         return taken

@@ -185,16 +185,15 @@ def record_latencies(arrivals, first, last, head_slot, completion, histogram):
         slot = slot_of(arrivals, request, slot)
         end = min(last, int(arrivals[slot + 1]))
         longest = completion - arrival_time(arrivals, request, slot)
-        spacing = SLOT_S / (arrivals[slot + 1] - arrivals[slot])
-        at = latency_bin(longest)
-        while request < end:  # one bin after the other, from the longest latency down
-            inside = end - request
-            if at > 0:
-                inside = min(inside, max(0, 1 + math.floor((longest - LATENCY_EDGES_S[at - 1]) / spacing)))
-            histogram[at] += inside
-            request += inside
-            longest -= inside * spacing
+        rate = (arrivals[slot + 1] - arrivals[slot]) / SLOT_S
+        at, counted, requests = latency_bin(longest), 0, end - request
+        while at > 0 and counted < requests:  # one bin after the other, from the longest latency down
+            upto = min(1 + int((longest - LATENCY_EDGES_S[at - 1]) * rate), requests)
+            histogram[at] += upto - counted
+            counted = upto
             at -= 1
+        histogram[at] += requests - counted
+        request = end
 
 
 def latency_quantile(histogram: np.ndarray, q: float) -> float:

@@ -156,7 +156,6 @@ def fill_stream(traffic, seed, arrivals, shift_id):
         level = integer(course, 0, traffic.levels)
         level_end = _level_s(course, 1, traffic.dwell_s)
     arrivals[0, 0], arrivals[1, 0] = 0, 0
-    count_0, count_1 = 0, 0
     for second in range(seconds):
         rate = middle
         if traffic.kind == _DIURNAL:
@@ -169,13 +168,13 @@ def fill_stream(traffic, seed, arrivals, shift_id):
                 level = (level + 1 + integer(course, 2 * changes, traffic.levels - 1)) % traffic.levels
                 level_end += _level_s(course, 2 * changes + 1, traffic.dwell_s)
             rate += swing * (2.0 * level / (traffic.levels - 1) - 1.0)
-        mean_0 = rate * traffic.interactive_share * SLOT_S
-        mean_1 = rate * (1.0 - traffic.interactive_share) * SLOT_S
-        root_0, root_1 = math.sqrt(mean_0), math.sqrt(mean_1)
-        for slot in range(second * _SLOTS_PER_S, (second + 1) * _SLOTS_PER_S):
-            count_0 += poisson(counts, 2 * slot, mean_0, root_0)
-            count_1 += poisson(counts, 2 * slot + 1, mean_1, root_1)
-            arrivals[0, slot + 1], arrivals[1, slot + 1] = count_0, count_1
+        for c in range(2):
+            share = traffic.interactive_share if c == 0 else 1.0 - traffic.interactive_share
+            mean = rate * share * SLOT_S
+            root, count = math.sqrt(mean), arrivals[c, second * _SLOTS_PER_S]
+            for slot in range(second * _SLOTS_PER_S, (second + 1) * _SLOTS_PER_S):
+                count += poisson(counts, 2 * slot + c, mean, root)
+                arrivals[c, slot + 1] = count
     _fill_shifts(traffic, shifts, shift_id)
 
 

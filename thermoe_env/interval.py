@@ -43,8 +43,10 @@ class Rules(NamedTuple):
     stage_begin_c: np.ndarray  # [3]
     hysteresis_c: float
     deferrable_below: int
-    capacity: float
-    """Requests of the standard service in one interval."""
+    load_per_request: float
+    """One over the requests of the standard service in one interval."""
+    share_per_j: float
+    """One over its energy in an episode at full load."""
     interval_s: float
     steps: int
     notice: int
@@ -54,7 +56,7 @@ class Rules(NamedTuple):
     """Weight of the past in an average with a time constant of 5 s, after one interval."""
     keep_20s: float
     keep_30s: float
-    highest_level: np.ndarray  # [knobs], at least 1
+    level_share: np.ndarray  # [knobs], one over the highest level
 
 
 def as_record(values: NamedTuple) -> np.ndarray:
@@ -71,13 +73,10 @@ def _dtype_of(value: Any) -> tuple[type, tuple[int, ...]]:
 
 
 def prices_of(problem: Problem) -> np.ndarray:
-    """`Prices`, weights and references of the reward, as an array of one record."""
-    s, w = problem.scenario, problem.scenario.reward
-    prices = Prices(
-        w.good, w.energy, w.late, w.over_budget, w.heat, w.quality,
-        problem.reference_power_w * s.interval_s, problem.reference_good_rps * s.interval_s, s.interval_s,
-    )  # fmt: skip
-    return as_record(prices)
+    """`Prices` of a problem, as an array of one record."""
+    s = problem.scenario
+    energy_j, good = problem.reference_power_w * s.interval_s, problem.reference_good_rps * s.interval_s
+    return as_record(Prices.of(s.reward, energy_j, good, s.interval_s))
 
 
 def rules_of(problem: Problem) -> np.ndarray:
@@ -85,10 +84,11 @@ def rules_of(problem: Problem) -> np.ndarray:
     s = problem.scenario
     rules = Rules(
         s.limits.temperature_c, np.array(s.limits.stage_margins_c), s.limits.hysteresis_c,
-        s.limits.deferrable_below, problem.capacity_rps * s.interval_s, s.interval_s, s.steps,
+        s.limits.deferrable_below, 1.0 / (problem.capacity_rps * s.interval_s),
+        1.0 / (problem.reference_power_w * s.interval_s * s.steps), s.interval_s, s.steps,
         round(s.power_budget.notice_s / s.interval_s), problem.twin.max_clock_mhz,
         decay(s.interval_s, 5.0), decay(s.interval_s, 20.0), decay(s.interval_s, 30.0),
-        np.array([max(1.0, len(problem.knobs.levels[name]) - 1) for name in KNOB_NAMES]),
+        np.array([1.0 / max(1.0, len(problem.knobs.levels[name]) - 1) for name in KNOB_NAMES]),
     )  # fmt: skip
     return as_record(rules)
 
@@ -98,9 +98,9 @@ def look_ahead(rules, budget_w, step, raw):
     """Fill the budget's fields: now, lowest within the notice, time until it changes."""
     now = budget_w[step]
     ahead, change = now, rules.notice
-    for later in range(1, rules.notice + 1):
+    for later in range(rules.notice, 0, -1):
         ahead = min(ahead, budget_w[step + later])
-        if change == rules.notice and budget_w[step + later] != now:
+        if budget_w[step + later] != now:
             change = later
     raw.budget_w = now
     raw.budget_ahead_w = ahead
@@ -122,12 +122,12 @@ def begin(rules, track, gpu, budget_w, index, raw):
     track.temp_c = gpu.temp_c
     track.power_slow_w = gpu.power_w
     margin = rules.limit_c - gpu.temp_c
-    track.stage = next_stage(0, margin, rules.stage_begin_c, rules.hysteresis_c)
+    track.stage = next_stage(int(track.stage), margin, rules.stage_begin_c, rules.hysteresis_c)
     raw.temp_c, raw.mem_temp_c, raw.margin_c = gpu.temp_c, gpu.mem_temp_c, margin
     raw.stage = track.stage
     raw.power_w, raw.power_slow_w = gpu.power_w, gpu.power_w
     raw.sm_clock_share = gpu.sm_clock_mhz / rules.max_clock_mhz
-    look_ahead(rules, budget_w, 0, raw)
+    look_ahead(rules, budget_w, int(track.step), raw)
     _knob_fields(rules, index, raw)
     raw.time_left = 1.0
 
@@ -170,7 +170,7 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw,
     cost[2] = max(0.0, gpu.power_w - budget_now) * dt
 
     arrived = work.arrived_interactive + work.arrived_deferrable
-    load = arrived / rules.capacity
+    load = arrived * rules.load_per_request
     late_share = missed / max(1.0, answered + work.expired_interactive + work.expired_deferrable)
     first = step == 0
     track.load_fast = load if first else approach(track.load_fast, load, rules.keep_5s)
@@ -195,11 +195,11 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw,
     raw.temp_c, raw.mem_temp_c, raw.margin_c, raw.stage = gpu.temp_c, gpu.mem_temp_c, margin, track.stage
     raw.temp_slope_c_per_s = (gpu.temp_c - track.temp_c) / dt
     raw.power_w, raw.power_slow_w = gpu.power_w, track.power_slow_w
-    raw.energy_share = track.energy_j / (prices.reference_j * rules.steps)
+    raw.energy_share = track.energy_j * rules.share_per_j
     raw.sm_clock_share = gpu.sm_clock_mhz / rules.max_clock_mhz
     raw.power_capped_s, raw.thermal_throttle_s = gpu.power_capped_s, gpu.thermal_throttle_s
-    raw.queue_interactive_s = work.waiting_interactive / rules.capacity * dt
-    raw.queue_deferrable_s = work.waiting_deferrable / rules.capacity * dt
+    raw.queue_interactive_s = work.waiting_interactive * rules.load_per_request * dt
+    raw.queue_deferrable_s = work.waiting_deferrable * rules.load_per_request * dt
     raw.oldest_interactive_s, raw.oldest_deferrable_s = work.oldest_interactive_s, work.oldest_deferrable_s
     raw.load, raw.load_fast, raw.load_slow = load, track.load_fast, track.load_slow
     raw.interactive_share = work.arrived_interactive / max(1.0, arrived)
@@ -222,13 +222,13 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw,
 @jit
 def _knob_fields(rules, index, raw):
     """Fill the knob levels as shares of the highest, in the order of the knob table."""
-    highest = rules.highest_level
-    raw.routing_bias_level = index[0] / highest[0]
-    raw.batch_size_level = index[1] / highest[1]
-    raw.expert_count_level = index[2] / highest[2]
-    raw.ttt_steps_level = index[3] / highest[3]
-    raw.pace_level = index[4] / highest[4]
-    raw.sm_clock_level = index[5] / highest[5]
+    share = rules.level_share
+    raw.routing_bias_level = index[0] * share[0]
+    raw.batch_size_level = index[1] * share[1]
+    raw.expert_count_level = index[2] * share[2]
+    raw.ttt_steps_level = index[3] * share[3]
+    raw.pace_level = index[4] * share[4]
+    raw.sm_clock_level = index[5] * share[5]
 
 
 @jit

@@ -188,6 +188,28 @@ class KnobTable:
             return "every entry of a box action must lie in [-1, 1]"
         return f"every level must lie in [0, {self.nvec.tolist()}) for {self.controlled}"
 
+    def one(self, action: Any, mode: str) -> tuple[np.ndarray, Knobs]:
+        """Level indices, int64 [knobs], and `Knobs` of a single action.
+
+        Actions of discrete modes are few, so each is decoded once; what it gives is shared.
+
+        Raises:
+            ValueError: as in `indices`.
+        """
+        action = np.asarray(action)
+        key = mode, action.shape, action.dtype.char, action.tobytes()
+        known = self._decoded.get(key)
+        if known is None:
+            index = self.indices(action[None], mode)[0]
+            known = index, self.knobs(index)
+            if mode != "box":
+                self._decoded[key] = known
+        return known
+
+    @cached_property
+    def _decoded(self) -> dict[tuple[Any, ...], tuple[np.ndarray, Knobs]]:
+        return {}
+
     def knobs(self, index: np.ndarray) -> Knobs:
         """The `Knobs` of one row of level indices."""
         key = tuple(index.tolist())

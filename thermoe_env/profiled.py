@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -125,6 +125,7 @@ def serve(
     end_slot = first_slot + terms.slots
     served_0, served_1, late_0, late_1, expired_0, expired_1, batches = 0, 0, 0, 0, 0, 0, 0
     busy, ttt_busy, correct, good, confidence, entropy = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    quality, adapted = (0.0, 0.0, 0.0), True
     for slot in range(first_slot, end_slot):
         next_0, head_0, gone = expire(arrivals_0, next_0, head_0, slot * SLOT_S, terms.expire_after_0)
         expired_0 += gone
@@ -133,26 +134,28 @@ def serve(
         in_slot_0, in_slot_1 = arrivals_0[slot + 1] - arrivals_0[slot], 0
         if serve_deferrable:
             in_slot_1 = arrivals_1[slot + 1] - arrivals_1[slot]
-        quality = answer_quality(tables, weights, shift, experts, bias)
+        if adapted:
+            quality = answer_quality(tables, weights, shift, experts, bias)
         inside = min(tail, SLOT_S)
         tail -= inside
         busy += inside
         energy = inside * tail_power
         launched, now = 0, free_in
         while now < SLOT_S:
-            queued_0, queued_1, due_1 = arrivals_0[slot] - next_0, 0, math.inf
-            due_0, head_0 = oldest_in_slot(arrivals_0, next_0, head_0, slot)
-            due_0 += terms.max_wait_0
+            queued_0, queued_1 = arrivals_0[slot] - next_0, 0
             if serve_deferrable:
                 queued_1 = arrivals_1[slot] - next_1
-                due_1, head_1 = oldest_in_slot(arrivals_1, next_1, head_1, slot)
-                due_1 += terms.max_wait_1
             arrived = arrived_in_slot(in_slot_0, now) + arrived_in_slot(in_slot_1, now)
-            start = next_launch(
-                now, batch_size, queued_0 + queued_1, in_slot_0 + in_slot_1, arrived, min(due_0, due_1)
-            )
-            if start >= SLOT_S:
-                break
+            start = now
+            if queued_0 + queued_1 + arrived < batch_size:  # else no need to know who waits for longest
+                due, head_0 = oldest_in_slot(arrivals_0, next_0, head_0, slot)
+                due += terms.max_wait_0
+                if serve_deferrable:
+                    due_1, head_1 = oldest_in_slot(arrivals_1, next_1, head_1, slot)
+                    due = min(due, due_1 + terms.max_wait_1)
+                start = next_launch(now, batch_size, queued_0 + queued_1, in_slot_0 + in_slot_1, arrived, due)
+                if start >= SLOT_S:
+                    break
             first_0, first_1 = taken_by(start, batch_size, queued_0, in_slot_0, queued_1, in_slot_1)
             first = first_0 + first_1
             if first == 0:  # rounding: the request that is due arrives a moment later
@@ -163,13 +166,12 @@ def serve(
             launches, period = 1, needs * slower
             full, crowded = first == batch_size, first_0 == batch_size
             rate_0, rate_1 = in_slot_0 / SLOT_S, in_slot_1 / SLOT_S
-            if crowded:
-                waiting = queued_0 + arrived_in_slot(in_slot_0, start)
-                launches = full_launches(start, period, waiting, rate_0, batch_size)
-            elif full and rate_0 * period <= batch_size:
-                waiting = queued_0 + queued_1 + arrived_in_slot(in_slot_0, start)
-                waiting += arrived_in_slot(in_slot_1, start)
-                launches = full_launches(start, period, waiting, rate_0 + rate_1, batch_size)
+            if crowded or (full and rate_0 * period <= batch_size):
+                waiting, rate = queued_0 + arrived_in_slot(in_slot_0, start), rate_0
+                if not crowded:
+                    waiting += queued_1 + arrived_in_slot(in_slot_1, start)
+                    rate += rate_1
+                launches = full_launches(start, period, waiting, rate, batch_size)
             elif not full and in_slot_0 + in_slot_1 > 0:
                 # A device that is busy for longer than requests wait launches whenever it is free.
                 period = max(
@@ -238,8 +240,11 @@ def serve(
         free_in = max(0.0, now - SLOT_S)
         slot_energy[slot - first_slot] = energy
         batches += launched
-        if launched * ttt_steps > 0:
+        adapted = launched * ttt_steps > 0
+        if adapted:
             adapt(weights, shift, launched * ttt_steps, tables.adapt_rate)
+    oldest_0, head_0 = oldest_in_slot(arrivals_0, next_0, head_0, end_slot - 1)
+    oldest_1, head_1 = oldest_in_slot(arrivals_1, next_1, head_1, end_slot - 1)
     server.next_0, server.next_1, server.head_0, server.head_1 = next_0, next_1, head_0, head_1
     server.slot, server.free_in_s, server.tail_s, server.tail_power_w = end_slot, free_in, tail, tail_power
     served = served_0 + served_1
@@ -250,8 +255,8 @@ def serve(
     work.expired_interactive, work.expired_deferrable = expired_0, expired_1
     work.waiting_interactive = arrivals_0[end_slot] - next_0
     work.waiting_deferrable = arrivals_1[end_slot] - next_1
-    work.oldest_interactive_s = max(0.0, SLOT_S - oldest_in_slot(arrivals_0, next_0, head_0, end_slot - 1)[0])
-    work.oldest_deferrable_s = max(0.0, SLOT_S - oldest_in_slot(arrivals_1, next_1, head_1, end_slot - 1)[0])
+    work.oldest_interactive_s = max(0.0, SLOT_S - oldest_0)
+    work.oldest_deferrable_s = max(0.0, SLOT_S - oldest_1)
     work.correct, work.good, work.batches = correct, good, batches
     work.batch_fill = served / (max(1, batches) * batch_size)
     work.busy_s, work.ttt_busy_s, work.ttt_steps = busy, ttt_busy, batches * ttt_steps
@@ -294,10 +299,11 @@ def terms_of(problem: Problem) -> np.ndarray:
 
 @jit
 def _serve_one(
-    tables, terms, levels, index, arrivals, shift_id, clock, serve_deferrable, weights, server, work,
-    histogram, slot_energy,
+    cost, answer_pure, answer_mixed, adapt_rate, load_imbalance, terms, levels, index, arrivals, shift_id,
+    clock, serve_deferrable, weights, server, work, histogram, slot_energy,
 ):  # fmt: skip
-    """`serve` for arrays of one record: they cross into compiled code cheaper than records do."""
+    """`serve` for arrays of one record and the parts of `Tables`: they cross into compiled code cheaper."""
+    tables = Tables(cost, answer_pure, answer_mixed, adapt_rate, load_imbalance)
     shift = shift_id[int(server[0].slot * SLOT_S)]
     serve(
         tables, terms[0], levels, index, arrivals, shift, clock, serve_deferrable, weights, server[0],
@@ -341,23 +347,25 @@ class ProfiledWorkload:
         problem = self._problem
         if duration_s != problem.scenario.interval_s:
             raise ValueError(f"the profiled workload runs whole intervals of {problem.scenario.interval_s} s")
-        if knobs not in self._known:
+        known = self._known.get(knobs)
+        if known is None:
             index = problem.knobs.index(knobs)
-            self._known[knobs] = index, problem.expert_tokens[index[2], index[0]]
-        index, tokens = self._known[knobs]
+            tokens = np.ascontiguousarray(problem.expert_tokens[index[2], index[0]])
+            known = self._known[knobs] = index, tokens
+        index, tokens = known
         histogram = np.zeros(HISTOGRAM_BINS, np.int64)
         slot_energy = np.empty(self._slots)
         _serve_one(
-            self._tables, self._terms, problem.knobs.level_table, index, self._stream.arrivals,
-            self._stream.shift_id, self._clock(), serve_deferrable, self._weights, self._server,
-             self._work, histogram, slot_energy,
+            *self._tables, self._terms, problem.knobs.level_table, index, self._stream.arrivals,
+            self._stream.shift_id, self._clock(), serve_deferrable, self._weights, self._server, self._work,
+            histogram, slot_energy,
         )  # fmt: skip
-        values = dict(zip(STAT_NAMES, self._work_row.tolist(), strict=True))
+        values: dict[str, Any] = dict(zip(STAT_NAMES, self._work_row.tolist(), strict=True))
         answered = values["answered_interactive"] + values["answered_deferrable"]
-        return frozen(
-            WorkStats, values, latency_histogram=histogram, tokens_per_expert=tokens * answered,
-            slot_energy_j=slot_energy,
-        )  # fmt: skip
+        values["latency_histogram"] = histogram
+        values["tokens_per_expert"] = tokens * answered
+        values["slot_energy_j"] = slot_energy
+        return frozen(WorkStats, values)
 
     def close(self) -> None:
         """Nothing to release."""

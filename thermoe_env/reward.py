@@ -10,24 +10,44 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from moe.queueing import jit
+from thermoe_env.scenario import RewardWeights
 
 REWARD_TERMS = ("good", "energy", "late", "over_budget", "heat", "quality")
 
 
 class Prices(NamedTuple):
-    """Weights and references, as compiled code reads them."""
+    """What each unit earns or costs, weights and references in it, as compiled code reads them."""
 
     good: float
+    """Per right answer in time."""
     energy: float
+    """Per joule."""
     late: float
+    """Per request answered late or expired."""
     over_budget: float
+    """Per watt of mean power over the budget, for an interval."""
     heat: float
+    """Of an interval above the limit, and as much again per degree."""
     quality: float
-    reference_j: float
-    """Energy of the standard service at full load in one interval."""
-    reference_good: float
-    """Good answers of the standard service at full load in one interval."""
-    interval_s: float
+    """Per answer by which quality falls short."""
+
+    @classmethod
+    def of(
+        cls, weights: RewardWeights, reference_j: float, reference_good: float, interval_s: float
+    ) -> Prices:
+        """Prices of the weights of a scenario.
+
+        Args:
+            weights: of the terms.
+            reference_j: energy of the standard service at full load in one interval.
+            reference_good: its good answers in one.
+            interval_s: length of an interval.
+        """
+        return cls(
+            weights.good / reference_good, weights.energy / reference_j, weights.late / reference_good,
+            weights.over_budget * interval_s / reference_j, weights.heat * interval_s,
+            weights.quality / reference_good,
+        )  # fmt: skip
 
 
 @jit
@@ -45,10 +65,10 @@ def reward_terms(prices, good, energy_j, missed, power_w, budget_w, over_c, shor
         shortfall: growth of the answers by which quality falls short of its floor over the episode.
         terms: float [6].
     """
-    terms[0] = prices.good * good / prices.reference_good
-    terms[1] = -prices.energy * energy_j / prices.reference_j
-    terms[2] = -prices.late * missed / prices.reference_good
-    terms[3] = -prices.over_budget * max(0.0, power_w - budget_w) * prices.interval_s / prices.reference_j
-    terms[4] = -prices.heat * prices.interval_s * (1.0 + over_c) if over_c > 0.0 else 0.0
-    terms[5] = -prices.quality * shortfall / prices.reference_good
+    terms[0] = prices.good * good
+    terms[1] = -prices.energy * energy_j
+    terms[2] = -prices.late * missed
+    terms[3] = -prices.over_budget * max(0.0, power_w - budget_w)
+    terms[4] = -prices.heat * (1.0 + over_c) if over_c > 0.0 else 0.0
+    terms[5] = -prices.quality * shortfall
     return terms[0] + terms[1] + terms[2] + terms[3] + terms[4] + terms[5]

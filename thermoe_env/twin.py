@@ -119,12 +119,6 @@ def _set_temperatures(device, inlet_c, power_w):
 
 
 @jit
-def _vary(key, i, half_width):
-    """A factor around 1."""
-    return uniform(key, i, 1.0 - half_width, 1.0 + half_width)
-
-
-@jit
 def start_device(spread, seed, device, drift_c, gpu):
     """Draw a device for an episode, settled at idle.
 
@@ -137,18 +131,21 @@ def start_device(spread, seed, device, drift_c, gpu):
         gpu: record of `GPU_DTYPE`; filled with its first reading.
     """
     key, walk = derive(seed, np.uint64(2)), derive(seed, np.uint64(4))
-    device.r_die_c_per_w *= _vary(key, 0, spread.resistance)
-    device.r_spreader_c_per_w *= _vary(key, 1, spread.resistance)
-    device.r_sink_c_per_w *= _vary(key, 2, spread.resistance)
-    device.r_mem_c_per_w *= _vary(key, 3, spread.resistance)
-    device.tau_spreader_s *= _vary(key, 4, spread.time_constant)
-    device.tau_sink_s *= _vary(key, 5, spread.time_constant)
-    device.tau_mem_s *= _vary(key, 6, spread.time_constant)
-    device.r_fan_c_per_w *= _vary(key, 10, spread.resistance)
-    device.tau_fan_s *= _vary(key, 11, spread.time_constant)
-    device.leakage_per_c *= _vary(key, 7, spread.leakage)
-    device.energy_factor = _vary(key, 8, spread.energy)
-    device.inlet_c += uniform(key, 9, -spread.inlet_c, spread.inlet_c)
+    vary = np.empty(12)  # in (-1, 1); one loop, as each literal number would compile a draw of its own
+    for i in range(12):
+        vary[i] = uniform(key, i, -1.0, 1.0)
+    device.r_die_c_per_w *= 1.0 + spread.resistance * vary[0]
+    device.r_spreader_c_per_w *= 1.0 + spread.resistance * vary[1]
+    device.r_sink_c_per_w *= 1.0 + spread.resistance * vary[2]
+    device.r_mem_c_per_w *= 1.0 + spread.resistance * vary[3]
+    device.tau_spreader_s *= 1.0 + spread.time_constant * vary[4]
+    device.tau_sink_s *= 1.0 + spread.time_constant * vary[5]
+    device.tau_mem_s *= 1.0 + spread.time_constant * vary[6]
+    device.r_fan_c_per_w *= 1.0 + spread.resistance * vary[10]
+    device.tau_fan_s *= 1.0 + spread.time_constant * vary[11]
+    device.leakage_per_c *= 1.0 + spread.leakage * vary[7]
+    device.energy_factor = 1.0 + spread.energy * vary[8]
+    device.inlet_c += spread.inlet_c * vary[9]
     device.keep_spreader = decay(SLOT_S, device.tau_spreader_s)
     device.keep_sink = decay(SLOT_S, device.tau_sink_s)
     device.keep_fan = decay(SLOT_S, device.tau_fan_s)
@@ -246,7 +243,8 @@ class TwinTelemetry:
         """Nothing to release."""
 
     def _reading(self) -> GpuReading:
-        values = dict(zip(READING_NAMES, self._gpu_row.tolist(), strict=True))
-        if not math.isfinite(sum(values.values())):
+        row = self._gpu_row.tolist()
+        values = dict(zip(READING_NAMES, row, strict=True))
+        if not math.isfinite(sum(row)):
             raise ReadingError(f"the twin left the numbers: {values}; check the calibration and the profile")
         return frozen(GpuReading, values)

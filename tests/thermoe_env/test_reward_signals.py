@@ -10,10 +10,10 @@ from scipy.integrate import solve_ivp
 
 from thermoe_env import physics
 from thermoe_env.reward import REWARD_TERMS, Prices, reward_terms
-from thermoe_env.scenario import PowerBudget
+from thermoe_env.scenario import PowerBudget, RewardWeights
 from thermoe_env.signals import draw_power_budget, next_stage, thermal_signal
 
-PRICES = Prices(1.0, 1.0, 1.0, 1.0, 1.0, 4.0, 600.0, 50_000.0, 1.0)
+PRICES = Prices.of(RewardWeights(quality=4.0), 600.0, 50_000.0, 1.0)
 BEGIN = np.array([6.0, 3.0, 1.0])
 positive = st.floats(0.0, 1e5)
 
