@@ -320,8 +320,8 @@ class ProfiledWorkload:
         self._tables: Tables = problem.tables
         self._terms = terms_of(problem)
         self._slots = int(self._terms[0]["slots"])
-        self._known: dict[Knobs, tuple[np.ndarray, np.ndarray]] = {}
-        """Level indices, int64 [knobs], and tokens per expert of an answer, [L, E]."""
+        self._known: dict[Knobs, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        """Level indices, int64 [knobs]; tokens per expert of an answer, [L, E]; `Problem.device_share` [D]."""
         self._weights = np.zeros(len(problem.profile.shifts) + 1)
         self._server = np.zeros(1, SERVER_DTYPE)
         self._work = np.zeros(1, WORK_DTYPE)
@@ -343,8 +343,9 @@ class ProfiledWorkload:
             raise ValueError(f"the profiled workload runs whole intervals of {problem.scenario.interval_s} s")
         if knobs not in self._known:
             index = problem.knobs.index(knobs)
-            self._known[knobs] = index, problem.expert_tokens[index[2], index[0]]
-        index, tokens = self._known[knobs]
+            k, b = index[2], index[0]
+            self._known[knobs] = index, problem.expert_tokens[k, b], problem.device_share[k, b]
+        index, tokens, device_share = self._known[knobs]
         histogram = np.zeros(HISTOGRAM_BINS, np.int64)
         slot_energy = np.empty(self._slots)
         _serve_one(
@@ -356,7 +357,7 @@ class ProfiledWorkload:
         answered = values["answered_interactive"] + values["answered_deferrable"]
         return frozen(
             WorkStats, values, latency_histogram=histogram, tokens_per_expert=tokens * answered,
-            slot_energy_j=slot_energy,
+            slot_energy_j=slot_energy, device_share=device_share,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -146,7 +146,7 @@ def test_time_limit_of_the_registration_holds(problem: Problem) -> None:
 def test_an_overheated_device_ends_its_episode_alone(problem: Problem) -> None:
     env = make(problem, 3)
     env.reset(seed=0)
-    env.batch.device["inlet_c"][1] = 120.0
+    env.batch.devices["inlet_c"][1] = 120.0
     _, _, terminated, truncated, infos = env.step(env.action_space.sample())
     assert terminated.tolist() == [False, True, False] and not truncated.any()
     assert infos["_final_obs"].tolist() == [False, True, False]
