@@ -1,7 +1,8 @@
 """The batched core: many twin environments advanced by one compiled call.
 
 Every environment runs the same scalar functions as the single one (`fill_stream`, `start_devices`, `serve`,
-`heat_devices`, `settle`, `encode_row`, ...), so results depend neither on the number of environments nor on threads.
+`heat_devices`, `settle`, `encode_row`, ...), so results depend neither on the number of environments nor on
+threads.
 """
 
 from __future__ import annotations

@@ -135,8 +135,8 @@ class Problem:
     def device_share(self) -> np.ndarray:
         """[K, B, D] share of the work's energy that each device takes, at the knobs' levels.
 
-        It is the device's share of the expert work: tokens of its experts, each times the expert's width. What
-        the layers spend beside their experts is split alike.
+        It is the device's share of the expert work: tokens of its experts, each times the expert's width.
+        What the layers spend beside their experts is split alike.
         """
         devices = self.scenario.devices
         if len(devices) == 1:
@@ -215,11 +215,11 @@ def _check_placement(scenario: Scenario, profile: Profile) -> None:
     left_out, unknown = sorted(set(range(count)) - placed), sorted(placed - set(range(count)))
     if left_out or unknown:
         raise ScenarioError(
-            f"devices must place experts 0 to {count - 1} of profile {scenario.profile!r}, each on one device: "
+            f"devices must place experts 0 to {count - 1} of profile {scenario.profile!r}, each on one: "
             f"left out are {left_out}, unknown are {unknown}; correct `experts`"
         )
     if len(scenario.devices) > 1 and "expert_widths" not in profile.model["config"]:
         raise ScenarioError(
-            f"profile {scenario.profile!r} does not say its expert_widths, by which several devices share the "
+            f"profile {scenario.profile!r} does not say its expert_widths, by which the devices share the "
             "energy; measure it with `python -m moe.profile`"
         )

@@ -321,7 +321,7 @@ class ProfiledWorkload:
         self._terms = terms_of(problem)
         self._slots = int(self._terms[0]["slots"])
         self._known: dict[Knobs, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        """Level indices, int64 [knobs]; tokens per expert of an answer, [L, E]; `Problem.device_share` [D]."""
+        """Level indices, int64 [knobs]; tokens per expert of an answer, [L, E]; `device_share`, [D]."""
         self._weights = np.zeros(len(problem.profile.shifts) + 1)
         self._server = np.zeros(1, SERVER_DTYPE)
         self._work = np.zeros(1, WORK_DTYPE)

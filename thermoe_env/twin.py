@@ -2,10 +2,10 @@
 
 `heat_devices` is the compiled interval over `physics`; `TwinTelemetry` is the same behind the seam.
 
-Experts are placed on devices, and placement moves heat, not time: the work's energy is split by the expert work
-that each device holds (`Problem.device_share`), its time stays the profile's, which was measured on one device.
-Communication and stragglers are not modelled. The devices run in step, so the clock of all is the slowest one's.
-They exchange no heat; the drift of the chassis's inlet is one for all.
+Experts are placed on devices, and placement moves heat, not time: the work's energy is split by the expert
+work that each device holds (`Problem.device_share`), its time stays the profile's, measured on one device.
+Communication and stragglers are not modelled. The devices run in step: the clock of the work, and of their
+idle power, is the slowest one's. They exchange no heat; the drift of the chassis's inlet is one for all.
 """
 
 from __future__ import annotations
