@@ -84,15 +84,16 @@ def _advance_all(
         ended = begin_all
         if not begin_all:
             second = int(track[i].step * rules[0].interval_s)
+            own = devices[i]
             fill(histogram[i], 0)
             serve(
                 tables, terms[0], levels, index[i], arrivals[i], shift[i, second],
-                slowest_clock(devices[i]),
+                slowest_clock(own),
                 track[i].stage < rules[0].deferrable_below, weights[i], server[i], work[i], histogram[i],
                 slot_energy[i],
             )  # fmt: skip
             terminated[i] = heat_devices(
-                devices[i], device_share[index[i, _EXPERT_COUNT], index[i, _ROUTING_BIAS]], slot_energy[i],
+                own, device_share[index[i, _EXPERT_COUNT], index[i, _ROUTING_BIAS]], slot_energy[i],
                 work[i].sm_clock, drift_c[i, second], gpu[i],
             )  # fmt: skip
             reward[i] = settle(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe.queueing import SLOT_S, jit
+from moe.queueing import SLOT_S, inlined, jit
 from moe.randomness import derive, normal, uniform
 from moe.workload import WorkStats, frozen
 from thermoe_env.errors import ReadingError
@@ -64,7 +64,7 @@ class Spread(NamedTuple):
     """Share of the drift that is left after a second."""
 
 
-@jit
+@inlined
 def heat(device, share, slot_energy, sm_clock, drift_c):
     """Advance one device over an interval.
 
@@ -134,7 +134,7 @@ def heat_devices(devices, share, slot_energy, sm_clock, drift_c, gpu):
     return tripped
 
 
-@jit
+@inlined
 def _read_sensors(devices, gpu):
     """Temperatures and clock of a reading."""
     hottest, coolest, total, memory = -math.inf, math.inf, 0.0, -math.inf
@@ -147,7 +147,7 @@ def _read_sensors(devices, gpu):
     gpu.sm_clock_mhz = slowest_clock(devices) * devices[0].max_clock_mhz
 
 
-@jit
+@inlined
 def slowest_clock(devices):
     """Clock fraction that throttling leaves to devices [D] that work in step."""
     clock = devices[0].clock
@@ -156,7 +156,7 @@ def slowest_clock(devices):
     return clock
 
 
-@jit
+@inlined
 def _set_temperatures(device, inlet_c, power_w):
     """Die and memory from the nodes."""
     device.die_c = die_temperature_c(

@@ -56,8 +56,8 @@ def heated(telemetry: TwinTelemetry, powers: list[float], share: list[float]) ->
 def test_one_device_that_names_all_its_experts_is_the_default(problem: Problem) -> None:
     batches = [TwinBatch(p, 4) for p in (problem, with_devices(problem, {"experts": range(8)}))]
     rng = np.random.default_rng(0)
-    observations = [batch.reset(range(4)) for batch in batches]
-    np.testing.assert_array_equal(*observations)
+    first, second = (batch.reset(range(4)) for batch in batches)
+    np.testing.assert_array_equal(first, second)
     for _ in range(60):
         index = problem.knobs.indices(rng.integers(0, problem.knobs.nvec, (4, 4)), "multi_discrete")
         first, second = (batch.step(index) for batch in batches)
