@@ -78,7 +78,7 @@ def with_residual_heat(recording: Recording, excess_c: float, tau_sink_s: float)
     time_s = (np.arange(len(recording.reward)) + 1) * recording.interval_s
     residual_c = excess_c * np.exp(-time_s / tau_sink_s)
     gpu = recording.gpu.copy()
-    for name in ("temp_c", "mem_temp_c"):
+    for name in ("temp_c", "mem_temp_c", "temp_mean_c"):
         gpu[name][:, 0] = [sensor_c(c) for c in gpu[name][:, 0] + residual_c]
     return replace(recording, gpu=gpu)
 

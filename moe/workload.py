@@ -96,6 +96,8 @@ class WorkStats:
     """[layers, experts] tokens routed in the interval."""
     slot_energy_j: np.ndarray | None = None
     """[slots] modelled energy above idle; None where a meter measures it."""
+    device_share: np.ndarray | None = None
+    """[devices] share of that energy on each device; None likewise."""
 
 
 STAT_NAMES: tuple[str, ...] = tuple(f.name for f in fields(WorkStats) if f.type == "float")

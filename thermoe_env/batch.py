@@ -1,7 +1,8 @@
 """The batched core: many twin environments advanced by one compiled call.
 
-Every environment runs the same scalar functions as the single one (`fill_stream`, `start_device`, `serve`,
-`heat`, `settle`, `encode_row`, ...), so results depend neither on the number of environments nor on threads.
+Every environment runs the same scalar functions as the single one (`fill_stream`, `start_devices`, `serve`,
+`heat_devices`, `settle`, `encode_row`, ...), so results depend neither on the number of environments nor on
+threads.
 """
 
 from __future__ import annotations
@@ -30,27 +31,36 @@ from thermoe_env.profiled import (
 )
 from thermoe_env.reward import REWARD_TERMS
 from thermoe_env.signals import budget_terms, fill_power_budget
-from thermoe_env.twin import DEVICE_DTYPE, GPU_DTYPE, heat, nominal_device, spread_of, start_device
+from thermoe_env.twin import (
+    DEVICE_DTYPE,
+    GPU_DTYPE,
+    heat_devices,
+    nominal_devices,
+    slowest_clock,
+    spread_of,
+    start_devices,
+)
 
 # Threads of GNU OpenMP spin while they wait for each other, which costs most of the speed wherever another
 # process wants the cores as well. It reads this when numba starts its threads; the user's own choice stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+_EXPERT_COUNT, _ROUTING_BIAS = KNOB_NAMES.index("expert_count"), KNOB_NAMES.index("routing_bias")
+
 
 @jit
 def _start(
     rules, traffic, budget, spread, nominal, default_index, seed, arrivals, shift, budget_w, drift_c, weights,
-    server, device, track, track_row, gpu, raw, raw_row, observation,
+    server, devices, track, track_row, gpu, raw, raw_row, observation,
 ):  # fmt: skip
     """Begin the episode of `seed` in one environment and write its first observation.
 
-    Arguments are rows of the arrays of `TwinBatch`; `device` is an array of one record.
+    Arguments are rows of the arrays of `TwinBatch`.
     """
     fill_stream(traffic, seed, arrivals, shift)
     fill_power_budget(budget, seed, budget_w)
     start_service(weights, server)
-    device[0] = nominal[0]
-    start_device(spread, seed, device[0], drift_c, gpu)
+    start_devices(spread, seed, nominal, devices, drift_c, gpu)
     fill(track_row, 0.0)
     fill(raw_row, 0.0)
     begin(rules[0], track, gpu, budget_w, default_index, raw)
@@ -59,9 +69,9 @@ def _start(
 
 @numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _advance_all(
-    begin_all, tables, terms, levels, prices, quality_floor, steps,  # the service
+    begin_all, tables, device_share, terms, levels, prices, quality_floor, steps,  # the service
     rules, traffic, budget, spread, nominal, default_index,  # what is drawn from
-    seeds, episodes, arrivals, shift, budget_w, drift_c, weights, server, device, track, track_rows,
+    seeds, episodes, arrivals, shift, budget_w, drift_c, weights, server, devices, track, track_rows,
     first_gpu, first_raw, first_raw_rows,  # the state
     index, work, gpu, raw, raw_rows, histogram, slot_energy, reward_terms, cost,  # the interval
     observation, final, reward, terminated, truncated,  # the result
@@ -74,13 +84,18 @@ def _advance_all(
         ended = begin_all
         if not begin_all:
             second = int(track[i].step * rules[0].interval_s)
+            own = devices[i]
             fill(histogram[i], 0)
             serve(
-                tables, terms[0], levels, index[i], arrivals[i], shift[i, second], device[i].clock,
+                tables, terms[0], levels, index[i], arrivals[i], shift[i, second],
+                slowest_clock(own),
                 track[i].stage < rules[0].deferrable_below, weights[i], server[i], work[i], histogram[i],
                 slot_energy[i],
             )  # fmt: skip
-            terminated[i] = heat(device[i], slot_energy[i], work[i].sm_clock, drift_c[i, second], gpu[i])
+            terminated[i] = heat_devices(
+                own, device_share[index[i, _EXPERT_COUNT], index[i, _ROUTING_BIAS]], slot_energy[i],
+                work[i].sm_clock, drift_c[i, second], gpu[i],
+            )  # fmt: skip
             reward[i] = settle(
                 rules[0], prices[0], quality_floor, track[i], work[i], gpu[i], budget_w[i], index[i], raw[i],
                 reward_terms[i], cost[i],
@@ -94,8 +109,8 @@ def _advance_all(
         if ended:
             _start(
                 rules, traffic, budget, spread, nominal, default_index, derive(seeds[i], episodes[i]),
-                arrivals[i], shift[i], budget_w[i], drift_c[i], weights[i], server[i], device[i : i + 1],
-                track[i], track_rows[i], first_gpu[i], first_raw[i], first_raw_rows[i], observation[i],
+                arrivals[i], shift[i], budget_w[i], drift_c[i], weights[i], server[i], devices[i], track[i],
+                 track_rows[i], first_gpu[i], first_raw[i], first_raw_rows[i], observation[i],
             )  # fmt: skip
 
 
@@ -113,7 +128,7 @@ class BatchStep:
     reward: np.ndarray
     """float64 [n]."""
     terminated: np.ndarray
-    """bool [n]: the device shut itself down."""
+    """bool [n]: a device shut itself down."""
     truncated: np.ndarray
     """bool [n]: the episode's time is over."""
     final_observation: np.ndarray
@@ -148,6 +163,7 @@ class TwinBatch:
         terms = terms_of(problem)
         self._service = (
             problem.tables,
+            problem.device_share,
             terms,
             problem.knobs.level_table,
             prices_of(problem),
@@ -159,10 +175,11 @@ class TwinBatch:
             traffic_of(scenario.traffic, seconds, problem.capacity_rps),
             budget_terms(scenario.power_budget, scenario.interval_s),
             spread_of(problem),
-            nominal_device(problem),
+            nominal_devices(problem),
             np.array(problem.knobs.default_index, np.int64),
         )
-        self.device = np.zeros(n, DEVICE_DTYPE)
+        self.devices = np.zeros((n, len(scenario.devices)), DEVICE_DTYPE)
+        """Records of `DEVICE_DTYPE`, [n, D]."""
         self._seeds, self._episodes = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
         self._state = (
             self._seeds,
@@ -173,7 +190,7 @@ class TwinBatch:
             np.zeros((n, seconds)),  # drift of the inlet
             np.zeros((n, len(problem.profile.shifts) + 1)),  # adaptation
             np.zeros(n, SERVER_DTYPE),
-            self.device,
+            self.devices,
             *_with_rows(np.zeros(n, TRACK_DTYPE)),
             np.zeros(n, GPU_DTYPE),  # at an episode's beginning
             *_with_rows(np.zeros(n, RAW_DTYPE)),  # likewise

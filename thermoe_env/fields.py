@@ -28,12 +28,14 @@ class Field:
 
 
 FIELDS: tuple[Field, ...] = (
-    Field("temp_c", "degC", 20.0, 100.0, "die sensor at the end of the interval"),
-    Field("mem_temp_c", "degC", 20.0, 100.0, "memory sensor"),
-    Field("temp_slope_c_per_s", "degC/s", -5.0, 5.0, "change of the die sensor over the interval"),
-    Field("margin_c", "degC", -10.0, 40.0, "virtual temperature limit less die temperature"),
+    Field("temp_c", "degC", 20.0, 100.0, "hottest die sensor at the end of the interval"),
+    Field("mem_temp_c", "degC", 20.0, 100.0, "hottest memory sensor"),
+    Field("temp_mean_c", "degC", 20.0, 100.0, "mean of the devices' die sensors"),
+    Field("temp_spread_c", "degC", 0.0, 20.0, "hottest die sensor less coolest, 0 with one device"),
+    Field("temp_slope_c_per_s", "degC/s", -5.0, 5.0, "change of the hottest die sensor over the interval"),
+    Field("margin_c", "degC", -10.0, 40.0, "virtual temperature limit less hottest die"),
     Field("stage", "1", 0.0, 3.0, "thermal stage: NOMINAL, ELEVATED, HOT, CRITICAL"),
-    Field("power_w", "W", 0.0, 800.0, "mean power of the interval"),
+    Field("power_w", "W", 0.0, 800.0, "mean power of the interval, all devices"),
     Field("power_slow_w", "W", 0.0, 800.0, "mean power, 20 s average"),
     Field("budget_w", "W", 0.0, 800.0, "power budget of the coming interval"),
     Field("budget_ahead_w", "W", 0.0, 800.0, "lowest announced budget within the notice"),
@@ -45,7 +47,7 @@ FIELDS: tuple[Field, ...] = (
         "time until the announced budget changes; the notice if it does not",
     ),
     Field("energy_share", "1", 0.0, 1.5, "energy used so far over the standard service's at full load"),
-    Field("sm_clock_share", "1", 0.0, 1.0, "SM clock over its maximum"),
+    Field("sm_clock_share", "1", 0.0, 1.0, "SM clock of the slowest device over its maximum"),
     Field("power_capped_s", "s", 0.0, 1.0, "time the power cap held the clock down"),
     Field("thermal_throttle_s", "s", 0.0, 1.0, "time a thermal slowdown held the clock down"),
     Field("queue_interactive_s", "s", 0.0, 1.0, "waiting interactive requests over the reference capacity"),

@@ -124,6 +124,7 @@ def begin(rules, track, gpu, budget_w, index, raw):
     margin = rules.limit_c - gpu.temp_c
     track.stage = next_stage(int(track.stage), margin, rules.stage_begin_c, rules.hysteresis_c)
     raw.temp_c, raw.mem_temp_c, raw.margin_c = gpu.temp_c, gpu.mem_temp_c, margin
+    raw.temp_mean_c, raw.temp_spread_c = gpu.temp_mean_c, gpu.temp_spread_c
     raw.stage = track.stage
     raw.power_w, raw.power_slow_w = gpu.power_w, gpu.power_w
     raw.sm_clock_share = gpu.sm_clock_mhz / rules.max_clock_mhz
@@ -193,6 +194,7 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw,
     track.stage = next_stage(int(track.stage), margin, rules.stage_begin_c, rules.hysteresis_c)
 
     raw.temp_c, raw.mem_temp_c, raw.margin_c, raw.stage = gpu.temp_c, gpu.mem_temp_c, margin, track.stage
+    raw.temp_mean_c, raw.temp_spread_c = gpu.temp_mean_c, gpu.temp_spread_c
     raw.temp_slope_c_per_s = (gpu.temp_c - track.temp_c) / dt
     raw.power_w, raw.power_slow_w = gpu.power_w, track.power_slow_w
     raw.energy_share = track.energy_j * rules.share_per_j

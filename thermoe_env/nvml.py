@@ -243,6 +243,8 @@ class NvmlTelemetry:
         return GpuReading(
             temp_c=now.temp_c,
             mem_temp_c=now.mem_temp_c,
+            temp_mean_c=now.temp_c,
+            temp_spread_c=0.0,
             power_w=self.gpu.average_power_w(),
             energy_j=0.0,
             sm_clock_mhz=now.sm_clock_mhz,
@@ -280,6 +282,8 @@ class NvmlTelemetry:
         return GpuReading(
             temp_c=now.temp_c,
             mem_temp_c=now.mem_temp_c,
+            temp_mean_c=now.temp_c,
+            temp_spread_c=0.0,
             power_w=power_w,
             energy_j=power_w * duration_s,
             sm_clock_mhz=now.sm_clock_mhz,

@@ -75,6 +75,7 @@ class Problem:
             raise ScenarioError(
                 f"traffic.shifts {scenario.traffic.shifts} exceed the profile's {named.shifts}"
             )
+        _check_placement(scenario, named)
         twin = load_twin(config_path("twin", scenario.twin, ".yaml"))
         if profile is not None and profile is not named:
             ratio = float(profile.batch_size[-1] / named.batch_size[-1])
@@ -93,12 +94,13 @@ class Problem:
 
     @cached_property
     def reference_power_w(self) -> float:
-        """Power of the standard service at load 1.0, the unit of energy prices."""
+        """Power of the standard service on all devices at load 1.0, the unit of energy prices."""
         static = self.scenario.static
         batch = static.batch_size * self.batch_scale
         idle = self.power_profile.idle_power_w
         assert idle is not None
-        return idle + self.power_profile.active_power_w(batch, static.expert_count, static.routing_bias)
+        active = self.power_profile.active_power_w(batch, static.expert_count, static.routing_bias)
+        return len(self.scenario.devices) * idle + active
 
     @cached_property
     def batch_scale(self) -> float:
@@ -128,6 +130,27 @@ class Problem:
         p, bias = self.profile, np.array(self.knobs.levels["routing_bias"])
         share = np.apply_along_axis(lambda row: np.interp(bias, p.routing_bias, row), 1, p.expert_share)
         return share * p.expert_count[:, None, None, None]
+
+    @cached_property
+    def device_share(self) -> np.ndarray:
+        """[K, B, D] share of the work's energy that each device takes, at the knobs' levels.
+
+        It is the device's share of the expert work: tokens of its experts, each times the expert's width.
+        What the layers spend beside their experts is split alike.
+        """
+        devices = self.scenario.devices
+        if len(devices) == 1:
+            return np.ones((*self.expert_tokens.shape[:2], 1))
+        width = np.array(self.profile.model["config"]["expert_widths"], np.float64)
+        work = self.expert_tokens.sum(axis=2) * width  # [K, B, E]
+        held = np.stack([work[..., list(device.experts or ())].sum(axis=-1) for device in devices], axis=-1)
+        total = held.sum(axis=-1, keepdims=True)
+        if not np.all(total > 0.0):
+            raise ScenarioError(
+                "the energy of the work is split by expert width, but at some routing bias all tokens go to "
+                "experts of width 0; serve this model from one device"
+            )
+        return held / total
 
     @cached_property
     def tables(self) -> Tables:
@@ -176,4 +199,27 @@ class Problem:
             answers.answer_mixed,
             p.adapt_rate or 0.0,
             at_bias(imbalance, p.routing_bias, 1),
+        )
+
+
+def _check_placement(scenario: Scenario, profile: Profile) -> None:
+    """Refuse a placement of other experts than the model's, once each.
+
+    Raises:
+        ScenarioError: names the experts that are left out or unknown.
+    """
+    if scenario.devices[0].experts is None:
+        return
+    count = profile.expert_share.shape[-1]
+    placed = {e for device in scenario.devices for e in device.experts or ()}
+    left_out, unknown = sorted(set(range(count)) - placed), sorted(placed - set(range(count)))
+    if left_out or unknown:
+        raise ScenarioError(
+            f"devices must place experts 0 to {count - 1} of profile {scenario.profile!r}, each on one: "
+            f"left out are {left_out}, unknown are {unknown}; correct `experts`"
+        )
+    if len(scenario.devices) > 1 and "expert_widths" not in profile.model["config"]:
+        raise ScenarioError(
+            f"profile {scenario.profile!r} does not say its expert_widths, by which the devices share the "
+            "energy; measure it with `python -m moe.profile`"
         )

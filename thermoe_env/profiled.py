@@ -326,8 +326,8 @@ class ProfiledWorkload:
         self._tables: Tables = problem.tables
         self._terms = terms_of(problem)
         self._slots = int(self._terms[0]["slots"])
-        self._known: dict[Knobs, tuple[np.ndarray, np.ndarray]] = {}
-        """Level indices, int64 [knobs], and tokens per expert of an answer, [L, E]."""
+        self._known: dict[Knobs, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        """Level indices, int64 [knobs]; tokens per expert of an answer, [L, E]; `device_share`, [D]."""
         self._weights = np.zeros(len(problem.profile.shifts) + 1)
         self._server = np.zeros(1, SERVER_DTYPE)
         self._work = np.zeros(1, WORK_DTYPE)
@@ -350,9 +350,10 @@ class ProfiledWorkload:
         known = self._known.get(knobs)
         if known is None:
             index = problem.knobs.index(knobs)
-            tokens = np.ascontiguousarray(problem.expert_tokens[index[2], index[0]])
-            known = self._known[knobs] = index, tokens
-        index, tokens = known
+            k, b = index[2], index[0]
+            tokens = np.ascontiguousarray(problem.expert_tokens[k, b])
+            known = self._known[knobs] = index, tokens, problem.device_share[k, b]
+        index, tokens, device_share = known
         histogram = np.zeros(HISTOGRAM_BINS, np.int64)
         slot_energy = np.empty(self._slots)
         _serve_one(
@@ -365,6 +366,7 @@ class ProfiledWorkload:
         values["latency_histogram"] = histogram
         values["tokens_per_expert"] = tokens * answered
         values["slot_energy_j"] = slot_energy
+        values["device_share"] = device_share
         return frozen(WorkStats, values)
 
     def close(self) -> None:

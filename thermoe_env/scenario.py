@@ -18,6 +18,7 @@ from thermoe_env.errors import ScenarioError
 from thermoe_env.knobs import KNOB_NAMES
 
 _STRICT: dict[str, Any] = {"extra": "forbid"}
+LARGEST_INLET_OFFSET_C = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +132,25 @@ class Randomize:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """One of the devices that serve the model together (`thermoe_env.twin` says what is modelled)."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    inlet_offset_c: float = 0.0
+    """How much warmer its air is than the calibrated device's."""
+    experts: tuple[int, ...] | None = None
+    """Numbers of the experts that it holds, in every layer; none given: all, where it is the only device."""
+
+    def __post_init__(self) -> None:
+        if not abs(self.inlet_offset_c) <= LARGEST_INLET_OFFSET_C:
+            raise ValueError(
+                f"inlet_offset_c must lie within {LARGEST_INLET_OFFSET_C:g} degC of the calibrated inlet, "
+                f"got {self.inlet_offset_c}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scenario:
     """One control problem, for the twin and for a live device alike."""
 
@@ -155,8 +175,12 @@ class Scenario:
     reward: RewardWeights = field(default_factory=RewardWeights)
     feasible: Feasibility = field(default_factory=Feasibility)
     randomize: Randomize = field(default_factory=Randomize)
+    devices: tuple[DeviceConfig, ...] = (DeviceConfig(),)
+    """Devices of the calibrated kind among which the experts are placed; the power budget is that of all. The
+    observation's powers end at 800 W, a power or budget above reads as that."""
 
     def __post_init__(self) -> None:
+        self._check_placement()
         unknown = [name for name in self.knobs if name not in KNOB_NAMES]
         if unknown or not self.knobs or len(set(self.knobs)) < len(self.knobs):
             raise ValueError(f"knobs must be different ones of {KNOB_NAMES}, got {self.knobs}")
@@ -166,6 +190,21 @@ class Scenario:
             )
         if self.episode_s < 10:
             raise ValueError(f"episode_s must be at least 10, got {self.episode_s}")
+
+    def _check_placement(self) -> None:
+        """Check what needs no profile; `Problem.of` compares the experts with the model's."""
+        if not self.devices:
+            raise ValueError("devices must name at least one device, got none; leave the key out for one")
+        without = [d for d, device in enumerate(self.devices) if device.experts is None]
+        if without and len(self.devices) > 1:
+            raise ValueError(
+                f"with several devices each must say which experts it holds, devices {without} do not; "
+                "give `experts` ([] for a device that only idles)"
+            )
+        placed = [e for device in self.devices for e in device.experts or ()]
+        twice = sorted({e for e in placed if placed.count(e) > 1})
+        if twice:
+            raise ValueError(f"each expert lives on one device, experts {twice} are named more than once")
 
     @property
     def steps(self) -> int:
@@ -244,6 +283,7 @@ def _explain(path: Path, error: Any) -> str:
         ("reward",): RewardWeights,
         ("feasible",): Feasibility,
         ("randomize",): Randomize,
+        ("devices",): DeviceConfig,
         ("static",): Knobs,
     }
     lines = [f"{path}:"]
@@ -251,7 +291,8 @@ def _explain(path: Path, error: Any) -> str:
         where = ".".join(map(str, item["loc"])) or "scenario"
         known = ""
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            section = sections[tuple(item["loc"][:-1])]
+            # The number of a list's entry is not part of its section's name.
+            section = sections[tuple(part for part in item["loc"][:-1] if isinstance(part, str))]
             known = f"; known keys: {sorted(section.__dataclass_fields__)}"
         lines.append(f"  {where}: {item['msg']}{known}")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ from thermoe_env.problem import Problem
 
 
 class Shadow:
-    """A `Workload` that adds modelled slot energies to the one it wraps."""
+    """A `Workload` on one device that adds modelled slot energies to the one it wraps."""
 
     def __init__(self, workload: Workload, problem: Problem) -> None:
         self._workload, self._problem = workload, problem
@@ -33,7 +33,7 @@ class Shadow:
         power = profile.active_power_w(batch, knobs.expert_count, knobs.routing_bias)
         slots = round(duration_s / SLOT_S)
         energy = np.full(slots, power * min(stats.busy_s, duration_s) / slots)
-        return replace(stats, slot_energy_j=energy)
+        return replace(stats, slot_energy_j=energy, device_share=np.ones(1))
 
     def close(self) -> None:
         """Close the wrapped workload."""

@@ -10,33 +10,38 @@ from moe.workload import WorkStats
 
 @dataclass(frozen=True, kw_only=True)
 class GpuReading:
-    """One device over one control interval."""
+    """The device, or all devices, over one control interval."""
 
     temp_c: float
-    """Die temperature as the sensor gives it at the end of the interval (whole degrees)."""
+    """Temperature of the hottest die as the sensors give it at the end of the interval (whole degrees)."""
     mem_temp_c: float
-    """Memory temperature, likewise."""
+    """Temperature of the hottest memory, likewise."""
+    temp_mean_c: float
+    """Mean over the devices of their die temperatures."""
+    temp_spread_c: float
+    """Hottest die less coolest."""
     power_w: float
-    """Mean power over the interval, from the energy counter."""
+    """Mean power over the interval, from the energy counters; sum over the devices."""
     energy_j: float
-    """Energy of the interval."""
+    """Energy of the interval; sum over the devices."""
     sm_clock_mhz: float
+    """Clock of the slowest device."""
     power_capped_s: float
-    """Time in the interval for which the power cap held the clock down."""
+    """Time in the interval for which the power cap held the clock down; of the device with the longest."""
     thermal_throttle_s: float
-    """Time in the interval for which a thermal slowdown, software or hardware, held it down."""
+    """Time in the interval for which a thermal slowdown, software or hardware, held it down; likewise."""
 
 
 READING_NAMES: tuple[str, ...] = tuple(f.name for f in fields(GpuReading))
 
 
 class Telemetry(Protocol):
-    """A device's sensors."""
+    """The sensors of the device, or of all devices."""
 
     simulated: bool
     """Whether the readings come from a model."""
     tripped: bool
-    """Whether the device passed its shutdown temperature in this episode."""
+    """Whether a device passed its shutdown temperature in this episode."""
 
     def reset(self, seed: int) -> GpuReading:
         """Start an episode; returns the state before any work of it."""

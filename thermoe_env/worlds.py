@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moe.profiles import load_profile
 from moe.workload import Workload
-from thermoe_env.errors import GpuUnavailableError
+from thermoe_env.errors import GpuUnavailableError, ScenarioError
 from thermoe_env.problem import Problem
 from thermoe_env.profiled import ProfiledWorkload
 from thermoe_env.scenario import Scenario, config_path
@@ -44,9 +44,10 @@ def build_world(scenario: Scenario, world: str) -> World:
     Raises:
         ValueError: unknown world.
         GpuUnavailableError: CUDA without NVML.
+        ScenarioError: a live world of several devices.
     """
     if world == "auto":
-        reason = _no_gpu_reason()
+        reason = _several_devices(scenario) or _no_gpu_reason()
         world = "live" if reason is None else "twin"
         # Not a Python warning: the choice is expected, but it must be seen once.
         _LOG.warning("ThermalMoE-v0: world %r, because %s", world, reason or "CUDA and NVML answer")
@@ -57,6 +58,13 @@ def build_world(scenario: Scenario, world: str) -> World:
     if world == "live":
         return _live(scenario)
     raise ValueError(f"world must be one of {WORLDS}, got {world!r}")
+
+
+def _several_devices(scenario: Scenario) -> str | None:
+    """Why the live world cannot play a scenario's devices, or None when it can."""
+    if len(scenario.devices) == 1:
+        return None
+    return f"the scenario has {len(scenario.devices)} devices and the live service serves from one GPU"
 
 
 def _no_gpu_reason() -> str | None:
@@ -92,6 +100,9 @@ def warn_of_another_card(card: str, problem: Problem) -> None:
 
 def _live(scenario: Scenario) -> World:
     """The live world: real forward passes, read by NVML on CUDA, by the twin's model on a CPU."""
+    several = _several_devices(scenario)
+    if several is not None:
+        raise ScenarioError(f"{several}; play it in the twin")
     import torch
 
     from moe.live import LiveWorkload

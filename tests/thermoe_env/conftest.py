@@ -11,6 +11,7 @@ from moe.profiles import Profile, save_profile
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import load_scenario
 
+WIDTHS = [160] * 4 + [96] * 4
 SHIFTS = ("clean", "gaussian_noise@5", "contrast@5", "blur@5")
 
 
@@ -27,12 +28,18 @@ def make_profile() -> Profile:
     own = np.stack([accuracy, confidence, entropy], axis=-1)[:, :, 2, 0]  # [S, Q, 3]
     first, second = np.triu_indices(5, 1)
     energy = latency * 350.0 + work * 4e-4
+    wide = 0.125 + 0.02 / experts[:, None] - 0.05 * bias[None, :]  # [K, R] share of each of the wide experts
     return Profile(
         task="vision",
         size="base",
         device="a device made up for tests",
         provenance={"note": "not measured"},
-        model={"key": "0" * 12, "config": {"top_k": 4}, "data_sha256": "0" * 64, "weights_sha256": "0" * 64},
+        model={
+            "key": "0" * 12,
+            "config": {"top_k": 4, "expert_widths": WIDTHS},
+            "data_sha256": "0" * 64,
+            "weights_sha256": "0" * 64,
+        },
         batch_size=batch,
         expert_count=experts,
         routing_bias=bias,
@@ -57,7 +64,7 @@ def make_profile() -> Profile:
         mixture=np.repeat(0.5 * (own[:, first] + own[:, second])[:, :, None], 3, axis=2),
         adapt_rate=0.05,
         adaptation_error={"points": 0.0},
-        expert_share=np.full((4, 2, 2, 8), 0.125),
+        expert_share=np.repeat(np.stack([wide, 0.25 - wide], -1)[:, :, None].repeat(2, axis=2), 4, axis=3),
     )
 
 

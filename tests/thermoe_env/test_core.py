@@ -16,6 +16,10 @@ from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.problem import Problem
 from thermoe_env.profiled import ProfiledWorkload
 from thermoe_env.scenario import load_scenario
+from thermoe_env.twin import TwinTelemetry
+
+ONE = [{}]
+TWO = [{"experts": [0, 1, 2, 3]}, {"experts": [4, 5, 6, 7], "inlet_offset_c": 6.0}]
 
 
 def play(batch: TwinBatch, seeds: list[int], actions: np.ndarray, row: int) -> list[tuple]:
@@ -28,7 +32,9 @@ def play(batch: TwinBatch, seeds: list[int], actions: np.ndarray, row: int) -> l
     return seen
 
 
-def test_one_environment_is_the_same_alone_in_a_batch_and_on_any_thread(problem: Problem) -> None:
+@pytest.mark.parametrize("devices", [ONE, TWO])
+def test_one_environment_is_the_same_alone_in_a_batch_and_on_any_thread(problem: Problem, devices) -> None:
+    problem = Problem.of(load_scenario(problem.scenario, devices=devices))
     steps, seeds = problem.scenario.steps, [11, 5, 7, 3, 2]
     actions = np.random.default_rng(0).integers(
         0, problem.knobs.nvec, (steps, len(seeds), len(problem.knobs.nvec))
@@ -73,11 +79,12 @@ def test_episodes_of_a_batch_are_those_of_the_single_environment(problem: Proble
     low=st.floats(0.05, 1.0),
     spread=st.floats(0.0, 2.0),
     share=st.floats(0.0, 1.0),
+    devices=st.sampled_from([ONE, TWO]),
     knobs=st.lists(st.tuples(*(st.integers(0, 2) for _ in range(4))), min_size=3, max_size=12),
     serve=st.lists(st.booleans(), min_size=12, max_size=12),
 )
 @settings(max_examples=60, deadline=None)
-def test_requests_are_conserved(problem: Problem, seed, low, spread, share, knobs, serve) -> None:
+def test_requests_are_conserved(problem: Problem, seed, low, spread, share, devices, knobs, serve) -> None:
     """In = answered + expired + waiting, whatever the traffic and the knobs."""
     traffic = TrafficConfig(low_load=low, high_load=low + spread, interactive_share=share)
     scenario = load_scenario(
@@ -85,9 +92,12 @@ def test_requests_are_conserved(problem: Problem, seed, low, spread, share, knob
         traffic=dict(vars(traffic)),
         episode_s=12,
         service={"expire_after_s": (0.5, 61.0), "deadline_s": (0.3, 60.0)},
+        devices=devices,
     )
-    workload = ProfiledWorkload(Problem.of(scenario), lambda: 1.0)
+    telemetry = TwinTelemetry(Problem.of(scenario))
+    workload = ProfiledWorkload(Problem.of(scenario), lambda: telemetry.clock)
     workload.reset(seed)
+    telemetry.reset(seed)
     arrived, answered, expired = np.zeros(2), np.zeros(2), np.zeros(2)
     levels = problem.knobs.levels
     for (bias, batch, experts, ttt), deferrable in zip(knobs, serve, strict=False):
@@ -98,6 +108,7 @@ def test_requests_are_conserved(problem: Problem, seed, low, spread, share, knob
             ttt_steps=int(levels["ttt_steps"][ttt]),
         )
         stats = workload.run(setting, 1.0, deferrable)
+        telemetry.read(stats, 1.0)
         arrived += stats.arrived_interactive, stats.arrived_deferrable
         answered += stats.answered_interactive, stats.answered_deferrable
         expired += stats.expired_interactive, stats.expired_deferrable

@@ -36,7 +36,8 @@ def test_every_observed_field_is_written(problem: Problem) -> None:
         rows.append(env.step(env.action_space.sample())[0])
     values = decode(np.array(rows))
     still = {name for name in FIELD_NAMES if np.ptp(values[name]) == 0.0}
-    # The default scenario controls neither of these, its device is never throttled, and its traffic is even.
+    # The default scenario controls neither of these, its one device is never throttled, and its
+    # traffic is even.
     assert still <= {
         "pace_level",
         "sm_clock_level",
@@ -44,6 +45,7 @@ def test_every_observed_field_is_written(problem: Problem) -> None:
         "power_capped_s",
         "thermal_throttle_s",
         "load_imbalance",
+        "temp_spread_c",
     }
 
 
@@ -131,7 +133,7 @@ def test_an_overheated_device_ends_the_episode(problem: Problem) -> None:
     env = ThermalMoEEnv(problem.scenario, world="twin")
     env.reset(seed=0)
     assert isinstance(env._world.telemetry, TwinTelemetry)
-    env._world.telemetry._device[0]["inlet_c"] = 120.0
+    env._world.telemetry._devices["inlet_c"] = 120.0
     *_, terminated, truncated, info = env.step(env.action_space.sample())
     assert terminated and not truncated and "shutdown" in info["reason"]
 

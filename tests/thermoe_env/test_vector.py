@@ -18,6 +18,11 @@ from thermoe_env.problem import Problem
 from thermoe_env.vector import ThermalMoEVectorEnv
 
 STEPS = 12
+PLACEMENTS = (
+    [{}],
+    [{"experts": range(4)}, {"inlet_offset_c": 6.0, "experts": range(4, 8)}],
+    [{"experts": [7, 0, 3]}, {"experts": [1, 2, 4, 5, 6], "inlet_offset_c": -3.0}, {"experts": []}],
+)
 
 
 def make(problem: Problem, n: int, **arguments) -> ThermalMoEVectorEnv:
@@ -35,19 +40,21 @@ def make(problem: Problem, n: int, **arguments) -> ThermalMoEVectorEnv:
     load=st.tuples(st.floats(0.05, 0.7), st.floats(0.7, 1.6)),
     interval_s=st.sampled_from([0.5, 1.0]),
     limit=st.floats(45.0, 75.0),
+    devices=st.sampled_from(PLACEMENTS),
     n=st.integers(1, 5),
     threads=st.sampled_from([1, 2]),
 )
 def test_equals_single_environments(
-    problem, seed, mode, knobs, kind, load, interval_s, limit, n, threads
+    problem, seed, mode, knobs, kind, load, interval_s, limit, devices, n, threads
 ) -> None:
-    """Bit for bit, over two episodes, for any scenario, knobs, action mode, number and thread count."""
+    """Bit for bit over two episodes, for any scenario, placement, knobs, action mode, number and threads."""
     overrides = {
         "episode_s": STEPS,
         "interval_s": interval_s,
         "knobs": [name for name in KNOB_NAMES if name in knobs],
         "traffic": {"kind": kind, "low_load": load[0], "high_load": load[1]},
         "limits": {"temperature_c": limit},
+        "devices": devices,
     }
     vec = make(problem, n, action_mode=mode, overrides=overrides)
     singles = [
@@ -146,7 +153,7 @@ def test_time_limit_of_the_registration_holds(problem: Problem) -> None:
 def test_an_overheated_device_ends_its_episode_alone(problem: Problem) -> None:
     env = make(problem, 3)
     env.reset(seed=0)
-    env.batch.device["inlet_c"][1] = 120.0
+    env.batch.devices["inlet_c"][1] = 120.0
     _, _, terminated, truncated, infos = env.step(env.action_space.sample())
     assert terminated.tolist() == [False, True, False] and not truncated.any()
     assert infos["_final_obs"].tolist() == [False, True, False]
