@@ -326,7 +326,7 @@ def test_measured_work_on_this_cpu(tmp_path: Path) -> None:
     assert load_driver_info(out / "live1_nvml_info.json").name == "Fake H100"
     [segment] = load_segments(out / "live1_segments.csv")
     assert segment.t1 - segment.t0 == pytest.approx(10.0, abs=1.5) and segment.k == 1.0
-    assert trace.t[0] < segment.t0 and segment.t1 < trace.t[-1] + 0.5  # a busy machine may delay a sample
+    assert trace.t[0] < segment.t0 and segment.t1 < trace.t[-1] + 2.0  # a busy machine delays samples
     assert 0.0 < segment.duty <= 1.0 and segment.steps > 0 and segment.load == "service"
     text = (out / "fidelity.md").read_text()
     assert "simulated device (live-cpu" in text and "measured with the very weights" in text

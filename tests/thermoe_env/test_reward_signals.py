@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
@@ -33,6 +33,7 @@ def total(**change: float) -> float:
     return reward_terms(PRICES, *arguments)
 
 
+@settings(deadline=None)  # the first call compiles
 @given(
     good=positive,
     energy_j=positive,
