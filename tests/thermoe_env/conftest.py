@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from moe.profiles import Profile, save_profile
+from tests.thermoe_env.recorded import RECORDED, SHIPPED
+from thermoe_env.calibration import TwinParams, load_twin
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import load_scenario
+from thermoe_env.traces import Trace, load_trace
 
 WIDTHS = [160] * 4 + [96] * 4
 SHIFTS = ("clean", "gaussian_noise@5", "contrast@5", "blur@5")
@@ -80,3 +83,22 @@ def profile_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def problem(profile_path: Path) -> Problem:
     """The default scenario on the made-up profile."""
     return Problem.of(load_scenario("default", profile=str(profile_path)))
+
+
+@pytest.fixture(scope="session")
+def shipped() -> TwinParams:
+    return load_twin(SHIPPED)
+
+
+@pytest.fixture(scope="session")
+def cut_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 400 s of the recorded trace."""
+    head, *rows = RECORDED.read_text().splitlines()
+    path = tmp_path_factory.mktemp("traces") / "cut_telemetry.csv"
+    path.write_text("\n".join([head, *(row for row in rows if float(row.split(",", 1)[0]) < 400.0)]) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def cut(cut_path: Path) -> Trace:
+    return load_trace(cut_path)
