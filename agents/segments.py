@@ -14,6 +14,7 @@ from agents.rollout import Recording
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.knobs import KNOB_NAMES
 from thermoe_env.recorder import Recorder, RecorderError
+from thermoe_env.traces import SEGMENT_COLUMNS, segments_path
 
 RECORDED_WORLDS = ("live",)
 """Worlds whose device NVML can record."""
@@ -37,11 +38,9 @@ class Segments:
         load = _load(recording, self._expert_counts)
         name = [recording.policy, int(recording.seeds[0])]
         self._rows.append(["episode", round(t0, 3), round(self.now_s(), 3), *load, *name])
-        path = self._recorder.path
-        with path.with_name(path.name.replace("_telemetry", "_segments")).open("w", newline="") as file:
+        with segments_path(self._recorder.path).open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
-            columns = ["k", "tokens", "duty", "steps", "mean_lat_ms", "load", "policy", "seed"]
-            writer.writerow(["phase", "t0", "t1", *columns])
+            writer.writerow([*SEGMENT_COLUMNS, "policy", "seed"])
             writer.writerows(self._rows)
 
 

@@ -14,7 +14,7 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from thermoe_env.calibration import TwinParams, load_twin, save_twin
+from thermoe_env.calibration import load_twin, save_twin
 from thermoe_env.errors import ThermoeError, TraceFormatError
 from thermoe_env.excitation import schedule
 from thermoe_env.fitting import fit_twin
@@ -22,6 +22,7 @@ from thermoe_env.free_run import THERMAL
 from thermoe_env.observer import NOISE
 from thermoe_env.scenario import config_path
 from thermoe_env.traces import (
+    SEGMENT_COLUMNS,
     driver_info_path,
     load_driver_info,
     load_segments,
@@ -72,7 +73,7 @@ def record(
         stack.warm_up({(level.tokens, level.top_k) for level in levels if level.tokens})
         with segments_path(out).open("w", newline="", buffering=1) as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["phase", "t0", "t1", "k", "tokens", "duty", "steps", "mean_lat_ms", "load"])
+            writer.writerow(SEGMENT_COLUMNS)
             for level in levels:
                 recorder.check()
                 begin_s = recorder.now_s
@@ -113,9 +114,8 @@ def fit(
         raise TraceFormatError(f"{len(traces)} traces need as many files of segments, got {len(segments)}")
     info = load_driver_info(nvml_info or driver_info_path(traces[0]))
     for path in traces[1:]:
-        other = driver_info_path(path)
-        if other.is_file() and load_driver_info(other).name != info.name:
-            _warn(f"{path} is of a {load_driver_info(other).name}, the twin of a {info.name}")
+        if other := _another_card(path, info.name):
+            _warn(other)
     beside = [path if path.is_file() else None for path in map(segments_path, traces)]
     loads = [None if path is None else load_segments(path) for path in (segments or beside)]
     twin = fit_twin([load_trace(path) for path in traces], info, loads, judge)
@@ -147,7 +147,8 @@ def validate(
     recorded, model = load_trace(trace), load_twin(config_path("twin", twin, ".yaml"))
     intervals = recorded.intervals()
     refuse_foreign_temperature(recorded.path, intervals)
-    _warn_of_another_card(trace, model)
+    if other := _another_card(trace, model.gpu):
+        _warn(f"{other}: fit one to the card (calibrate record, fit)")
     loads = None if segments is None else load_segments(segments)
     errors = dataclasses.asdict(validate_twin(intervals, model, loads))
     fitted = recorded.sha256 in {part.get("sha256") for part in model.provenance.get("traces", [])}
@@ -161,12 +162,12 @@ def validate(
         print("The twin was fitted to this very trace: these are not errors on unseen data.")
 
 
-def _warn_of_another_card(trace: Path, twin: TwinParams) -> None:
+def _another_card(trace: Path, gpu: str) -> str | None:
+    """Says so where what the driver said beside a trace names another card than `gpu`."""
     info = driver_info_path(trace)
-    if info.is_file() and (name := load_driver_info(info).name) != twin.gpu:
-        _warn(
-            f"{trace} is of a {name}, the twin of a {twin.gpu}: fit one to the card (calibrate record, fit)"
-        )
+    if not info.is_file() or (name := load_driver_info(info).name) == gpu:
+        return None
+    return f"{trace} is of a {name}, the twin of a {gpu}"
 
 
 def _warn(message: str) -> None:

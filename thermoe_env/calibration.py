@@ -113,8 +113,7 @@ class TwinParams:
                 "needs tau_spreader_s <= tau_sink_s <= tau_fan_s, got "
                 f"{self.tau_spreader_s}, {self.tau_sink_s}, {self.tau_fan_s}"
             )
-        rise = self.r_die_c_per_w + self.r_spreader_c_per_w + self.r_sink_c_per_w + self.r_fan_c_per_w
-        if self.r_fan_c_per_w > 0.0 or rise <= 0.0:
+        if self.r_fan_c_per_w > 0.0 or self.resistance_c_per_w <= 0.0:
             raise ScenarioError(
                 f"r_fan_c_per_w must lie between 0 and what leaves a rise, got {self.r_fan_c_per_w}"
             )
@@ -128,10 +127,14 @@ class TwinParams:
                 raise ScenarioError(f"loads {name!r} must be rows of five numbers >= 0, got {rows!r}")
 
     @property
+    def resistance_c_per_w(self) -> float:
+        """Of all nodes from the inlet to the die, once they have settled."""
+        return self.r_die_c_per_w + self.r_spreader_c_per_w + self.r_sink_c_per_w + self.r_fan_c_per_w
+
+    @property
     def idle_rise_c(self) -> float:
         """How much warmer than the inlet the die settles without work."""
-        resistance = self.r_die_c_per_w + self.r_spreader_c_per_w + self.r_sink_c_per_w + self.r_fan_c_per_w
-        return self.idle_power_w * resistance
+        return self.idle_power_w * self.resistance_c_per_w
 
 
 def load_twin(path: str | Path) -> TwinParams:

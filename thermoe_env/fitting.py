@@ -24,11 +24,10 @@ from thermoe_env.fitting_power import fit_power
 from thermoe_env.free_run import THERMAL
 from thermoe_env.observer import NOISE
 from thermoe_env.traces import DriverInfo, Intervals, Segment, Trace, refuse_foreign_temperature
-from thermoe_env.validation import HORIZONS_S, WARM_UP, horizon_errors, validate_twin
+from thermoe_env.validation import HORIZONS_S, SHORTEST_S, WARM_UP, horizon_errors, validate_twin
 
 HELD_OUT = 0.45
 """Part of a single trace, at its end, on which a fit to the rest is judged."""
-SHORTEST_S = 60.0
 
 # Typical values; steps of the search are relative to a unit of the logarithm, or to the unit given.
 _PRIOR: dict[str, tuple[float, float | None]] = {
@@ -135,8 +134,9 @@ def _held_out(
         heat, _ = fit_heat([parts[j] for j in others])
         power, _ = fit_power([parts[j] for j in others], [loads[j] for j in others], info)
         judged = dataclasses.replace(twin, **heat, **power)
-        known = loads[i] is not None and {s.load for s in loads[i] or [] if s.tokens} <= set(judged.loads)
-        errors = validate_twin(parts[i], judged, loads[i] if known else None)
+        own = loads[i]
+        known = own is not None and {segment.load for segment in own if segment.tokens} <= set(judged.loads)
+        errors = validate_twin(parts[i], judged, own if known else None)
         fitted = ", ".join(traces[j].path.name for j in others)
         held.append({"file": trace.path.name, "fitted_to": fitted, **dataclasses.asdict(errors)})
     return held

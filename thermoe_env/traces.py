@@ -36,6 +36,8 @@ MAX_GAP_S = 5.0
 MAX_GAP_STEPS = 10.0
 
 _SEGMENT_NUMBERS = ("t0", "t1", "k", "tokens", "duty", "steps", "mean_lat_ms")
+SEGMENT_COLUMNS = ("phase", *_SEGMENT_NUMBERS, "load")
+"""What `load_segments` reads; `load` may be absent."""
 UNNAMED_LOAD = "unnamed"
 """The load of segments without a column `load`."""
 

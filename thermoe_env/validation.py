@@ -23,7 +23,8 @@ HORIZONS_S = (1, 10, 60, 180)
 WARM_UP = 20
 """Intervals the observer sees before the first restart."""
 POWER_WINDOW_S = 5.0
-_SHORTEST_S = 60.0
+SHORTEST_S = 60.0
+"""Least length of a trace that says anything of slow heat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +116,9 @@ def validate_twin(
         TraceFormatError: shorter than 60 s, or a load that the twin does not know.
     """
     dt = intervals.interval_s
-    if len(intervals) * dt < _SHORTEST_S:
+    if len(intervals) * dt < SHORTEST_S:
         raise TraceFormatError(
-            f"{len(intervals) * dt:.0f} s are too short to judge a twin: record {_SHORTEST_S:.0f} or more"
+            f"{len(intervals) * dt:.0f} s are too short to judge a twin: record {SHORTEST_S:.0f} or more"
         )
     measured_c = np.stack([intervals.temp_c, intervals.mem_temp_c], axis=1)  # [N, 2]
     steps = np.array([round(h / dt) for h in HORIZONS_S])
