@@ -62,7 +62,7 @@ class Recorder:
         return time.perf_counter() - self.start_s
 
     def __enter__(self) -> Recorder:
-        """Start the process and wait until it has found the card.
+        """Start the process and wait for its first row.
 
         Raises:
             RecorderError: it cannot start: no GPU, say, or a sensor is lacking.
@@ -164,11 +164,16 @@ def _main(path: str, device_index: str, samples_per_s: str, start_s: str) -> Non
     gpu = Gpu(int(device_index))
     try:
         write_driver_info(gpu, Path(path))
-        print(_READY, end="", flush=True)
-        write_trace(
-            gpu, Path(path), float(start_s), float(samples_per_s),
-            lambda seconds: bool(select.select([sys.stdin], [], [], seconds)[0]),
-        )  # fmt: skip
+        ready = False
+
+        def stopped(seconds: float) -> bool:
+            nonlocal ready
+            if not ready:  # the first row is on disk: what the parent does from here on lies in the trace
+                print(_READY, end="", flush=True)
+                ready = True
+            return bool(select.select([sys.stdin], [], [], seconds)[0])
+
+        write_trace(gpu, Path(path), float(start_s), float(samples_per_s), stopped)
     finally:
         gpu.close()
 
