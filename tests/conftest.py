@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples in every run, so that a change of the code is all that can change a result. New
+# ones: pytest --hypothesis-profile=search.
+settings.register_profile("repeatable", derandomize=True, print_blob=True)
+settings.load_profile("repeatable")
+settings.register_profile("search", print_blob=True)
 
 torch.set_num_threads(1)  # small tensors, and several workers on few cores
 
