@@ -8,8 +8,10 @@ from typing import Any, Literal, cast
 
 Task = Literal["vision", "language"]
 Size = Literal["tiny", "base"]
+ZeroComputation = Literal["zero", "copy", "constant"]
 TASKS: tuple[Task, ...] = ("vision", "language")
 SIZES: tuple[Size, ...] = ("tiny", "base")
+ZERO_COMPUTATIONS: tuple[ZeroComputation, ...] = ("zero", "copy", "constant")
 
 IMAGE_SIZE = 28  # pixels; Fashion-MNIST is 28 x 28, one grey channel
 ALIGNMENT = 8  # 16 bytes of bfloat16: grouped_mm refuses rows that are not a multiple of it
@@ -27,8 +29,13 @@ class ModelConfig:
         n_kv_heads: Key and value heads, each shared by ``n_heads / n_kv_heads`` query heads.
         head_dim: Width of one head.
         expert_widths: Hidden width F of each expert, widest first. Width 0 is a zero-computation expert.
+        zero_computation: What each expert of width 0 answers instead, in their order: ``"zero"`` nothing,
+            ``"copy"`` its input, ``"constant"`` a learned mix of its input and a learned vector (MoE++,
+            arXiv 2410.07348, section 3.1).
         top_k: Experts per token when the caller names none.
         top_k_choices: Values of K the model is trained for, ascending.
+        balance_bias: Whether routers carry a bias per expert that balances their load without a loss
+            (arXiv 2408.15664): training moves it, serving keeps it.
         norm: ``"batch"`` (BatchNorm over batch and tokens) or ``"rms"``.
         patch_size: Edge of a square image patch in pixels (vision).
         context_length: Longest byte sequence (language).
@@ -45,8 +52,10 @@ class ModelConfig:
     n_kv_heads: int
     head_dim: int
     expert_widths: tuple[int, ...]
+    zero_computation: tuple[ZeroComputation, ...] = ()
     top_k: int = 4
     top_k_choices: tuple[int, ...] = (1, 2, 4, 8)
+    balance_bias: bool = False
     norm: Literal["batch", "rms"]
     patch_size: int = 7
     context_length: int = 128
@@ -83,6 +92,12 @@ class ModelConfig:
         if not self.expert_widths or self.expert_widths[0] <= 0 or self.expert_widths[-1] < 0:
             raise ValueError(
                 f"expert_widths needs one positive and no negative width, got {self.expert_widths}"
+            )
+        n_zero = self.expert_widths.count(0)
+        if len(self.zero_computation) != n_zero or set(self.zero_computation) - set(ZERO_COMPUTATIONS):
+            raise ValueError(
+                f"zero_computation needs one of {ZERO_COMPUTATIONS} for each of the {n_zero} experts of "
+                f"width 0, got {self.zero_computation}"
             )
         if self.n_experts > 255:
             raise ValueError(f"at most 255 experts (they are sorted as bytes), got {self.n_experts}")

@@ -30,7 +30,8 @@ class Dispatch:
         pair_of_row: Flat (token, choice) pair of row r.  # [R]
         row_of_pair: Its inverse.  # [T, K]
         expert_ends: Row behind the last row of each expert, int32 as grouped_mm wants it.  # [E]
-        experts: Chosen experts.  # [T, K]
+        experts: Chosen experts; rows of null slots (id E) lie behind those of all experts.  # [T, K]
+        null_slots: Whether there can be null slots.
     """
 
     token_of_row: Tensor
@@ -38,6 +39,7 @@ class Dispatch:
     row_of_pair: Tensor
     expert_ends: Tensor
     experts: Tensor
+    null_slots: bool
 
     @property
     def spare_row(self) -> int:
@@ -46,12 +48,12 @@ class Dispatch:
 
     def rows_within(self, n_experts: int) -> Tensor:
         """Return each pair's row, or the spare row if its expert is not among the first ``n_experts``."""
-        if n_experts == self.expert_ends.numel():
+        if n_experts == self.expert_ends.numel() and not self.null_slots:
             return self.row_of_pair
         return torch.where(self.experts < n_experts, self.row_of_pair, self.spare_row)  # [T, K]
 
 
-def make_dispatch(experts: Tensor, n_experts: int) -> Dispatch:
+def make_dispatch(experts: Tensor, n_experts: int, null_slots: bool = False) -> Dispatch:
     """Sort the (token, expert) pairs of a choice, [T, K], by expert."""
     top_k = experts.shape[1]
     keys = experts.flatten().to(torch.uint8)  # bytes: one radix pass instead of eight
@@ -66,6 +68,7 @@ def make_dispatch(experts: Tensor, n_experts: int) -> Dispatch:
         row_of_pair=row_of_pair.view_as(experts),
         expert_ends=expert_ends,
         experts=experts,
+        null_slots=null_slots,
     )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
+from moe.config import ZeroComputation
 from moe.dispatch import Dispatch, combine_rows, gather_rows, make_dispatch, rows_of_experts
 from moe.kernels import swiglu, swiglu_backward
 from moe.router import Routing
@@ -61,10 +62,16 @@ class Experts(nn.Module):
 
     Args:
         d_model: Width D of the tokens.
-        expert_widths: Hidden width of each expert, widest first; width 0 is the zero function.
+        expert_widths: Hidden width of each expert, widest first.
+        zero_computation: What each expert of width 0 answers, as in ``ModelConfig``.
     """
 
-    def __init__(self, d_model: int, expert_widths: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        expert_widths: tuple[int, ...],
+        zero_computation: tuple[ZeroComputation, ...] = (),
+    ) -> None:
         super().__init__()
         self.n_experts = len(expert_widths)
         levels = [0, *sorted(set(expert_widths) - {0})]
@@ -72,13 +79,47 @@ class Experts(nn.Module):
             ExpertSlice(d_model, sum(width >= high for width in expert_widths), high - low)
             for low, high in itertools.pairwise(levels)
         )
+        kind_of_expert = dict(enumerate(zero_computation, start=self.n_experts - len(zero_computation)))
+        self.copies = [e for e, kind in kind_of_expert.items() if kind == "copy"]
+        self.constants = nn.ModuleDict(
+            {str(e): ConstantExpert(d_model) for e, kind in kind_of_expert.items() if kind == "constant"}
+        )
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return the mixed outputs of the chosen experts (SwiGLU: arXiv 2002.05202, eq. 6), [T, D]."""
-        dispatch = make_dispatch(routing.experts, self.n_experts)
+        dispatch = make_dispatch(routing.experts, self.n_experts, routing.null_slots)
         rows = gather_rows(x, dispatch)  # [R + 1, D]
         parts = [
             combine_rows(expert_slice(rows, dispatch), routing.weights, dispatch, expert_slice.n_experts)
             for expert_slice in cast(Iterable[ExpertSlice], self.slices)
         ]
+        parts += self.zero_computation(x, routing)
         return sum(parts[1:], parts[0])
+
+    def zero_computation(self, x: Tensor, routing: Routing) -> list[Tensor]:
+        """Return the parts of the copy and constant experts, [T, D] each; they need no rows."""
+        parts = [_weight_of(routing, expert, x.dtype) * x for expert in self.copies]
+        parts += [
+            _weight_of(routing, int(e), x.dtype) * constant(x) for e, constant in self.constants.items()
+        ]
+        return parts
+
+
+class ConstantExpert(nn.Module):
+    """A mix of its input and a learned vector, by learned shares (MoE++, arXiv 2410.07348, eq. 5)."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.empty(d_model))  # [D]
+        self.shares = nn.Parameter(torch.empty(2, d_model))  # [2, D]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix each of the tokens, [T, D]."""
+        of_input, of_vector = F.linear(x, self.shares.to(x.dtype)).softmax(dim=-1).split(1, dim=-1)  # [T, 1]
+        return of_input * x + of_vector * self.vector.to(x.dtype)
+
+
+def _weight_of(routing: Routing, expert: int, dtype: torch.dtype) -> Tensor:
+    """Weight of one expert in each token's mix, 0 where it was not chosen, [T, 1]."""
+    chosen = routing.experts == expert  # [T, K]
+    return torch.where(chosen, routing.weights, 0).sum(dim=-1, keepdim=True).to(dtype)

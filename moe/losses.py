@@ -18,7 +18,8 @@ def load_balance_loss(routing: Routing) -> Tensor:
     (Switch Transformer, arXiv 2101.03961, equations 4 to 6).
     """
     n_experts = routing.router_logits.shape[-1]
-    share = tokens_per_expert(routing) / routing.experts.numel()  # [E]
+    counts = tokens_per_expert(routing)  # [E]
+    share = counts / counts.sum()  # [E]
     probability = routing.router_logits.softmax(dim=-1).mean(dim=0)  # [E]
     return n_experts * (share * probability).sum()
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config import IMAGE_SIZE, ModelConfig
-from moe.experts import Experts, ExpertSlice
+from moe.experts import ConstantExpert, Experts, ExpertSlice
 from moe.router import Router, Routing, route
 from moe.statistics import tokens_per_expert
 
@@ -111,15 +111,23 @@ class MoELayer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.router = Router(config.d_model, config.n_experts)
-        self.experts = Experts(config.d_model, config.expert_widths)
+        self.router = Router(config.d_model, config.n_experts, config.balance_bias)
+        self.experts = Experts(config.d_model, config.expert_widths, config.zero_computation)
+        self.max_top_k = config.top_k_choices[-1]
 
     def forward(
-        self, x: Tensor, top_k: int, routing_bias: float | Tensor, expert_cost: Tensor
+        self, x: Tensor, top_k: int | Tensor, routing_bias: float | Tensor, expert_cost: Tensor
     ) -> tuple[Tensor, Routing]:
         """Send each token of [B, S, D] through its experts."""
         tokens = x.flatten(0, -2)  # [T, D]
-        routing = route(self.router(tokens), top_k, routing_bias, expert_cost)
+        routing = route(
+            self.router(tokens),
+            top_k,
+            routing_bias,
+            expert_cost,
+            balance_bias=self.router.balance_bias,
+            max_top_k=self.max_top_k,
+        )
         return self.experts(tokens, routing).view_as(x), routing
 
 
@@ -134,7 +142,7 @@ class Block(nn.Module):
         self.moe = MoELayer(config)
 
     def forward(
-        self, x: Tensor, top_k: int, routing_bias: float | Tensor, expert_cost: Tensor
+        self, x: Tensor, top_k: int | Tensor, routing_bias: float | Tensor, expert_cost: Tensor
     ) -> tuple[Tensor, Routing]:
         """Return the updated stream, [B, S, D], and the routing."""
         x = x + self.attention(self.attention_norm(x))
@@ -173,7 +181,7 @@ class MoEModel(nn.Module):
     def forward(
         self,
         inputs: Tensor,
-        top_k: int | Sequence[int] | None = None,
+        top_k: int | Sequence[int] | Tensor | None = None,
         routing_bias: float | Tensor = 0.0,
         expert_cost: Tensor | None = None,
     ) -> ModelOutput:
@@ -182,16 +190,19 @@ class MoEModel(nn.Module):
         Args:
             inputs: Images, uint8, [B, 28, 28]; or bytes, any integer type, [B, S] with S up to
                 ``context_length``.
-            top_k: Experts per token, for all layers or one per layer; None means the config's.
+            top_k: Experts per token, for all layers or one per layer; None means the config's. A 0-dim
+                tensor, for all layers and up to the largest choice, stays on the device (see `moe.graph`).
             routing_bias: Strength of the pull to cheap experts, 0..1; a float or a 0-dim tensor.
             expert_cost: Cost per expert in [0, 1]; None means ``self.expert_cost``.  # [E]
 
         Raises:
-            ValueError: ``top_k`` is out of range or not one per layer, or a sequence is too long.
+            ValueError: ``top_k`` is out of range or not one per layer, the bias or cost is refused by
+                `route`, or a sequence is too long.
         """
         config = self.config
         top_k = config.top_k if top_k is None else top_k
-        top_k_of_layer = [top_k] * config.n_layers if isinstance(top_k, int) else list(top_k)
+        same = isinstance(top_k, int | Tensor)
+        top_k_of_layer = [top_k] * config.n_layers if same else list(top_k)
         if len(top_k_of_layer) != config.n_layers:
             raise ValueError(f"top_k needs one value per layer ({config.n_layers}), got {top_k_of_layer}")
         expert_cost = self.expert_cost if expert_cost is None else expert_cost
@@ -223,7 +234,7 @@ class MoEModel(nn.Module):
         """Hold matrices and compute in ``dtype``, leaving router and norms in float32; returns self."""
         self.compute_dtype = dtype
         for module in self.modules():
-            if isinstance(module, Linear | nn.Embedding | ExpertSlice):
+            if isinstance(module, Linear | nn.Embedding | ExpertSlice | ConstantExpert):
                 module.to(dtype)
         self.position.data = self.position.data.to(dtype)
         return self
@@ -287,6 +298,9 @@ def initialise(model: MoEModel, generator: torch.Generator) -> MoEModel:
             normal(module.out.weight, (config.n_heads * config.head_dim) ** -0.5 * into_stream)
         elif isinstance(module, Router):
             normal(module.weight, 0.1 * config.d_model**-0.5)
+        elif isinstance(module, ConstantExpert):
+            normal(module.vector, into_stream)
+            normal(module.shares, config.d_model**-0.5)
         elif isinstance(module, ExpertSlice):
             normal(module.gate_up, config.d_model**-0.5)
             normal(module.down, mean_width**-0.5 * into_stream)

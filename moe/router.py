@@ -5,6 +5,7 @@ Shapes: T tokens, D model, E experts, K experts per token.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,16 +28,25 @@ class Routing:
     Attributes:
         router_logits: Unbiased logits, float32.  # [T, E]
         weights: Combine weights of the chosen experts, float32, summing to 1 per token.  # [T, K]
-        experts: Chosen experts, int64.  # [T, K]
+        experts: Chosen experts, int64; E in a null slot, whose weight is 0.  # [T, K]
+        null_slots: Whether there can be null slots: K then is the largest number of experts per token, and
+            the number in force is known to the device only.
     """
 
     router_logits: Tensor
     weights: Tensor
     experts: Tensor
+    null_slots: bool = False
 
 
 def route(
-    router_logits: Tensor, top_k: int, routing_bias: float | Tensor = 0.0, expert_cost: Tensor | None = None
+    router_logits: Tensor,
+    top_k: int | Tensor,
+    routing_bias: float | Tensor = 0.0,
+    expert_cost: Tensor | None = None,
+    *,
+    balance_bias: Tensor | None = None,
+    max_top_k: int | None = None,
 ) -> Routing:
     """Choose ``top_k`` experts per token by logit minus biased cost, and weigh them by logit alone.
 
@@ -46,32 +56,57 @@ def route(
 
     Args:
         router_logits: Float32 logits.  # [T, E]
-        top_k: Experts per token, 1..E.
+        top_k: Experts per token, 1..E. As a 0-dim tensor it is read by the device alone, so that a CUDA
+            graph can be replayed with another; it is then not checked (see `moe.graph`).
         routing_bias: Strength, usefully 0..1 (see ``BIAS_SCALE``); a float or a 0-dim tensor.
         expert_cost: Cost per expert in [0, 1]; None means no bias.  # [E]
+        balance_bias: Added to the logits for the choice alone, to balance the load; None means none.  # [E]
+        max_top_k: Slots per token where ``top_k`` is a tensor; None means E.
 
     Raises:
-        ValueError: ``top_k`` is outside 1..E.
+        ValueError: ``top_k`` is outside 1..E, the bias is not finite, or the cost is of another model.
     """
-    if not 1 <= top_k <= router_logits.shape[-1]:
-        raise ValueError(f"top_k must be within 1..{router_logits.shape[-1]} experts, got {top_k}")
+    n_experts = router_logits.shape[-1]
+    n_slots = top_k if isinstance(top_k, int) else max_top_k or n_experts
+    if not 1 <= n_slots <= n_experts:
+        raise ValueError(f"top_k must be within 1..{n_experts} experts, got {n_slots}")
+    if not isinstance(routing_bias, Tensor) and not math.isfinite(routing_bias):
+        raise ValueError(f"routing_bias must be a finite number, usefully 0..1, got {routing_bias}")
     scores_for_choice = router_logits.detach()
+    if balance_bias is not None:
+        scores_for_choice = scores_for_choice + balance_bias  # [T, E]
     if expert_cost is not None:
-        spread = scores_for_choice.std(dim=-1, keepdim=True, correction=0)  # [T, 1]
+        if expert_cost.shape != (n_experts,):
+            raise ValueError(
+                f"expert_cost needs one number for each of the {n_experts} experts, got shape "
+                f"{tuple(expert_cost.shape)}; is it the cost table of another model?"
+            )
+        spread = router_logits.detach().std(dim=-1, keepdim=True, correction=0)  # [T, 1]
         # Against the cheapest and not the mean: the choice is the same, and an equal cost is exactly 0.
         excess_cost = expert_cost - expert_cost.min()  # [E]
         scores_for_choice = scores_for_choice - routing_bias * BIAS_SCALE * spread * excess_cost  # [T, E]
-    experts = scores_for_choice.topk(top_k, dim=-1).indices  # [T, K]
-    weights = router_logits.gather(-1, experts).softmax(dim=-1)  # [T, K]
-    return Routing(router_logits=router_logits, weights=weights, experts=experts)
+    experts = scores_for_choice.topk(n_slots, dim=-1).indices  # [T, K]
+    chosen_logits = router_logits.gather(-1, experts)  # [T, K]
+    if isinstance(top_k, int):
+        return Routing(router_logits, chosen_logits.softmax(dim=-1), experts)
+    null = torch.arange(n_slots, device=experts.device) >= top_k  # [K]
+    weights = chosen_logits.masked_fill(null, -math.inf).softmax(dim=-1)
+    return Routing(router_logits, weights, experts.masked_fill(null, n_experts), null_slots=True)
 
 
 class Router(nn.Module):
-    """Linear map from token to expert logits, always in float32 (arXiv 2101.03961, section 2.4)."""
+    """Linear map from token to expert logits, always in float32 (arXiv 2101.03961, section 2.4).
 
-    def __init__(self, d_model: int, n_experts: int) -> None:
+    Attributes:
+        balance_bias: See ``ModelConfig.balance_bias``; None without.  # [E]
+    """
+
+    balance_bias: Tensor | None
+
+    def __init__(self, d_model: int, n_experts: int, balance_bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))  # [E, D]
+        self.register_buffer("balance_bias", torch.zeros(n_experts) if balance_bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return float32 logits, [T, E], of tokens, [T, D]."""

@@ -14,7 +14,10 @@ from moe.router import Routing
 
 
 def tokens_per_expert(routing: Routing) -> Tensor:
-    """Count the tokens sent to each expert, int64; no host synchronisation (``bincount`` has one), [E]."""
+    """Count the tokens sent to each expert, int64, without null slots, [E].
+
+    No host synchronisation, which ``bincount`` has.
+    """
     expert_ids = torch.arange(routing.router_logits.shape[-1], device=routing.experts.device)
     return (routing.experts.unsqueeze(-1) == expert_ids).sum(dim=(0, 1))
 
@@ -40,10 +43,11 @@ def load_imbalance(counts: Tensor) -> Tensor:
 
 
 def mean_expert_cost(routing: Routing, expert_cost: Tensor) -> Tensor:
-    """Return the cost of the chosen experts averaged over tokens and choices; 0-dim.
+    """Return the cost of the chosen experts averaged over tokens and choices, without null slots; 0-dim.
 
     Args:
         routing: The decision.
         expert_cost: Cost per expert.  # [E]
     """
-    return expert_cost[routing.experts].mean()
+    counts = tokens_per_expert(routing)  # [E]
+    return (counts * expert_cost).sum() / counts.sum()

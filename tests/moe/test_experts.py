@@ -14,8 +14,10 @@ from moe.experts import Experts
 from moe.router import Routing
 
 
-def make_experts(d_model: int, widths: tuple[int, ...], generator: torch.Generator) -> Experts:
-    experts = Experts(d_model, widths)
+def make_experts(
+    d_model: int, widths: tuple[int, ...], generator: torch.Generator, kinds: tuple[Any, ...] = ()
+) -> Experts:
+    experts = Experts(d_model, widths, kinds or ("zero",) * widths.count(0))
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     return experts
@@ -23,7 +25,11 @@ def make_experts(d_model: int, widths: tuple[int, ...], generator: torch.Generat
 
 def make_routing(experts: Tensor, n_experts: int, generator: torch.Generator) -> Routing:
     weights = torch.rand(experts.shape, generator=generator)
-    return Routing(torch.zeros(len(experts), n_experts), weights / weights.sum(-1, keepdim=True), experts)
+    weights = torch.where(experts < n_experts, weights, 0)
+    null = bool((experts == n_experts).any())
+    return Routing(
+        torch.zeros(len(experts), n_experts), weights / weights.sum(-1, keepdim=True), experts, null
+    )
 
 
 def random_choice(n_tokens: int, top_k: int, allowed: list[int], generator: torch.Generator) -> Tensor:
@@ -31,14 +37,23 @@ def random_choice(n_tokens: int, top_k: int, allowed: list[int], generator: torc
     return torch.tensor(allowed)[ranks]  # [T, K]
 
 
-def loop_reference(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """Each token, each choice: one SwiGLU network with all the hidden units of its expert."""
+def loop_reference(experts: Experts, x: Tensor, routing: Routing, kinds: tuple[str, ...] = ()) -> Tensor:
+    """Each token, each choice: one SwiGLU network with all the hidden units of its expert, or its kind."""
     outputs = []
+    kind_of_expert = dict(enumerate(kinds, start=experts.n_experts - len(kinds)))
     for token in range(len(x)):
         total = torch.zeros_like(x[token])
         for weight, expert in zip(routing.weights[token], routing.experts[token].tolist(), strict=True):
             parts: list[Any] = [part for part in experts.slices if expert < part.n_experts]
             if not parts:
+                kind = kind_of_expert.get(expert)  # none in a null slot
+                if kind == "copy":
+                    total = total + weight * x[token]
+                elif kind == "constant":
+                    mixed: Any = experts.constants[str(expert)]
+                    shares = torch.exp(mixed.shares @ x[token])
+                    shares = shares / shares.sum()
+                    total = total + weight * (shares[0] * x[token] + shares[1] * mixed.vector)
                 continue
             gate = torch.cat([part.gate_up[expert].chunk(2, dim=-1)[0] for part in parts], dim=-1)  # [D, F]
             up = torch.cat([part.gate_up[expert].chunk(2, dim=-1)[1] for part in parts], dim=-1)  # [D, F]
@@ -54,35 +69,41 @@ def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[tuple[int, ...], int, list[int], int, int, int]:
+def cases(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[str, ...], int, list[int], int, int, int, bool]:
     widths = tuple(
         sorted(draw(st.lists(st.sampled_from([0, 8, 16, 24]), min_size=2, max_size=6)), reverse=True)
     )
     widths = (max(8, widths[0]), *widths[1:])
     allowed = sorted(draw(st.sets(st.integers(0, len(widths) - 1), min_size=1)))  # the others stay empty
     top_k = draw(st.integers(1, len(allowed)))
+    kinds = tuple(draw(st.sampled_from(["zero", "copy", "constant"])) for _ in range(widths.count(0)))
     return (
         widths,
+        kinds,
         top_k,
         allowed,
         draw(st.integers(1, 9)),
         draw(st.sampled_from([8, 16])),
         draw(st.integers(0, 999)),
+        draw(st.booleans()),
     )
 
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
 def test_grouped_experts_equal_the_loop_in_value_and_gradient(case):
-    widths, top_k, allowed, n_tokens, d_model, seed = case
+    widths, kinds, top_k, allowed, n_tokens, d_model, seed, null_slots = case
     generator = torch.Generator().manual_seed(seed)
-    experts = make_experts(d_model, widths, generator)
+    experts = make_experts(d_model, widths, generator, kinds)
     x = torch.randn(n_tokens, d_model, generator=generator).requires_grad_()
-    routing = make_routing(random_choice(n_tokens, top_k, allowed, generator), len(widths), generator)
+    choice = random_choice(n_tokens, top_k, allowed, generator)
+    if null_slots:
+        choice = torch.cat([choice, torch.full((n_tokens, 2), len(widths))], dim=-1)
+    routing = make_routing(choice, len(widths), generator)
     routing.weights.requires_grad_()
 
     output = experts(x, routing)
-    expected = loop_reference(experts, x, routing)
+    expected = loop_reference(experts, x, routing, kinds)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     if expected.requires_grad:
         inputs = [x, routing.weights, *experts.parameters()]

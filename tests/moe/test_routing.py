@@ -87,6 +87,45 @@ def test_impossible_top_k_is_refused(top_k):
 
 
 @settings(deadline=None)
+@given(LOGITS, TOP_K, TOP_K, BIAS)
+def test_top_k_known_to_the_device_only_equals_top_k_known_to_the_host(logits, top_k, most, bias):
+    top_k, most = sorted((top_k, most))
+    host = route(logits, top_k, bias, COST)
+    device = route(logits, torch.tensor(top_k), torch.tensor(bias), COST, max_top_k=most)
+    assert device.experts.shape == (len(logits), most)
+    assert torch.equal(device.experts[:, :top_k], host.experts)
+    assert (device.experts[:, top_k:] == N_EXPERTS).all()
+    torch.testing.assert_close(device.weights[:, :top_k], host.weights)
+    assert (device.weights[:, top_k:] == 0).all()
+    assert torch.equal(tokens_per_expert(device), tokens_per_expert(host))
+    torch.testing.assert_close(mean_expert_cost(device, COST), mean_expert_cost(host, COST))
+    torch.testing.assert_close(load_balance_loss(device), load_balance_loss(host))
+
+
+@settings(deadline=None)
+@given(LOGITS, TOP_K, st.integers(0, N_EXPERTS - 1))
+def test_a_balance_bias_moves_the_choice_but_not_the_weights(logits, top_k, favoured):
+    balance_bias = torch.zeros(N_EXPERTS)
+    assert same(route(logits, top_k), route(logits, top_k, balance_bias=balance_bias))
+    balance_bias[favoured] = 1e4
+    routing = route(logits, top_k, balance_bias=balance_bias)
+    assert (routing.experts == favoured).any(dim=-1).all()
+    expected = logits.gather(-1, routing.experts).softmax(dim=-1)
+    assert torch.equal(routing.weights, expected)
+
+
+@pytest.mark.parametrize("bias", [math.nan, math.inf])
+def test_a_bias_that_is_no_number_is_refused(bias):
+    with pytest.raises(ValueError, match="routing_bias must be a finite number"):
+        route(random_logits(0, 1.0), 2, bias, COST)
+
+
+def test_the_cost_table_of_another_model_is_refused():
+    with pytest.raises(ValueError, match=r"8 experts, got shape \(4,\); is it the cost table of another"):
+        route(random_logits(0, 1.0), 2, 0.5, COST[:4])
+
+
+@settings(deadline=None)
 @given(LOGITS, TOP_K)
 def test_statistics_against_numpy(logits, top_k):
     routing = route(logits, top_k)
