@@ -22,7 +22,7 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from moe.config import ZeroComputation
-from moe.dispatch import Dispatch, combine_rows, gather_rows, make_dispatch, rows_of_experts
+from moe.dispatch import Dispatch, combine_rows, gather_rows, rows_of_experts
 from moe.kernels import swiglu, swiglu_backward
 from moe.router import Routing
 
@@ -87,14 +87,13 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return the mixed outputs of the chosen experts (SwiGLU: arXiv 2002.05202, eq. 6), [T, D]."""
-        dispatch = make_dispatch(routing.experts, self.n_experts, routing.null_slots)
+        dispatch = routing.dispatch
         rows = gather_rows(x, dispatch)  # [R + 1, D]
-        parts = [
-            combine_rows(expert_slice(rows, dispatch), routing.weights, dispatch, expert_slice.n_experts)
-            for expert_slice in cast(Iterable[ExpertSlice], self.slices)
-        ]
-        parts += self.zero_computation(x, routing)
-        return sum(parts[1:], parts[0])
+        mixed = None
+        for expert_slice in cast(Iterable[ExpertSlice], self.slices):
+            part = expert_slice(rows, dispatch)  # [R + 1, D]
+            mixed = combine_rows(part, routing.weights, dispatch, expert_slice.n_experts, onto=mixed)
+        return sum(self.zero_computation(x, routing), cast(Tensor, mixed))
 
     def zero_computation(self, x: Tensor, routing: Routing) -> list[Tensor]:
         """Return the parts of the copy and constant experts, [T, D] each; they need no rows."""

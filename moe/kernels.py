@@ -10,14 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def mix_rows(rows: Tensor, row_of_pair: Tensor, weights: Tensor, spare_row: int) -> Tensor:
-    """Sum each token's rows by weight, in a fixed order, passing over the spare row without reading it.
+def mix_rows(
+    rows: Tensor, row_of_pair: Tensor, weights: Tensor, end: Tensor, onto: Tensor | None = None
+) -> Tensor:
+    """Sum each token's rows by weight, in a fixed order, passing over rows from ``end`` on without reading.
 
     Args:
-        rows: Values.  # [R, D]
-        row_of_pair: Row of each (token, choice), or ``spare_row``.  # [T, K]
+        rows: Values; the last one belongs to no pair.  # [R + 1, D]
+        row_of_pair: Row of each (token, choice).  # [T, K]
         weights: Float32.  # [T, K]
-        spare_row: The row that stands for "no row".
+        end: 0-dim row count.
+        onto: What the sums are added to; None means zero.  # [T, D]
 
     Returns:
         Sums in the type of ``rows``.  # [T, D]
@@ -25,10 +28,13 @@ def mix_rows(rows: Tensor, row_of_pair: Tensor, weights: Tensor, spare_row: int)
     if rows.is_cuda:
         from moe import triton_kernels
 
-        return triton_kernels.mix_rows(rows, row_of_pair, weights, spare_row)
-    return F.embedding_bag(
-        row_of_pair, rows, per_sample_weights=weights.to(rows.dtype), mode="sum", padding_idx=spare_row
+        return triton_kernels.mix_rows(rows, row_of_pair, weights, end, onto)
+    spare_row = len(rows) - 1
+    used_rows = torch.where(row_of_pair < end, row_of_pair, spare_row)
+    mixed = F.embedding_bag(
+        used_rows, rows, per_sample_weights=weights.to(rows.dtype), mode="sum", padding_idx=spare_row
     )
+    return mixed if onto is None else onto + mixed
 
 
 def swiglu(gate_up: Tensor, end: Tensor) -> Tensor:
