@@ -10,6 +10,7 @@ Shapes: T tokens, D model, E experts, K experts per token, R = T * K rows and on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,23 +78,23 @@ def rows_of_experts(rows: Tensor, dispatch: Dispatch, n_experts: int) -> Tensor:
 
 
 def combine_rows(
-    rows: Tensor, weights: Tensor, dispatch: Dispatch, n_experts: int, onto: Tensor | None = None
+    parts: Sequence[Tensor], prefixes: Sequence[int], weights: Tensor, dispatch: Dispatch
 ) -> Tensor:
-    """Sum each token's rows by weight, over its choices among the first ``n_experts``.
+    """Sum each token's rows of all parts by weight.
 
     The sum runs in a fixed order per token, so unlike ``index_add`` it does not depend on scheduling.
 
     Args:
-        rows: Expert outputs; rows of other experts may be uninitialised.  # [R + 1, D]
+        parts: Parts of the outputs, [R + 1, D]; uninitialised in the rows of experts that lack the part.
+        prefixes: How many experts, from the first, have each part.
         weights: Combine weights.  # [T, K]
         dispatch: Where the rows come from.
-        n_experts: Size of the prefix of experts that produced rows.
-        onto: What the sums are added to; None means zero.  # [T, D]
 
     Returns:
         Mixed outputs.  # [T, D]
     """
-    return _CombineRows.apply(rows, weights, onto, dispatch, dispatch.expert_ends[n_experts - 1])  # pyright: ignore[reportReturnType]
+    ends = [dispatch.expert_ends[n_experts - 1] for n_experts in prefixes]
+    return _CombineRows.apply(weights, dispatch, ends, *parts)  # pyright: ignore[reportReturnType]
 
 
 class _GatherRows(Function):
@@ -106,7 +107,7 @@ class _GatherRows(Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
         dispatch: Dispatch = ctx.dispatch  # pyright: ignore[reportAttributeAccessIssue]
         ones = torch.ones_like(dispatch.row_of_pair, dtype=torch.float32)
-        return mix_rows(grads[0], dispatch.row_of_pair, ones, dispatch.expert_ends[-1]), None
+        return mix_rows(grads, [dispatch.expert_ends[-1]], dispatch.row_of_pair, ones), None
 
 
 class _RowsOfExperts(Function):
@@ -126,20 +127,22 @@ class _RowsOfExperts(Function):
 class _CombineRows(Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, rows: Tensor, weights: Tensor, onto: Tensor | None, dispatch: Dispatch, end: Tensor
+        ctx: FunctionCtx, weights: Tensor, dispatch: Dispatch, ends: list[Tensor], *parts: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(rows, weights, end)
-        ctx.dispatch, ctx.onto = dispatch, onto is not None  # pyright: ignore[reportAttributeAccessIssue]
-        return mix_rows(rows, dispatch.row_of_pair, weights, end, onto)
+        ctx.save_for_backward(weights, *ends, *parts)
+        ctx.dispatch = dispatch  # pyright: ignore[reportAttributeAccessIssue]
+        return mix_rows(parts, ends, dispatch.row_of_pair, weights)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
-        rows, weights, end = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *saved = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        ends, parts = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         dispatch: Dispatch = ctx.dispatch  # pyright: ignore[reportAttributeAccessIssue]
         weight_of_row = F.pad(weights.flatten()[dispatch.pair_of_row], (0, 1))  # [R + 1]
         grad_of_row = grads[0].index_select(0, dispatch.token_of_row)  # [R + 1, D]
-        dot_of_row = (grad_of_row * rows).sum(dim=-1, dtype=torch.float32)  # [R + 1]
-        grad_weights = dot_of_row[dispatch.row_of_pair]  # [T, K]
-        grad_weights = torch.where(dispatch.row_of_pair < end, grad_weights, 0)
-        grad_onto = grads[0] if ctx.onto else None  # pyright: ignore[reportAttributeAccessIssue]
-        return grad_of_row * weight_of_row[:, None].to(rows.dtype), grad_weights, grad_onto, None, None
+        grad_weights = torch.zeros_like(weights)
+        for rows, end in zip(parts, ends, strict=True):
+            dot_of_row = (grad_of_row * rows).sum(dim=-1, dtype=torch.float32)  # [R + 1]
+            grad_weights += torch.where(dispatch.row_of_pair < end, dot_of_row[dispatch.row_of_pair], 0)
+        grad_part = grad_of_row * weight_of_row[:, None].to(grad_of_row.dtype)
+        return grad_weights, None, None, *[grad_part] * len(parts)

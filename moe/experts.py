@@ -12,7 +12,6 @@ Shapes: D model, F hidden units of a slice, E experts of a slice, R rows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -89,11 +88,11 @@ class Experts(nn.Module):
         """Return the mixed outputs of the chosen experts (SwiGLU: arXiv 2002.05202, eq. 6), [T, D]."""
         dispatch = routing.dispatch
         rows = gather_rows(x, dispatch)  # [R + 1, D]
-        mixed = None
-        for expert_slice in cast(Iterable[ExpertSlice], self.slices):
-            part = expert_slice(rows, dispatch)  # [R + 1, D]
-            mixed = combine_rows(part, routing.weights, dispatch, expert_slice.n_experts, onto=mixed)
-        return sum(self.zero_computation(x, routing), cast(Tensor, mixed))
+        slices = cast(list[ExpertSlice], list(self.slices))
+        parts = [expert_slice(rows, dispatch) for expert_slice in slices]  # [R + 1, D]
+        prefixes = [expert_slice.n_experts for expert_slice in slices]
+        mixed = combine_rows(parts, prefixes, routing.weights, dispatch)
+        return sum(self.zero_computation(x, routing), mixed)
 
     def zero_computation(self, x: Tensor, routing: Routing) -> list[Tensor]:
         """Return the parts of the copy and constant experts, [T, D] each; they need no rows."""
