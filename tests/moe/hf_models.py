@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,3 +72,27 @@ def gate_input(seed: int, n: int = 64) -> Tensor:
 
 def router_logits(gate: Any, x: Tensor) -> Tensor:
     return F.linear(x, gate.weight, getattr(gate, "bias", None))
+
+
+def save_checkpoint(path: Path, family: str = "olmoe", begins: bool = True, **changes: Any) -> Path:
+    """A checkpoint whose tokens are bytes: "<s>" is 0, byte b is 1 + its place in the byte-level alphabet.
+
+    Args:
+        path: its folder.
+        family: of the model.
+        begins: whether the tokenizer begins a text with "<s>".
+        changes: of the model's config.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<s>": 0} | {letter: 1 + i for i, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])  # pyright: ignore
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(path)
+    build(family, **changes).save_pretrained(path)
+    return path
