@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -80,7 +81,8 @@ def test_only_the_live_world_serves_a_checkpoint_and_only_with_its_profile(
     for world in ("twin", "auto"):
         with pytest.raises(ValueError, match=f"not in world '{world}': make ThermalMoELive-v0"):
             build_world(scenario, world, both)
-    for half in ({"model": str(folder)}, {"profile": profile}):
+    halves: list[dict[str, Any]] = [{"model": str(folder)}, {"profile": profile}]
+    for half in halves:
         with pytest.raises(ValueError, match="model and profile go together"):
             gymnasium.make("ThermalMoELive-v0", scenario="language", **half)
         with pytest.raises(ValueError, match="a checkpoint is served live: add --live"):
