@@ -151,7 +151,7 @@ class Attachment:
 
     @property
     def tokens_per_expert(self) -> Tensor:
-        """Tokens that the latest forward pass sent to each expert, int64 [L, E], counted on the device."""
+        """Tokens that the latest forward pass sent to each expert, int32 [L, E], counted on the device."""
         return torch.stack([tokens_per_expert(routing) for routing in self.routing])
 
     def decide(self, layer: int, gate: Any, x: Tensor, output: tuple[Tensor, Tensor, Tensor]) -> Any:

@@ -18,8 +18,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from moe.data import data_digest
+from moe.expert_cost import TOKENS, ExpertCost, measure_units
 from moe.hf import attach, import_transformers
 from moe.hf_families import HfModelError, family_of
+from moe.meter import EnergyCounter
 from moe.model import ModelOutput
 from moe.profiles import Profile, ProfileError
 from moe.runner import Runner
@@ -167,6 +169,32 @@ def load_runner(
     length = min(CHUNK_TOKENS, config.max_position_embeddings)
     samples = TokenPool(tokenizer, config.vocab_size, length, shifts, device)
     return HfRunner(model, samples, device, clock)
+
+
+@torch.no_grad()
+def measure_alike_experts(runner: HfRunner, meter: EnergyCounter | None, seed: int) -> ExpertCost:
+    """Measure what a token costs in an expert of a checkpoint, by the first layer: its experts are alike.
+
+    Args:
+        runner: of the checkpoint.
+        meter: the device's energy counter; None on a CPU.
+        seed: as in `moe.expert_cost.measure_expert_cost`.
+    """
+    n_tokens, device = TOKENS[runner.device.type], runner.device
+    modules = runner.model.named_modules()
+    experts = next(module for name, module in modules if name.endswith(".mlp.experts"))
+    seen: list[Tensor] = []
+    hook = experts.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        inputs = runner.samples.inputs[0]
+        runner.answer(inputs[: -(-n_tokens // inputs.shape[1])], runner.top_k, 0.0)
+    finally:
+        hook.remove()
+    x = seen[0].repeat(-(-n_tokens // len(seen[0])), 1)[:n_tokens]  # [T, D]
+    index = torch.arange(n_tokens, device=device)[:, None] % runner.n_experts  # [T, 1]
+    weights = torch.ones(n_tokens, 1, device=device, dtype=x.dtype)
+    group = range(runner.n_experts)
+    return measure_units([lambda: experts(x, index, weights)], [group], n_tokens, device, meter, seed)
 
 
 # ---------------------------------------------------------------- identity

@@ -2,9 +2,10 @@
 
 With ``--model FOLDER`` in place of ``--size`` it is a Hugging Face checkpoint (`moe.hf_runner`).
 
-Quality comes first; it warms the device up. Then every cell of the cost tables is visited twice, in random
-order, and what is left of the time goes to the cells whose cost is least certain. The result is a
-`moe.profiles.Profile`. It is written whole at the end; an interrupted run writes nothing.
+The experts' costs come first, as the router's bias goes by them, then the quality; both warm the device up.
+Then every cell of the cost tables is visited twice, in random order, and what is left of the time goes to the
+cells whose cost is least certain. The result is a `moe.profiles.Profile`. It is written whole at the end; an
+interrupted run writes nothing.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import tyro
 
 from moe import data
 from moe.config import Size, Task
+from moe.expert_cost import ExpertCost, measure_expert_cost
 from moe.hf_runner import SIZE as HF_SIZE
-from moe.hf_runner import checkpoint_identity, load_runner
+from moe.hf_runner import HfRunner, checkpoint_identity, load_runner, measure_alike_experts
 from moe.meter import EnergyCounter, open_meter
 from moe.profile_cost import (
     LEAST_VISITS,
@@ -146,6 +148,7 @@ def measure(options: Options) -> Profile:
         runner = load_runner(options.model, shifts, device)
     began = time.monotonic()
     cold_c = meter.temperature_c() if meter else None
+    expert = _expert_cost(runner, meter, options.seed)
     expert_counts = sorted(set(options.expert_counts or runner.top_k_choices))
     own_k = level_index("expert_count", runner.top_k, np.array(expert_counts))
     routing_biases, cost_biases = sorted(set(options.routing_biases)), sorted(set(options.cost_biases))
@@ -221,6 +224,9 @@ def measure(options: Options) -> Profile:
         adapt_rate=STATISTICS_MOMENTUM if adapts else None,
         adaptation_error=adaptation_error(quality, routing_biases, own_k, STATISTICS_MOMENTUM),
         expert_share=quality.expert_share,
+        expert_cost=expert.relative(),
+        expert_latency_s=expert.latency_s,
+        expert_energy_j=expert.energy_j,
     )
     return replace(
         profile,
@@ -240,6 +246,15 @@ def measure(options: Options) -> Profile:
             **({"checkpoint": str(options.model)} if options.model else {}),
         },
     )
+
+
+def _expert_cost(runner: Runner, meter: EnergyCounter | None, seed: int) -> ExpertCost:
+    """Measure what experts cost, and let the router's bias go by it."""
+    if isinstance(runner, HfRunner):
+        return measure_alike_experts(runner, meter, seed)
+    expert = measure_expert_cost(runner.model, runner.samples.inputs[0], meter, seed)
+    runner.model.expert_cost.copy_(torch.from_numpy(expert.relative()))
+    return expert
 
 
 def interpolation_error(profile: Profile, cell: Cell, cost: Costs) -> dict[str, float | None]:

@@ -148,6 +148,8 @@ def _live_problem(scenario: Scenario, on_gpu: bool, checkpoint: Checkpoint | Non
 
 def _runner(problem: Problem, device: str, checkpoint: Checkpoint | None) -> Runner:
     """What answers in a live world."""
+    import torch
+
     from moe.hf_runner import load_runner
     from moe.runner import Runner
     from moe.samples import SamplePool
@@ -155,9 +157,10 @@ def _runner(problem: Problem, device: str, checkpoint: Checkpoint | None) -> Run
 
     profile = problem.profile
     if checkpoint is not None:
-        return load_runner(checkpoint.model, profile.shifts, device)
+        return load_runner(checkpoint.model, profile.shifts, device)  # of experts that cost alike
     check_profile(profile)
     model = load_model(profile.task, profile.size, device)
+    model.expert_cost.copy_(torch.from_numpy(profile.expert_cost))  # what the tables go by
     return Runner(model, SamplePool(profile.task, profile.shifts, device), device)
 
 

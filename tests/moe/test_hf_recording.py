@@ -33,7 +33,7 @@ def test_routing_is_counted_per_layer(family):
             seen.clear()
             logits_of(model)
             # A hook that was there before sees the experts that run.
-            expected = torch.stack([torch.bincount(experts.flatten(), minlength=E) for experts in seen])
+            expected = torch.stack([torch.bincount(experts.flatten(), minlength=E).int() for experts in seen])
             assert torch.equal(knobs.tokens_per_expert, expected)
             assert expected.sum(dim=1).tolist() == [tokens().numel() * top_k] * 2
             assert all(torch.equal(r.experts, s) for r, s in zip(knobs.routing, seen, strict=True))

@@ -53,6 +53,7 @@ def with_energies(profile: Profile) -> Profile:
     return replace(
         profile, energy_j=profile.latency_s * 300.0, energy_spread=profile.latency_spread,
         start_temperature_c=np.full(profile.latency_s.shape, 40.0), idle_power_w=70.0,
+        expert_energy_j=profile.expert_latency_s * 300.0,
     )  # fmt: skip
 
 
