@@ -43,6 +43,10 @@ class EvaluateConfig:
     """First seed; episode i has seed + i, for every policy."""
     live: bool = False
     """Play on this machine's GPU (on a CPU: measured work, simulated device) instead of in the twin."""
+    model: str | None = None
+    """Folder of a Hugging Face checkpoint to serve, live, instead of the scenario's model (docs/hf.md)."""
+    profile: str | None = None
+    """Its profile, as `python -m moe.profile --model` measured it on this machine."""
     out: Path | None = None
     """Folder for the results; runs/eval-<time> where none is given."""
     trust_pickle: bool = False
@@ -51,6 +55,8 @@ class EvaluateConfig:
     """Length of an episode in seconds, in place of the scenario's."""
 
     def __post_init__(self) -> None:
+        if not self.live and (self.model is not None or self.profile is not None):
+            raise ValueError("a checkpoint is served live: add --live, or leave --model and --profile out")
         if self.seeds < 1 or self.seed < 0:
             raise ValueError(
                 f"seeds must be at least 1 and seed not negative, got {self.seeds} and {self.seed}"
@@ -151,14 +157,21 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
     console = console or wide_console()
     overrides = {} if config.duration is None else {"episode_s": config.duration}
     scenario = load_scenario(config.scenario, **overrides)
-    twin = Problem.of(scenario)
-    env = ThermalMoEEnv(scenario, world="live") if config.live else None
+    env = None
+    if config.live:
+        env = ThermalMoEEnv(scenario, world="live", model=config.model, profile=config.profile)
     try:
-        problem = twin if env is None else env.problem
+        problem = Problem.of(scenario) if env is None else env.problem
+        twin = problem if config.model is not None else Problem.of(scenario)
         policies = _policies(config, problem, twin)
         folder = new_run_folder("eval", config.out)
         write_origin(folder, {"evaluate": asdict(config), "scenario": asdict(problem.scenario)})
         results = Results(folder, problem)
+        if twin.profile.energy_j is None:
+            results.notes.append(
+                "best_constant is left out: it is searched in a twin, and the profile of the "
+                "checkpoint holds no energies; measure it on a card with NVML"
+            )
         if env is None:
             play = _play_twin(config, problem, policies)
         else:
@@ -177,12 +190,13 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
 def _policies(config: EvaluateConfig, problem: Problem, twin: Problem) -> dict[str, Policy]:
     """Label -> policy, the ones always played first."""
     policies: dict[str, Policy] = {}
-    for name in dict.fromkeys((*ALWAYS, *config.policy)):
+    always = ALWAYS if twin.profile.energy_j is not None else ALWAYS[:1]
+    for name in dict.fromkeys((*always, *config.policy)):
         label = policy_label(name)
         if label in policies:
             label = f"{Path(name).resolve().parent.name}/{label}"
-        # The search for the best constant plays the twin, also for a machine without an energy meter;
-        # levels stand for each other in order.
+        # The search for the best constant plays the twin, of another machine where this one has no energy
+        # meter: levels stand for each other in order. A checkpoint has no other machine's profile.
         home = twin if name == "best_constant" else problem
         policies[label] = load_policy(name, home, config.trust_pickle)
     return policies

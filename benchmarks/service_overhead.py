@@ -98,7 +98,7 @@ def main(options: Options) -> None:
         bare_rps(runner, n, k, 0.5)
         capacity = bare_rps(runner, n, k, 0.5)
         episode_s = 2 + round(options.seconds)
-        live = LiveWorkload(model, samples, OVERLOAD, capacity, episode_s, Terms(), options.device)
+        live = LiveWorkload(runner, OVERLOAD, capacity, episode_s, Terms())
         live.warm_up([n], [k], 0)
         bare, served = 0.0, 0.0
         for _ in range(options.rounds):  # taking turns: a drift of the machine touches both

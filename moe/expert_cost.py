@@ -10,7 +10,7 @@ Shapes: T tokens, D model, E experts, L layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +79,22 @@ def measure_expert_cost(
     layers = _layers_with_tokens(model, inputs, TOKENS[device.type])
     groups = expert_groups(model.config)
     units = [_unit(layers, group, model.config.n_experts) for group in groups]
+    return measure_units(units, groups, len(layers) * len(layers[0][1]), device, meter, seed)
+
+
+@torch.no_grad()
+def measure_units(
+    units: Sequence[Callable[[], object]],
+    groups: Sequence[Sequence[int]],
+    n_tokens: int,
+    device: torch.device,
+    meter: EnergyCounter | None,
+    seed: int,
+) -> ExpertCost:
+    """Measure units of work, each `n_tokens` tokens in the experts of one group; together all experts.
+
+    Other arguments as in `measure_expert_cost`.
+    """
     idle_w = idle_power_w(meter) if meter else 0.0
     seen: list[list[tuple[float, float]]] = [[] for _ in groups]
     rng = np.random.default_rng(seed)
@@ -88,10 +104,10 @@ def measure_expert_cost(
     for group in tqdm(order, desc="expert cost", unit="window", mininterval=1.0):
         latency_s, power_w = _window(units[group], device, meter)
         seen[group].append((latency_s, (power_w - idle_w) * latency_s))
-    per_token = np.array(seen) / (len(layers) * len(layers[0][1]))  # [groups, REPEATS, 2]
+    per_token = np.array(seen) / n_tokens  # [groups, REPEATS, 2]
     median = np.median(per_token, axis=1)
     spread = per_token.std(axis=1, ddof=1) / median
-    group_of_expert = np.empty(model.config.n_experts, np.int64)
+    group_of_expert = np.empty(sum(map(len, groups)), np.int64)
     for number, group in enumerate(groups):
         group_of_expert[group] = number
     latency_s, energy_j = median[group_of_expert].T

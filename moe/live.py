@@ -18,9 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import torch
 
-from moe.model import MoEModel
 from moe.queueing import (
     SLOT_S,
     arrived_by,
@@ -33,7 +31,6 @@ from moe.queueing import (
     slot_of,
 )
 from moe.runner import ADAPT_BATCH, Batch, BatchResult, Runner
-from moe.samples import SamplePool
 from moe.traffic import RequestStream, TrafficConfig, draw_stream
 from moe.workload import LATENCY_EDGES_S, Knobs, WorkStats
 
@@ -106,13 +103,11 @@ class LiveWorkload:
 
     def __init__(
         self,
-        model: MoEModel,
-        samples: SamplePool,
+        runner: Runner,
         traffic: TrafficConfig,
         capacity_rps: float,
         episode_s: float,
         service: Service,
-        device: torch.device | str,
         *,
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
@@ -120,22 +115,21 @@ class LiveWorkload:
         """Build a service; call `warm_up` before the first episode.
 
         Args:
-            model: what answers; its norms are adapted and restored.
-            samples: what the requests ask, on `device`.
-            traffic: arrival process; its shifts index `samples.shifts`.
+            runner: what answers, and what the requests ask.
+            traffic: arrival process; its shifts index `runner.samples.shifts`.
             capacity_rps: requests per second that load 1.0 stands for.
             episode_s: length of the request stream.
             service: terms of service.
-            device: where model and samples are.
-            clock: seconds that only grow.
+            clock: seconds that only grow; the runner's.
             sleep: waits for seconds of `clock`.
 
         Raises:
             ValueError: the traffic names a shift that the samples lack.
         """
-        if max(traffic.shifts) >= len(samples.shifts):
-            raise ValueError(f"traffic.shifts {traffic.shifts} exceed the samples' shifts {samples.shifts}")
-        self.runner = Runner(model, samples, device, clock)
+        shifts = runner.samples.shifts
+        if max(traffic.shifts) >= len(shifts):
+            raise ValueError(f"traffic.shifts {traffic.shifts} exceed the samples' shifts {shifts}")
+        self.runner = runner
         self._traffic, self._capacity_rps, self._episode_s = traffic, capacity_rps, math.ceil(episode_s)
         self._deadline_s = np.array(service.deadline_s, np.float64)  # [2]
         self._max_wait_s = np.array(service.max_wait_s, np.float64)  # [2]
@@ -343,7 +337,7 @@ class LiveWorkload:
                 f"sm_clock={knobs.sm_clock}: the live service sets no clocks; leave sm_clock at 1.0 and "
                 "lower the load with pace, batch_size or expert_count"
             )
-        n_experts = self.runner.model.config.n_experts
+        n_experts = self.runner.n_experts
         if knobs.expert_count > n_experts:
             raise KnobRefusedError(
                 f"expert_count={knobs.expert_count}: the model has {n_experts} experts; ask for fewer"

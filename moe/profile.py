@@ -1,5 +1,7 @@
 """Measure a model here: ``python -m moe.profile --task vision --size tiny --device cpu --out PATH``.
 
+With ``--model FOLDER`` in place of ``--size`` it is a Hugging Face checkpoint (`moe.hf_runner`).
+
 The experts' costs come first, as the router's bias goes by them, then the quality; both warm the device up.
 Then every cell of the cost tables is visited twice, in random order, and what is left of the time goes to the
 cells whose cost is least certain. The result is a `moe.profiles.Profile`. It is written whole at the end; an
@@ -22,7 +24,9 @@ import tyro
 
 from moe import data
 from moe.config import Size, Task
-from moe.expert_cost import measure_expert_cost
+from moe.expert_cost import ExpertCost, measure_expert_cost
+from moe.hf_runner import SIZE as HF_SIZE
+from moe.hf_runner import HfRunner, checkpoint_identity, load_runner, measure_alike_experts
 from moe.meter import EnergyCounter, open_meter
 from moe.profile_cost import (
     LEAST_VISITS,
@@ -36,7 +40,13 @@ from moe.profile_cost import (
     measure_cells,
     serving_cells,
 )
-from moe.profile_quality import ADAPTED_STEPS, LONG_STEPS, adaptation_error, measure_quality
+from moe.profile_quality import (
+    ADAPTED_STEPS,
+    LONG_STEPS,
+    SCORE_BATCH,
+    adaptation_error,
+    measure_quality,
+)
 from moe.profiles import HELD_OUT, Profile, ProfileError, level_index, save_profile
 from moe.runner import ADAPT_BATCH, Runner
 from moe.samples import DEFAULT_SHIFTS, SamplePool
@@ -70,7 +80,10 @@ class Options:
     """What to measure, and how long."""
 
     task: Task
-    size: Size
+    size: Size | None = None
+    """One of the product's own models; a checkpoint has `model` instead."""
+    model: Path | None = None
+    """Folder of a Hugging Face checkpoint, for task language."""
     device: Literal["cpu", "cuda"]
     out: Path
     """Profile to write, such as configs/profiles/cpu-vision.json."""
@@ -79,7 +92,8 @@ class Options:
     expert_counts: tuple[int, ...] = ()
     """Default: those the model was trained for. The model's own must be among them."""
     routing_biases: tuple[float, ...] = (0.0, 0.5, 1.0)
-    """Biases at which quality and expert shares are measured."""
+    """Biases at which quality and expert shares are measured. A checkpoint's experts are alike, so a bias to
+    cheap ones changes nothing and only 0 is measured."""
     cost_biases: tuple[float, ...] = (0.0, 1.0)
     """Biases at which costs are measured, from and to the ends of `routing_biases`."""
     shifts: tuple[str, ...] = ()
@@ -95,6 +109,10 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what could not be measured."""
+        if (self.size is None) == (self.model is None):
+            raise ValueError(f"give either size or model, got size={self.size} and model={self.model}")
+        if self.model is not None and self.task != "language":
+            raise ValueError(f"a checkpoint answers language, not {self.task!r}; give --task language")
         for name in ("window_s", "within_s", "samples"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -120,24 +138,32 @@ def measure(options: Options) -> Profile:
     """
     device = torch.device(options.device)
     meter = open_meter(device)
-    model = load_model(options.task, options.size, device)
+    # A checkpoint is measured as the own model meant for this device.
+    size = options.size or ("base" if device.type == "cuda" else "tiny")
+    shifts = options.shifts or SHIFTS[options.task, size]
+    if options.model is None:
+        model = load_model(options.task, size, device)
+        runner = Runner(model, SamplePool(options.task, shifts, device), device)
+    else:
+        runner = load_runner(options.model, shifts, device)
     began = time.monotonic()
     cold_c = meter.temperature_c() if meter else None
-    shifts = options.shifts or SHIFTS[options.task, options.size]
-    runner = Runner(model, SamplePool(options.task, shifts, device), device)
-    expert = measure_expert_cost(model, runner.samples.inputs[0], meter, options.seed)
-    model.expert_cost.copy_(torch.from_numpy(expert.relative()))
-    expert_counts = sorted(set(options.expert_counts or model.config.top_k_choices))
-    own_k = level_index("expert_count", model.config.top_k, np.array(expert_counts))
+    expert = _expert_cost(runner, meter, options.seed)
+    expert_counts = sorted(set(options.expert_counts or runner.top_k_choices))
+    own_k = level_index("expert_count", runner.top_k, np.array(expert_counts))
     routing_biases, cost_biases = sorted(set(options.routing_biases)), sorted(set(options.cost_biases))
-    wanted = sorted(set(options.batch_sizes or BATCH_SIZES[options.task, options.size]))
+    if options.model is not None:
+        routing_biases = cost_biases = [0.0]
+    wanted = sorted(set(options.batch_sizes or BATCH_SIZES[options.task, size]))
     batch_sizes = fitting_batch_sizes(runner, wanted, expert_counts)
     if not batch_sizes:
         raise ProfileError(
             f"not even {wanted[0]} requests fit into the memory of {device}; use a smaller model"
         )
     samples = min(options.samples or SCORED_SAMPLES[options.device], len(runner.samples))
-    quality = measure_quality(runner, expert_counts, routing_biases, samples, options.seed)
+    quality = measure_quality(
+        runner, expert_counts, routing_biases, samples, options.seed, min(SCORE_BATCH, batch_sizes[-1])
+    )
     quality_s = time.monotonic() - began
     cells = serving_cells(batch_sizes, expert_counts, cost_biases)
     extra = held_out_cells(batch_sizes, expert_counts, cost_biases)
@@ -169,10 +195,10 @@ def measure(options: Options) -> Profile:
     adapts = runner.adapts
     profile = Profile(
         task=options.task,
-        size=options.size,
+        size=options.size or HF_SIZE,
         device=device_name(device),
         provenance={},
-        model=identity(options.task, options.size),
+        model=checkpoint_identity(options.model) if options.model else identity(options.task, size),
         shifts=runner.samples.shifts,
         batch_size=np.array(batch_sizes, np.float64),
         expert_count=np.array(expert_counts, np.float64),
@@ -217,8 +243,18 @@ def measure(options: Options) -> Profile:
             "temperature_c": {"start": cold_c, "end_of_load": hot_c},
             "adaptation": _long_run(quality.long) if adapts else None,
             "data": data.describe(options.task),
+            **({"checkpoint": str(options.model)} if options.model else {}),
         },
     )
+
+
+def _expert_cost(runner: Runner, meter: EnergyCounter | None, seed: int) -> ExpertCost:
+    """Measure what experts cost, and let the router's bias go by it."""
+    if isinstance(runner, HfRunner):
+        return measure_alike_experts(runner, meter, seed)
+    expert = measure_expert_cost(runner.model, runner.samples.inputs[0], meter, seed)
+    runner.model.expert_cost.copy_(torch.from_numpy(expert.relative()))
+    return expert
 
 
 def interpolation_error(profile: Profile, cell: Cell, cost: Costs) -> dict[str, float | None]:

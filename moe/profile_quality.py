@@ -71,19 +71,19 @@ class Quality:
 class Examiner:
     """Scores a runner's model and adapts it; every step sees the next images of the pool."""
 
-    def __init__(self, runner: Runner, samples: int, seed: int, total: int) -> None:
+    def __init__(self, runner: Runner, samples: int, seed: int, total: int, batch: int) -> None:
         """Start unadapted. Each of `total` scores is of the first `samples` of the pool `seed` shuffled."""
         runner.reset(seed)
-        self._runner, self._samples, self._taken = runner, samples, 0
-        self._own_k = runner.model.config.top_k
+        self._runner, self._samples, self._batch, self._taken = runner, samples, batch, 0
+        self._own_k = runner.top_k
         self.bar = tqdm(total=total, desc="quality", unit="score", mininterval=1.0)
 
     def score(self, shift: int, expert_count: int | None = None, routing_bias: float = 0.0) -> Score:
         """Answer every sample once with the model as it is; the expert count defaults to its own."""
         runner, n = self._runner, self._samples
         knobs = Knobs(expert_count=expert_count or self._own_k, routing_bias=routing_bias)
-        starts = range(0, n, SCORE_BATCH)
-        batches = [runner.launch([(first, min(first + SCORE_BATCH, n))], shift, knobs) for first in starts]
+        starts = range(0, n, self._batch)
+        batches = [runner.launch([(first, min(first + self._batch, n))], shift, knobs) for first in starts]
         runner.synchronize()
         results = [batch.result() for batch in batches]
         self.bar.update()
@@ -113,7 +113,12 @@ class Examiner:
 
 
 def measure_quality(
-    runner: Runner, expert_counts: Sequence[int], routing_biases: Sequence[float], samples: int, seed: int
+    runner: Runner,
+    expert_counts: Sequence[int],
+    routing_biases: Sequence[float],
+    samples: int,
+    seed: int,
+    batch: int = SCORE_BATCH,
 ) -> Quality:
     """Score all states of the model under all shifts, and the mixtures of each two states.
 
@@ -125,13 +130,14 @@ def measure_quality(
         routing_biases: R biases.
         samples: Samples per score, drawn from the pool.
         seed: Draws them, and the sequences.
+        batch: Samples answered at once.
     """
     shifts = range(len(runner.samples.shifts))
     n, cells = len(shifts), len(expert_counts) * len(routing_biases)
     total = n * cells
     if runner.adapts:
         total += n * (n * cells + 1) + n * (n + 1) // 2 * MIXTURES * n + (n > 1) * SEQUENCES * SEGMENTS * 3
-    examiner = Examiner(runner, samples, seed, total)
+    examiner = Examiner(runner, samples, seed, total, batch)
 
     def scores() -> list[list[list[Score]]]:
         return [

@@ -137,6 +137,8 @@ class CudaBatch(Batch):
 class Runner:
     """A model, its requests' samples and its adaptation, on one device.
 
+    A runner of other models (`moe.hf_runner`) says itself what it is made of and how it answers.
+
     Attributes:
         model: What answers.
         samples: What the requests ask.
@@ -159,19 +161,38 @@ class Runner:
         thread: the models for a CPU are so small that more threads gain nothing, and cost a thousandfold
         where another process holds one of the cores.
         """
-        self.model, self.samples, self.device = model, samples, torch.device(device)
-        self._clock = clock
-        if self.device.type == "cpu":
+        self.model = model
+        if torch.device(device).type == "cpu":
             torch.set_num_threads(1)
-        else:
-            # cuDNN's attention plans anew for every batch size, which takes longer than the batch, and a
-            # service under changing load meets a new size most of the time.
-            torch.backends.cuda.enable_cudnn_sdp(False)
         self.adapts = model.config.norm == "batch"
         if self.adapts:
             self.optimizer = ttt.make_optimizer(ttt.configure(model))
             self._unadapted = ttt.snapshot(model, self.optimizer)
+        self._start(samples, device, clock)
+
+    def _start(self, samples: SamplePool, device: torch.device | str, clock: Callable[[], float]) -> None:
+        """Take in what does not depend on the model, which is there by now."""
+        self.samples, self.device, self._clock = samples, torch.device(device), clock
+        if self.device.type == "cuda":
+            # cuDNN's attention plans anew for every batch size, which takes longer than the batch, and a
+            # service under changing load meets a new size most of the time.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.reset(0)
+
+    @property
+    def n_experts(self) -> int:
+        """Experts per layer."""
+        return self.model.config.n_experts
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token that the model was made for."""
+        return self.model.config.top_k
+
+    @property
+    def top_k_choices(self) -> tuple[int, ...]:
+        """Numbers of experts per token to measure, ascending."""
+        return self.model.config.top_k_choices
 
     def reset(self, seed: int) -> None:
         """Undo all adaptation and draw anew which request asks which sample."""

@@ -80,14 +80,30 @@ def _vision_shift(shift: str, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _language_shift(shift: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    chunks, following = cut(text_of_shift(shift), CHUNK_BYTES)
+    return chunks.to(device), following.long().to(device)
+
+
+def text_of_shift(shift: str) -> Tensor:
+    """The test text of a language shift as bytes, uint8 [n].
+
+    Raises:
+        ValueError: the shift is unknown.
+    """
     if shift not in _TEXT_OF_SHIFT:
         raise ValueError(f"a language shift is one of {tuple(_TEXT_OF_SHIFT)}, got {shift!r}")
-    text = data.load_language(_TEXT_OF_SHIFT[shift], "test")  # [n_bytes]
-    windows = text.unfold(0, CHUNK_BYTES + 1, 1)  # [n_bytes - CHUNK_BYTES, CHUNK_BYTES + 1]
+    return data.load_language(_TEXT_OF_SHIFT[shift], "test")
+
+
+def cut(text: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Cut `TEXT_CHUNKS` chunks, [N, length], and what follows each, [N], evenly out of a text, [n].
+
+    Raises:
+        ValueError: the text is too short for so many different ones.
+    """
+    windows = text.unfold(0, length + 1, 1)  # [n - length, length + 1]
     if len(windows) < TEXT_CHUNKS:
-        raise ValueError(
-            f"the text of shift {shift!r} has {len(text)} bytes, too few for {TEXT_CHUNKS} requests"
-        )
+        raise ValueError(f"a text of length {len(text)} is too short for {TEXT_CHUNKS} different requests")
     chosen = torch.arange(TEXT_CHUNKS) * len(windows) // TEXT_CHUNKS  # evenly spaced, all different
     chunks = windows[chosen]
-    return chunks[:, :-1].to(device), chunks[:, -1].long().to(device)
+    return chunks[:, :-1], chunks[:, -1]

@@ -21,6 +21,8 @@ from moe.checkpoint import (
 )
 from moe.config import ModelConfig, model_config
 from moe.data import data_digest
+from moe.hf_runner import SIZE as HF_SIZE
+from moe.hf_runner import name_of
 from moe.model import MoEModel
 from moe.profiles import Profile, ProfileError
 from moe.recipes import RECIPES
@@ -105,6 +107,11 @@ def check_profile(profile: Profile, cache_dir: Path | None = None) -> None:
     Raises:
         ProfileError: The profile was measured with another model, other data or other shipped weights.
     """
+    if profile.size == HF_SIZE:
+        raise ProfileError(
+            f"the profile of {profile.device} was measured with {name_of(profile)}, which is none of the "
+            "product's own models: name the checkpoint too (--model FOLDER), or another profile"
+        )
     here = identity(profile.task, profile.size, cache_dir)
     measured = profile.model
     name = f"{profile.task}-{profile.size}"

@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = ("moe", "thermoe_env", "agents", "studies")  # each may import itself and those before it
 TOP = ("train_agent", "evaluate", "benchmarks", "tests")  # nothing may import these
-HEAVY = ("torch", "numba", "pynvml", "stable_baselines3", "matplotlib", "pandas", "scipy", "tensorboard")
+HEAVY = (
+    "torch", "numba", "pynvml", "stable_baselines3", "matplotlib", "pandas", "scipy", "tensorboard",
+    "transformers",
+)  # fmt: skip
 
 
 def imported_packages(path: Path) -> set[str]:
@@ -50,3 +53,16 @@ def test_importing_the_environment_only_registers_it() -> None:
         [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert run.stdout.splitlines() == ["", "ThermalMoE-v0 ThermalMoELive-v0 ThermalMoETwin-v0"]
+
+
+def test_nothing_but_a_checkpoint_needs_transformers() -> None:
+    command = (
+        "import sys\n"
+        "import moe.hf, moe.hf_runner, moe.live, moe.profile, moe.weights\n"
+        "import thermoe_env.env, agents.evaluation\n"
+        "print('transformers' in sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["False"]

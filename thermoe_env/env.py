@@ -20,7 +20,7 @@ from thermoe_env.seeding import episode_seed
 from thermoe_env.signals import STAGES, draw_power_budget
 from thermoe_env.telemetry import READING_NAMES
 from thermoe_env.twin import GPU_DTYPE
-from thermoe_env.worlds import build_world
+from thermoe_env.worlds import Checkpoint, build_world
 
 
 class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
@@ -53,7 +53,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
 
     ## Arguments
     `scenario`: name, YAML path or `Scenario`. `world`: `auto`, `twin`, `live`. `action_mode`:
-    `multi_discrete`, `discrete`, `box`. `overrides`: scenario keys to replace.
+    `multi_discrete`, `discrete`, `box`. `overrides`: scenario keys to replace. `model`, `profile`: a Hugging
+    Face checkpoint's folder and its profile, for the live world (docs/hf.md).
 
     ## Version History
     v0: first version.
@@ -68,11 +69,13 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         action_mode: str = "multi_discrete",
         overrides: dict[str, Any] | None = None,
         render_mode: None = None,
+        model: str | None = None,
+        profile: str | None = None,
     ) -> None:
         if render_mode is not None:
             raise ValueError(f"render_mode must be None, got {render_mode!r}; figures come from evaluate.py")
         self.scenario = load_scenario(scenario, **(overrides or {}))
-        self._world = build_world(self.scenario, world)
+        self._world = build_world(self.scenario, world, Checkpoint.of(model, profile))
         self.world = self._world.name
         """Which world this is: `twin`, `live` or `live-cpu`."""
         self.problem = self._world.problem

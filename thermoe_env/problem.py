@@ -48,7 +48,7 @@ class Problem:
     scenario: Scenario
     profile: Profile
     power_profile: Profile
-    """Profile whose energies the twin uses; differs from `profile` only where no meter exists."""
+    """Profile whose energies the twin uses; differs from `profile` only where that has none."""
     twin: TwinParams
     knobs: KnobTable
 
@@ -60,13 +60,16 @@ class Problem:
             scenario: the control problem.
             profile: profile of the machine that will do the work, where it is another one than the
                 scenario's; its batch levels then stand for the scenario's in the same order, and
-                power is modelled from the scenario's own profile.
+                where it holds no energies power is modelled from the scenario's own profile.
+
+        Raises:
+            ScenarioError: a profile or a placement does not fit the scenario.
         """
         named = load_profile(config_path("profiles", scenario.profile, ".json"))
-        if named.task != scenario.task:
-            raise ScenarioError(
-                f"profile {scenario.profile!r} is of task {named.task!r}, not {scenario.task!r}"
-            )
+        work = profile or named
+        for of, task in ((scenario.profile, named.task), (f"of {work.device}", work.task)):
+            if task != scenario.task:
+                raise ScenarioError(f"profile {of!r} is of task {task!r}, not {scenario.task!r}")
         if named.energy_j is None:
             raise ScenarioError(
                 f"profile {scenario.profile!r} holds no energies; name one measured with NVML"
@@ -81,8 +84,8 @@ class Problem:
             ratio = float(profile.batch_size[-1] / named.batch_size[-1])
             static = replace(scenario.static, batch_size=max(1, round(scenario.static.batch_size * ratio)))
             scenario = replace(scenario, static=static)
-        work = profile or named
-        return cls(scenario, work, named, twin, KnobTable.of(scenario, work))
+        power = named if work.energy_j is None else work
+        return cls(scenario, work, power, twin, KnobTable.of(scenario, work))
 
     @cached_property
     def capacity_rps(self) -> float:

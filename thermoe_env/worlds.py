@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from moe.profiles import load_profile
 from moe.workload import Workload
@@ -13,6 +14,9 @@ from thermoe_env.profiled import ProfiledWorkload
 from thermoe_env.scenario import Scenario, config_path
 from thermoe_env.telemetry import Telemetry
 from thermoe_env.twin import TwinTelemetry
+
+if TYPE_CHECKING:
+    from moe.runner import Runner
 
 WORLDS = ("auto", "twin", "live")
 _LOG = logging.getLogger("thermoe_env")
@@ -34,18 +38,47 @@ class World:
         self.telemetry.close()
 
 
-def build_world(scenario: Scenario, world: str) -> World:
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face model in place of the scenario's own, and what it costs here."""
+
+    model: str
+    """Its folder."""
+    profile: str
+    """Its profile, as `python -m moe.profile --model` measured it on this machine."""
+
+    @classmethod
+    def of(cls, model: str | None, profile: str | None) -> Checkpoint | None:
+        """Both or neither.
+
+        Raises:
+            ValueError: one is given without the other.
+        """
+        if (model is None) != (profile is None):
+            raise ValueError(
+                f"model and profile go together, got model={model!r} and profile={profile!r}: measure a "
+                "checkpoint with `python -m moe.profile --model FOLDER`; a scenario names its own profile"
+            )
+        return None if model is None or profile is None else cls(model, profile)
+
+
+def build_world(scenario: Scenario, world: str, checkpoint: Checkpoint | None = None) -> World:
     """Build the halves of a world.
 
     Args:
         scenario: the control problem.
         world: `twin`, `live`, or `auto` (live where CUDA and NVML answer, else the twin; says which).
+        checkpoint: what a live world serves instead of the scenario's own model.
 
     Raises:
-        ValueError: unknown world.
+        ValueError: unknown world, or a checkpoint for another world than `live`.
         GpuUnavailableError: CUDA without NVML.
         ScenarioError: a live world of several devices.
+        ProfileError: the profile is of another model than is served.
+        HfModelError: the checkpoint cannot be served.
     """
+    if checkpoint is not None and world != "live":
+        raise ValueError(f"a checkpoint is served live, not in world {world!r}: make ThermalMoELive-v0")
     if world == "auto":
         reason = _several_devices(scenario) or _no_gpu_reason()
         world = "live" if reason is None else "twin"
@@ -56,7 +89,7 @@ def build_world(scenario: Scenario, world: str) -> World:
         telemetry = TwinTelemetry(problem)
         return World("twin", problem, ProfiledWorkload(problem, lambda: telemetry.clock), telemetry)
     if world == "live":
-        return _live(scenario)
+        return _live(scenario, checkpoint)
     raise ValueError(f"world must be one of {WORLDS}, got {world!r}")
 
 
@@ -98,7 +131,40 @@ def warn_of_another_card(card: str, problem: Problem) -> None:
             )  # fmt: skip
 
 
-def _live(scenario: Scenario) -> World:
+def _live_problem(scenario: Scenario, on_gpu: bool, checkpoint: Checkpoint | None) -> Problem:
+    """What a live world plays: the scenario on the profile of the machine and model that will do the work."""
+    if checkpoint is not None:
+        from moe.hf_runner import check_checkpoint
+
+        profile = load_profile(checkpoint.profile)
+        check_checkpoint(profile, checkpoint.model)
+        # The standard service runs a model as it was made.
+        static = replace(scenario.static, expert_count=int(profile.expert_count[profile.own_k]))
+        return Problem.of(replace(scenario, static=static), profile)
+    if on_gpu:
+        return Problem.of(scenario)
+    return Problem.of(scenario, load_profile(config_path("profiles", f"cpu-{scenario.task}", ".json")))
+
+
+def _runner(problem: Problem, device: str, checkpoint: Checkpoint | None) -> Runner:
+    """What answers in a live world."""
+    import torch
+
+    from moe.hf_runner import load_runner
+    from moe.runner import Runner
+    from moe.samples import SamplePool
+    from moe.weights import check_profile, load_model
+
+    profile = problem.profile
+    if checkpoint is not None:
+        return load_runner(checkpoint.model, profile.shifts, device)  # of experts that cost alike
+    check_profile(profile)
+    model = load_model(profile.task, profile.size, device)
+    model.expert_cost.copy_(torch.from_numpy(profile.expert_cost))  # what the tables go by
+    return Runner(model, SamplePool(profile.task, profile.shifts, device), device)
+
+
+def _live(scenario: Scenario, checkpoint: Checkpoint | None) -> World:
     """The live world: real forward passes, read by NVML on CUDA, by the twin's model on a CPU."""
     several = _several_devices(scenario)
     if several is not None:
@@ -106,16 +172,12 @@ def _live(scenario: Scenario) -> World:
     import torch
 
     from moe.live import LiveWorkload
-    from moe.samples import SamplePool
-    from moe.weights import check_profile, load_model
     from thermoe_env.nvml import NvmlTelemetry
     from thermoe_env.shadow import Shadow
 
     on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        problem = Problem.of(scenario)
-    else:
-        problem = Problem.of(scenario, load_profile(config_path("profiles", f"cpu-{scenario.task}", ".json")))
+    problem = _live_problem(scenario, on_gpu, checkpoint)
+    if not on_gpu:
         _LOG.warning(
             "live world on a CPU: work is measured, the device is modelled after %s", problem.twin.gpu
         )
@@ -123,19 +185,9 @@ def _live(scenario: Scenario) -> World:
     if isinstance(telemetry, NvmlTelemetry):
         warn_of_another_card(telemetry.gpu.name, problem)
     try:
-        device = "cuda" if on_gpu else "cpu"
-        check_profile(problem.profile)
-        model = load_model(scenario.task, problem.profile.size, device)
-        model.expert_cost.copy_(torch.from_numpy(problem.profile.expert_cost))  # what the tables go by
-        samples = SamplePool(scenario.task, problem.profile.shifts, device)
+        runner = _runner(problem, "cuda" if on_gpu else "cpu", checkpoint)
         live = LiveWorkload(
-            model,
-            samples,
-            scenario.traffic,
-            problem.capacity_rps,
-            scenario.episode_s + 1,
-            scenario.service,
-            device,
+            runner, scenario.traffic, problem.capacity_rps, scenario.episode_s + 1, scenario.service
         )
         levels = problem.knobs.levels
         live.warm_up(

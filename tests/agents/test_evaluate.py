@@ -90,7 +90,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def twin_as_live(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the twin stand for the live device."""
-    monkeypatch.setattr(evaluation, "ThermalMoEEnv", lambda scenario, world: ThermalMoEEnv(scenario, "twin"))
+    monkeypatch.setattr(evaluation, "ThermalMoEEnv", lambda scenario, **_: ThermalMoEEnv(scenario, "twin"))
 
 
 def quiet() -> Console:

@@ -19,7 +19,7 @@ from moe.live import KnobRefusedError, LiveWorkload
 from moe.model import ModelOutput, MoEModel, initialise
 from moe.queueing import SLOT_S
 from moe.router import Routing
-from moe.runner import BatchResult, NonFiniteAnswersError
+from moe.runner import BatchResult, NonFiniteAnswersError, Runner
 from moe.traffic import TrafficConfig
 from moe.workload import Knobs
 
@@ -101,11 +101,10 @@ def make(
     model: Any = Model(clock)
     samples: Any = Samples()
     traffic = traffic or TrafficConfig(kind="poisson", low_load=0.8, high_load=0.8)
-    workload: Any = LiveWorkload(
-        model, samples, traffic, CAPACITY_RPS, 12, service, "cpu", clock=clock, sleep=clock.sleep
-    )  # fmt: skip
+    served = Runner(model, samples, "cpu", clock)
     if runner is not None:
-        workload.runner = runner(workload.runner, clock)
+        served = runner(served, clock)
+    workload: Any = LiveWorkload(served, traffic, CAPACITY_RPS, 12, service, clock=clock, sleep=clock.sleep)
     launches: list[Launch] = []
     launch = workload.runner.launch
 
@@ -125,7 +124,7 @@ class PipelinedRunner:
     LAUNCH_S = 2e-3
 
     def __init__(self, runner, clock) -> None:
-        self.samples, self.adapts, self.model = runner.samples, False, runner.model
+        self.samples, self.adapts, self.n_experts = runner.samples, False, runner.n_experts
         self.clock, self.free_at = clock, 0.0
 
     def reset(self, seed: int) -> None:
@@ -398,9 +397,8 @@ def adapting_workload() -> tuple[Any, MoEModel]:
     model = initialise(MoEModel(config), torch.Generator().manual_seed(0)).requires_grad_(False).eval()
     clock = Clock()
     traffic = TrafficConfig(kind="poisson", low_load=0.5, high_load=0.5)
-    workload = LiveWorkload(
-        model, samples, traffic, CAPACITY_RPS, 5, Service(), "cpu", clock=clock, sleep=clock.sleep
-    )  # fmt: skip
+    runner = Runner(model, samples, "cpu", clock)
+    workload = LiveWorkload(runner, traffic, CAPACITY_RPS, 5, Service(), clock=clock, sleep=clock.sleep)
     return workload, model
 
 
@@ -448,7 +446,7 @@ def test_a_launch_never_waits_for_the_device():
     samples: Any = Images()
     samples.images = samples.images.cuda()
     traffic = TrafficConfig(kind="poisson", low_load=2.0, high_load=2.0)
-    workload = LiveWorkload(model, samples, traffic, 2000.0, 5, Service(), "cuda")
+    workload = LiveWorkload(Runner(model, samples, "cuda"), traffic, 2000.0, 5, Service())
     workload.warm_up([64], [1, 2], 1)
     torch.cuda.set_sync_debug_mode("error")
     try:
