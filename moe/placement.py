@@ -98,8 +98,8 @@ class Placement:
         )
         if left_out or unknown:
             raise PlacementError(
-                f"devices must place experts 0 to {n_experts - 1}, each on one: left out are {left_out}, "
-                f"unknown are {unknown}; correct `experts`"
+                f"devices must place experts 0 to {n_experts - 1} of the model, each on one: left out are "
+                f"{left_out}, unknown are {unknown}; correct `experts`"
             )
         return cls(tuple(device_of[expert] for expert in range(n_experts)), len(experts_of_device))
 

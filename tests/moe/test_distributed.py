@@ -43,7 +43,7 @@ def on_ranks(task: Callable[[int], Any], folder: Path) -> list[Any]:
         while not context.join(timeout=1.0):  # raises what a rank raised
             assert time.monotonic() < deadline, f"ranks still run after {WITHIN_S} s"
     finally:
-        for process in context.processes:
+        for process in filter(None, context.processes):
             process.kill()
     return [torch.load(folder / f"{rank}.pt") for rank in range(N_RANKS)]
 
