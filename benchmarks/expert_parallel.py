@@ -9,7 +9,8 @@ several times; intervals are 95% (Student's t over the repeats). Without GPUs it
 energies.
 
 The signals are set, not read from the devices: what is measured is what routing makes of them. An expert's
-energy is taken to be in proportion to its width.
+energy is taken to be in proportion to its width. Beside the tokens measured stands their forecast from the
+profile that one device measured (`moe.heat`).
 """
 
 from __future__ import annotations
@@ -33,15 +34,17 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 
-from benchmarks.expert_parallel_report import draw, summarise
+from benchmarks.expert_parallel_report import add_forecast, draw, summarise
 from moe import data
 from moe.config import Size
 from moe.distributed import distribute, tokens_per_device
 from moe.meter import EnergyCounter, MeterUnavailableError, Tick, open_meter
 from moe.model import ModelOutput, MoEModel
 from moe.placement import Placement
+from moe.profiles import load_profile
 from moe.train import device_name
 from moe.weights import load_model
+from thermoe_env.scenario import config_path
 
 SETTLE_S = 0.15
 """Work before a window opens: power follows a change of load within about this time."""
@@ -49,7 +52,10 @@ LOOK_S = 0.01
 """Time between looks at the energy counter."""
 IDLE_S = 0.5
 SPARE_S = 3.0
-"""Kept of `within_s` for the files."""
+"""Kept of `within_s` for the figure."""
+MEASURED = ("latency_s", "power_w", "energy_j_per_answer", "temperature_c")
+PROFILE_OF = {"cuda": "h100-vision", "cpu": "cpu-vision"}
+"""Profile of the model that runs on a kind of device, from which token shares are forecast."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +145,10 @@ def main(options: Options) -> None:
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=5))
     try:
         service = _service(options, device, rank, n_ranks)
-        result = _measure(service, rank, began)
+        _measure(service, rank, began)
         if rank == 0:
-            _write(options, result)
+            draw(json.loads((options.out / "summary.json").read_text()), options.out / "figure.png")
+            print(f"results: {options.out}")
     finally:
         dist.destroy_process_group()
 
@@ -180,63 +187,55 @@ def _service(options: Options, device: torch.device, rank: int, n_ranks: int) ->
     return Service(model, placement, options, own_images, own_labels, device, open_meter(device))
 
 
-def _measure(service: Service, rank: int, began: float) -> dict[str, Any]:
-    """Measure every condition and return what `summarise` and the files need; None of it on ranks but 0."""
-    options, n_ranks = service.options, service.placement.n_devices
-    place = np.linspace(0.0, 1.0, n_ranks)
-    conditions = [
+def _conditions(options: Options, n_devices: int) -> list[Condition]:
+    place = np.linspace(0.0, 1.0, n_devices)
+    return [
         Condition(tuple(float(s) for s in np.interp(place, [0.0, 1.0], signal)), bias)
         for signal, bias in itertools.product(options.signals, options.biases)
     ]
+
+
+def _measure(service: Service, rank: int, began: float) -> None:
+    """Measure every condition; rank 0 writes the files after every repeat."""
+    options, n_ranks = service.options, service.placement.n_devices
+    conditions = _conditions(options, n_ranks)
     _say(rank, began, f"{len(conditions)} conditions on {n_ranks} x {device_name(service.device)}")
-    meter = service.meter
-    idle_w = float("nan")
-    if meter is not None:
-        start, end = meter.window(lambda: time.sleep(LOOK_S), IDLE_S)
-        idle_w = (end.energy_j - start.energy_j) / (end.time_s - start.time_s)
-    idle_w = _of_ranks([idle_w])[:, 0].tolist()
+    idle_w = _idle_w(service)
     for condition in conditions:  # the first steps load and compile kernels
         service.step(condition)
-    quality, shares, steps = [], [], []
+    rows: list[dict[str, Any]] = []
+    steps_s = []
     for condition in conditions:
-        accuracy, share = _quality(service, condition)
-        quality.append(accuracy)
-        shares.append(share)
-        steps.append(_of_ranks([min(service.step(condition) for _ in range(3))]).max())
-    _say(rank, began, f"steps of {1e3 * min(steps):.1f} to {1e3 * max(steps):.1f} ms; measuring")
+        quality, share = _quality(service, condition)
+        rows.append({**condition._asdict(), "quality": quality, "tokens_share": share})
+        steps_s.append(float(_of_ranks([min(service.step(condition) for _ in range(3))]).max()))
+    _say(rank, began, f"steps of {1e3 * min(steps_s):.1f} to {1e3 * max(steps_s):.1f} ms; measuring")
     windows: list[dict[str, Any]] = []
     order, longest_s = np.random.default_rng(options.seed), 0.0
     for repeat in range(options.repeats):
         repeat_began = time.monotonic()
-        for c in order.permutation(len(conditions)):
-            values = _window(service, conditions[c], steps[c])  # [D, 4]
+        for c in order.permutation(len(conditions)).tolist():
+            values = _window(service, conditions[c], steps_s[c]).tolist()  # [D, 4]
             windows += [
-                {"repeat": repeat, "condition": int(c), "device": d, "tokens_share": shares[c][d]}
-                | dict(
-                    zip(("latency_s", "power_w", "energy_j_per_answer", "temperature_c"), row, strict=True)
-                )
-                for d, row in enumerate(values.tolist())
+                {"repeat": repeat, "condition": c, "device": d, **dict(zip(MEASURED, row, strict=True))}
+                for d, row in enumerate(values)
             ]
-        longest_s = max(longest_s, time.monotonic() - repeat_began)
+        if rank == 0:
+            _write(service, idle_w, rows, windows)
         _say(rank, began, f"repeat {repeat + 1} of {options.repeats} done")
+        longest_s = max(longest_s, time.monotonic() - repeat_began)
         left_s = options.within_s - SPARE_S - (time.monotonic() - began)
-        if _of_ranks([left_s]).min() < longest_s and repeat + 1 < options.repeats:
+        if _of_ranks([left_s - longest_s]).min() < 0.0 and repeat + 1 < options.repeats:
             _say(rank, began, f"no time for more repeats within {options.within_s:g} s")
             break
-    names = ("signal", "routing_bias", "quality", "tokens_share")
-    rows = [
-        (list(c.signal), c.routing_bias, q, s) for c, q, s in zip(conditions, quality, shares, strict=True)
-    ]
-    return {
-        "conditions": [dict(zip(names, row, strict=True)) for row in rows],
-        "windows": windows,
-        "idle_power_w": None if meter is None else idle_w,
-        "quality_images": len(service.images) * n_ranks,
-        "batch_size_per_device": service.batch_size,
-        "placement": service.placement.to_dict(),
-        "expert_widths": list(service.model.config.expert_widths),
-        "machine": f"{n_ranks} x {device_name(service.device)}",
-    }
+
+
+def _idle_w(service: Service) -> list[float] | None:
+    """Power of each device with the model in memory and nothing to do."""
+    if service.meter is None:
+        return None
+    start, end = service.meter.window(lambda: time.sleep(LOOK_S), IDLE_S)
+    return _of_ranks([(end.energy_j - start.energy_j) / (end.time_s - start.time_s)])[:, 0].tolist()
 
 
 def _quality(service: Service, condition: Condition) -> tuple[float, list[float]]:
@@ -314,28 +313,36 @@ def _say(rank: int, began: float, what: str) -> None:
         print(f"{time.monotonic() - began:5.0f} s  {what}", flush=True)
 
 
-def _write(options: Options, result: dict[str, Any]) -> None:
+def _write(
+    service: Service, idle_w: list[float] | None, rows: list[dict[str, Any]], windows: list[dict[str, Any]]
+) -> None:
+    """Write windows.csv and summary.json; a row per window and device, a cell is empty where no meter is."""
+    options, n_devices = service.options, service.placement.n_devices
     options.out.mkdir(parents=True, exist_ok=True)
-    windows = result.pop("windows")
-    conditions = result.pop("conditions")
     with (options.out / "windows.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*conditions[0], *windows[0]])
+        writer = csv.DictWriter(file, [*Condition._fields, *windows[0]])
         writer.writeheader()
         for window in windows:
-            row = conditions[window["condition"]] | window
-            row["signal"] = " ".join(map(str, row["signal"]))
-            writer.writerow({name: "" if value != value else value for name, value in row.items()})  # NaN
+            condition = {name: rows[window["condition"]][name] for name in Condition._fields}
+            condition["signal"] = " ".join(map(str, condition["signal"]))
+            writer.writerow(condition | {k: "" if v != v else v for k, v in window.items()})  # NaN
+    profile = load_profile(config_path("profiles", PROFILE_OF[service.device.type], ".json"))
     document = {
-        **result,
+        "machine": f"{n_devices} x {device_name(service.device)}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "torch": torch.__version__,
         "options": asdict(options),
-        "conditions": summarise(conditions, windows),
+        "model": service.model.config.to_dict(),
+        "placement": service.placement.to_dict(),
+        "batch_size_per_device": service.batch_size,
+        "quality_images": len(service.images) * n_devices,
+        "idle_power_w": idle_w,
+        "conditions": add_forecast(
+            summarise(rows, windows), profile, service.placement, service.model.config, options.top_k
+        ),
     }
     text = json.dumps(document, indent=2, default=str, allow_nan=False)
     (options.out / "summary.json").write_text(text + "\n")
-    draw(document, options.out / "figure.png")
-    print(f"results: {options.out}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,14 @@ import matplotlib
 import numpy as np
 from scipy import stats
 
+from moe.config import ModelConfig
+from moe.heat import forecast_expert_share
+from moe.placement import Placement
+from moe.profiles import Profile
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 
 def interval(values: Sequence[float]) -> dict[str, float] | None:
@@ -51,9 +57,31 @@ def summarise(conditions: list[dict[str, Any]], windows: list[dict[str, Any]]) -
     return summary
 
 
+def add_forecast(
+    conditions: list[dict[str, Any]], profile: Profile, placement: Placement, config: ModelConfig, top_k: int
+) -> list[dict[str, Any]]:
+    """Add to each condition the token share of each device that a profile forecasts, linear between biases.
+
+    None where the profile is of another model or was not measured there.
+    """
+    result = []
+    for condition in conditions:
+        share = None
+        bias = condition["routing_bias"]
+        measured = top_k in profile.expert_count and bias <= profile.routing_bias[-1]
+        if measured and profile.model["config"] == config.to_dict():
+            of_expert = forecast_expert_share(profile, placement, condition["signal"])[
+                list(profile.expert_count).index(top_k)
+            ].mean(axis=1)  # [R, E]
+            of_device = placement.per_device(of_expert).T  # [D, R]
+            share = [float(np.interp(bias, profile.routing_bias, row)) for row in of_device]
+        result.append(condition | {"forecast_tokens_share": share})
+    return result
+
+
 def draw(document: dict[str, Any], path: Path) -> None:
     """Draw tokens, power, latency and quality over the routing bias, one line per thermal signal."""
-    figure, axes = plt.subplots(2, 2, figsize=(9.0, 6.5), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(9.5, 6.5), layout="constrained")
     conditions = document["conditions"]
     last = len(conditions[0]["signal"]) - 1
     panels = (
@@ -66,24 +94,34 @@ def draw(document: dict[str, Any], path: Path) -> None:
         own = [c for c in conditions if tuple(c["signal"]) == signal]
         label = "signals " + ", ".join(f"{s:g}" for s in signal)
         for axis, _, value in panels:
-            points = [(c["routing_bias"], found) for c in own if (found := value(c)) is not None]
-            if points:
-                bias = [x for x, _ in points]
-                mean = np.array([y["mean"] for _, y in points])
-                low = np.array([y.get("low", y["mean"]) for _, y in points])
-                high = np.array([y.get("high", y["mean"]) for _, y in points])
-                axis.errorbar(
-                    bias, mean, np.stack([mean - low, high - mean]), marker="o", capsize=3, label=label
-                )
+            _line(axis, [(c["routing_bias"], found) for c in own if (found := value(c)) is not None], label)
+        forecast = [(c["routing_bias"], c["forecast_tokens_share"]) for c in own]
+        if all(share is not None for _, share in forecast):
+            share = [100.0 * share[last] for _, share in forecast]
+            colour = axes[0, 0].lines[-1].get_color() if axes[0, 0].lines else None
+            axes[0, 0].plot([bias for bias, _ in forecast], share, ":", color=colour)
     for axis, title, value in panels:
         axis.set(xlabel="routing bias", ylabel=title)
         axis.grid(alpha=0.3)
         if value(conditions[0]) is None:
             axis.text(0.5, 0.5, "not measured: no meter", ha="center", transform=axis.transAxes)
     axes[0, 0].legend()
-    figure.suptitle(f"{document['machine']}, {document['date'][:10]}; bars: 95% interval of the repeats")
+    figure.suptitle(
+        f"{document['machine']}, {document['date'][:10]}; bars: 95% interval of the repeats, "
+        "dotted: forecast from the profile of one device", fontsize=9,
+    )  # fmt: skip
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _line(axis: Axes, points: list[tuple[float, dict[str, float]]], label: str) -> None:
+    if not points:
+        return
+    mean = np.array([y["mean"] for _, y in points])
+    low = np.array([y.get("low", y["mean"]) for _, y in points])
+    high = np.array([y.get("high", y["mean"]) for _, y in points])
+    bars = np.stack([mean - low, high - mean])
+    axis.errorbar([x for x, _ in points], mean, bars, marker="o", capsize=3, label=label)
 
 
 def _exact(value: float) -> dict[str, float]:
