@@ -2,10 +2,10 @@
 
 A profile holds the tokens of each expert under routing biases whose cost is the expert's width, on one
 device: that is, with all thermal signals at 1. Other signals change the costs, and with them the odds that a
-token has an expert among its choices. Odds answer to cost as they did in the profile: their logarithm falls
-along a line in the cost, whose slope is fitted per expert count, bias and layer; then one offset for all
-experts makes the choices of a token K again. So signals of 1 give what was measured, and heat on a device
-never raises its share.
+token has an expert among its choices. The logarithm of these odds is taken to fall in proportion to the cost;
+how steeply, per expert count, bias and layer, is what gives the profile's mean cost at signals of 1. One
+offset for all experts then makes the choices of a token K again. So signals of 0 give the unbiased shares as
+measured, signals of 1 the measured cost, and heat on a device never raises its share.
 
 What this does not say is how good the answers are: a profile holds no quality under unequal signals.
 
@@ -23,7 +23,8 @@ from moe.profiles import Profile, ProfileError
 
 _NEVER = 1e-6
 """Odds of an expert that the samples chose never or always: the same to one in a million."""
-_FURTHEST, _HALVINGS = 60.0, 60
+_FURTHEST, _HALVINGS = 60.0, 50
+"""Of a search for a slope or an offset of log-odds."""
 
 
 def forecast_expert_share(
@@ -42,29 +43,32 @@ def forecast_expert_share(
     """
     widths = np.array(profile.model["config"]["expert_widths"], np.float64)
     placement.check(profile.expert_share.shape[-1])
-    measured_at = np.asarray(placement.thermal_cost(widths.tolist(), [1.0] * placement.n_devices), np.float64)
     cost = np.asarray(placement.thermal_cost(widths.tolist(), device_signal), np.float64)  # [E]
-    centred = measured_at - measured_at.mean()
-    if not centred.any():
+    full_cost = widths / widths.max()
+    if full_cost.min() == 1.0:
         raise ProfileError(
             f"all experts of the profile of {profile.device} have width {widths[0]:g}: no bias moved a "
             "token, so it does not show what heat would; measure a model of unequal experts"
         )
     count = profile.expert_count[:, None, None, None]
     chance = np.clip(profile.expert_share * count, _NEVER, 1.0 - _NEVER)  # of being among a token's choices
-    odds = np.log(chance / (1.0 - chance))  # [K, R, L, E]
-    pull = -((odds - odds[:, :1]) * centred).sum(axis=-1, keepdims=True) / (centred**2).sum()
-    pull = np.maximum(pull, 0.0)  # where every choice is forced, what is left is noise: cost never attracts
-    return _chosen(odds - pull * (cost - measured_at), count) / count
+    odds = np.log(chance / (1.0 - chance))[:, :1]  # [K, 1, L, E], unbiased
+    measured = (chance * full_cost).sum(axis=-1, keepdims=True)  # [K, R, L, 1]
+    low, high = np.zeros(measured.shape), np.full(measured.shape, _FURTHEST)
+    for _ in range(_HALVINGS):
+        slope = 0.5 * (low + high)
+        above = (_chosen(odds - slope * full_cost, count) * full_cost).sum(axis=-1, keepdims=True) > measured
+        low, high = np.where(above, slope, low), np.where(above, high, slope)
+    return _chosen(odds - low * cost, count) / count
 
 
 def _chosen(odds: np.ndarray, count: np.ndarray) -> np.ndarray:
     """Chances of log-odds that are raised alike until they sum to `count` over the last axis (bisection)."""
-    low = np.full((*odds.shape[:-1], 1), -_FURTHEST)
+    low = np.full((*odds.shape[:-1], 1), -2.0 * _FURTHEST)
     high = -low
     for _ in range(_HALVINGS):
-        middle = 0.5 * (low + high)
-        over = (1.0 / (1.0 + np.exp(-odds - middle))).sum(axis=-1, keepdims=True) > count
-        low, high = np.where(over, low, middle), np.where(over, middle, high)
+        offset = 0.5 * (low + high)
+        over = (1.0 / (1.0 + np.exp(-odds - offset))).sum(axis=-1, keepdims=True) > count
+        low, high = np.where(over, low, offset), np.where(over, offset, high)
     chance = 1.0 / (1.0 + np.exp(-odds - low))
     return chance * (count / chance.sum(axis=-1, keepdims=True))

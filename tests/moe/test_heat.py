@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe import data
@@ -33,12 +33,20 @@ def device_share(profile: Profile, placement: Placement, signal: list[float]) ->
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("n_devices", [1, 2, 4])
-def test_signals_of_one_are_what_was_measured(name: str, n_devices: int) -> None:
+def test_ends_are_what_was_measured(name: str, n_devices: int) -> None:
+    """Without heat the unbiased shares; at signals of 1 the tokens of each width under each bias."""
     profile = PROFILES[name]
-    share = forecast_expert_share(profile, even(profile, n_devices), [1.0] * n_devices)
-    np.testing.assert_allclose(share, profile.expert_share, atol=1e-5)
+    cool, hot = (
+        forecast_expert_share(profile, even(profile, n_devices), [s] * n_devices) for s in (0.0, 1.0)
+    )
+    np.testing.assert_allclose(cool, np.broadcast_to(profile.expert_share[:, :1], cool.shape), atol=1e-5)
+    half = profile.expert_share.shape[-1] // 2  # the wide ones
+    for part in (slice(None, half), slice(half, None)):
+        measured = profile.expert_share[..., part].sum(axis=-1)
+        np.testing.assert_allclose(hot[..., part].sum(axis=-1), measured, atol=1e-4)
 
 
+@settings(max_examples=30, deadline=None)
 @given(
     st.sampled_from(NAMES), st.sampled_from([1, 2, 4]), st.lists(SIGNAL, min_size=4, max_size=4),
     st.integers(0, 3), SIGNAL,
@@ -86,7 +94,7 @@ def test_forecast_against_the_model(devices, signal) -> None:
     model, (images, _) = load_model("vision", "tiny", "cpu"), data.load_vision("test")
     cost = placement.thermal_cost(model.config.expert_widths, signal)
     forecast = device_share(profile, placement, list(signal))
-    cool = device_share(profile, placement, [1.0] * placement.n_devices)
+    cool = device_share(profile, placement, [0.0] * placement.n_devices)
     found = np.empty_like(forecast)
     for k, r in np.ndindex(found.shape[:2]):
         top_k, bias = int(profile.expert_count[k]), float(profile.routing_bias[r])
@@ -94,8 +102,8 @@ def test_forecast_against_the_model(devices, signal) -> None:
             counts = model(images[:300], top_k, bias, cost).tokens_per_expert.numpy()  # [L, E]
         found[k, r] = placement.per_device(counts) / counts.sum(axis=-1, keepdims=True)
     error, without = (np.sqrt(np.mean((share - found) ** 2)) for share in (forecast, cool))
-    assert error < 0.06
-    assert error < 0.5 * without  # a forecast that heat moves nothing
+    assert error < 0.04
+    assert error < 0.3 * without  # a forecast that heat moves nothing
 
 
 def test_what_cannot_be_forecast_is_refused() -> None:

@@ -199,7 +199,7 @@ def test_bias_moves_work_to_the_narrow_experts(problem: Problem) -> None:
 
 
 def test_the_twin_s_bias_is_that_of_equally_hot_devices() -> None:
-    """Its shares are those at thermal signals of 1: routing in the twin knows widths, not temperatures."""
+    """Its shares are those forecast for signals of 1: the twin's routing knows no temperatures."""
     shared = Problem.of(load_scenario("two-devices"))
     profile = shared.profile
     share = forecast_expert_share(profile, shared.placement, [1.0, 1.0])  # [K, R, L, E]
