@@ -67,7 +67,7 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     placement: Path | None = None
     """JSON of a `moe.placement.Placement`; none given: even by width."""
-    signals: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.0, 1.0), (0.5, 1.0))
+    device_signals: tuple[tuple[float, float], ...] = ((0.0, 0.0), (0.0, 1.0), (0.5, 1.0))
     """Thermal signals of the first and the last device; those between lie on a line."""
     biases: tuple[float, ...] = (0.0, 0.5, 1.0)
     top_k: int = 4
@@ -191,7 +191,7 @@ def _conditions(options: Options, n_devices: int) -> list[Condition]:
     place = np.linspace(0.0, 1.0, n_devices)
     return [
         Condition(tuple(float(s) for s in np.interp(place, [0.0, 1.0], signal)), bias)
-        for signal, bias in itertools.product(options.signals, options.biases)
+        for signal, bias in itertools.product(options.device_signals, options.biases)
     ]
 
 

@@ -44,9 +44,10 @@ def test_summary_by_hand() -> None:
 
 def test_a_short_run_of_two_processes(tmp_path: Path) -> None:
     command = [
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "benchmarks.expert_parallel",
-        "--device", "cpu", "--out", str(tmp_path), "--images", "64", "--batch-size", "16", "--window-s", "0.01",
-        "--repeats", "2", "--biases", "0", "1", "--signals", "0", "0", "0", "1",
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "-m", "benchmarks.expert_parallel", "--device", "cpu", "--out", str(tmp_path), "--images", "64",
+        "--batch-size", "16", "--window-s", "0.01", "--repeats", "2", "--biases", "0", "1",
+        "--device-signals", "0", "0", "0", "1",
     ]  # fmt: skip
     run = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120,
