@@ -131,11 +131,8 @@ class DistributedExperts(nn.Module):
             position = torch.full((1, top_k), self.n_wide, device=x.device)
         dispatch = make_dispatch(position, self.n_wide + 1)
         rows = gather_rows(x, dispatch)  # [R + 1, D]
-        if (
-            self.link.leading
-            and torch.is_grad_enabled()
-            and (rows.requires_grad or self.anchor.requires_grad)
-        ):
+        learns = torch.is_grad_enabled() and (rows.requires_grad or self.anchor.requires_grad)
+        if self.link.leading and learns:
             raise OutOfStepError(
                 "a leader's followers take no part in a backward pass; call the model under torch.no_grad(), "
                 "or call it on every rank"
@@ -249,6 +246,8 @@ def leading(model: MoEModel) -> Iterator[MoEModel]:
 @torch.no_grad()
 def follow(model: MoEModel) -> int:
     """Compute this rank's experts for the leader until it stops, and return the number of layers computed.
+
+    It waits for the leader inside a collective, at most as long as the group's timeout.
 
     Raises:
         ValueError: This is rank 0.

@@ -1,5 +1,6 @@
 """Two processes that share the experts, against one process that has all of them."""
 
+import os
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -34,9 +35,9 @@ D_MODEL = 16
 SEEDS = range(12)
 
 
-def on_ranks(task: Callable[[int], Any], folder: Path) -> list[Any]:
-    """Run ``task(rank)`` in two processes of a gloo group; what each returned, or the error of one."""
-    context = spawn(_rank, (task, folder), nprocs=N_RANKS, join=False)
+def on_ranks(task: Callable[[int], Any], folder: Path, backend: str = "gloo") -> list[Any]:
+    """Run ``task(rank)`` in two processes of a group; what each returned, or the error of one."""
+    context = spawn(_rank, (task, folder, backend), nprocs=N_RANKS, join=False)
     assert context is not None
     deadline = time.monotonic() + WITHIN_S
     try:
@@ -48,11 +49,14 @@ def on_ranks(task: Callable[[int], Any], folder: Path) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(N_RANKS)]
 
 
-def _rank(rank: int, task: Callable[[int], Any], folder: Path) -> None:
+def _rank(rank: int, task: Callable[[int], Any], folder: Path, backend: str) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        os.environ["NCCL_NVLS_ENABLE"] = "0"  # NVLink multicast needs rights that not every machine gives
+        torch.cuda.set_device(rank)
     rendezvous = f"file://{folder}/rendezvous"
     dist.init_process_group(
-        "gloo", rendezvous, timedelta(seconds=WITHIN_S / 2), world_size=N_RANKS, rank=rank
+        backend, rendezvous, timedelta(seconds=WITHIN_S / 2), world_size=N_RANKS, rank=rank
     )
     torch.save(task(rank), folder / f"{rank}.pt")
     dist.barrier()  # a rank that leaves early would look lost to the other
@@ -294,3 +298,34 @@ def test_ranks_out_of_step_are_told(tmp_path: Path) -> None:
 def test_a_model_that_is_not_distributed_is_refused() -> None:
     with pytest.raises(TypeError, match="call distribute"), leading(load_model("vision", "tiny", "cpu")):
         pass
+
+
+def answer_on_gpus(rank: int) -> dict[str, Tensor]:
+    """Uneven parts, then none on rank 0, in the types that are served; then led."""
+    model = distribute(load_model("vision", "tiny", f"cuda:{rank}"), PLACEMENT)
+    found = {}
+    with torch.no_grad():
+        for parts in PARTS:
+            own = images(sum(parts)).split(parts)[rank].cuda()
+            found[str(parts)] = model(own, 3, 0.5, COST.cuda()).logits.cpu()
+        if rank != 0:
+            found["layers"] = torch.tensor(follow(model))
+            return found
+        with leading(model):
+            found["led"] = model(images(4).cuda(), 2).logits.cpu()
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < N_RANKS, reason="needs two CUDA GPUs")
+def test_two_gpus_equal_one(tmp_path: Path) -> None:
+    """Against float32 on the CPU; bfloat16 may route a token elsewhere, so by norm and not by logit."""
+    found = on_ranks(answer_on_gpus, tmp_path, "nccl")
+    model = load_model("vision", "tiny", "cpu")
+    for parts in PARTS:
+        logits = torch.cat([f[str(parts)] for f in found])
+        want = model(images(sum(parts)), 3, 0.5, COST).logits
+        assert (logits - want).norm() / want.norm() < 0.05
+    want = model(images(4), 2).logits
+    assert (found[0]["led"] - want).norm() / want.norm() < 0.05
+    assert found[1]["layers"] == model.config.n_layers
