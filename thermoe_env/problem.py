@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe.adaptation import tabulate
+from moe.placement import Placement, PlacementError
 from moe.profiles import Profile, ProfileError, level_index, load_profile, refuse_beyond
 from thermoe_env.calibration import TwinParams, load_twin
 from thermoe_env.errors import ScenarioError
@@ -51,6 +52,8 @@ class Problem:
     """Profile whose energies the twin uses; differs from `profile` only where that has none."""
     twin: TwinParams
     knobs: KnobTable
+    placement: Placement
+    """Which of the scenario's devices holds which expert of the model."""
 
     @classmethod
     def of(cls, scenario: Scenario, profile: Profile | None = None) -> Problem:
@@ -78,14 +81,14 @@ class Problem:
             raise ScenarioError(
                 f"traffic.shifts {scenario.traffic.shifts} exceed the profile's {named.shifts}"
             )
-        _check_placement(scenario, named)
+        placement = _placement(scenario, named)
         twin = load_twin(config_path("twin", scenario.twin, ".yaml"))
         if profile is not None and profile is not named:
             ratio = float(profile.batch_size[-1] / named.batch_size[-1])
             static = replace(scenario.static, batch_size=max(1, round(scenario.static.batch_size * ratio)))
             scenario = replace(scenario, static=static)
         power = named if work.energy_j is None else work
-        return cls(scenario, work, power, twin, KnobTable.of(scenario, work))
+        return cls(scenario, work, power, twin, KnobTable.of(scenario, work), placement)
 
     @cached_property
     def capacity_rps(self) -> float:
@@ -141,12 +144,10 @@ class Problem:
         It is the device's share of the expert work: tokens of its experts, each times the expert's width.
         What the layers spend beside their experts is split alike.
         """
-        devices = self.scenario.devices
-        if len(devices) == 1:
+        if self.placement.n_devices == 1:
             return np.ones((*self.expert_tokens.shape[:2], 1))
         width = np.array(self.profile.model["config"]["expert_widths"], np.float64)
-        work = self.expert_tokens.sum(axis=2) * width  # [K, B, E]
-        held = np.stack([work[..., list(device.experts or ())].sum(axis=-1) for device in devices], axis=-1)
+        held = self.placement.per_device(self.expert_tokens.sum(axis=2) * width)  # [K, B, D]
         total = held.sum(axis=-1, keepdims=True)
         if not np.all(total > 0.0):
             raise ScenarioError(
@@ -205,24 +206,22 @@ class Problem:
         )
 
 
-def _check_placement(scenario: Scenario, profile: Profile) -> None:
-    """Refuse a placement of other experts than the model's, once each.
+def _placement(scenario: Scenario, profile: Profile) -> Placement:
+    """Place the model's experts as the scenario's devices list them.
 
     Raises:
-        ScenarioError: names the experts that are left out or unknown.
+        ScenarioError: names the experts that are left out, unknown or on several devices.
     """
-    if scenario.devices[0].experts is None:
-        return
     count = profile.expert_share.shape[-1]
-    placed = {e for device in scenario.devices for e in device.experts or ()}
-    left_out, unknown = sorted(set(range(count)) - placed), sorted(placed - set(range(count)))
-    if left_out or unknown:
-        raise ScenarioError(
-            f"devices must place experts 0 to {count - 1} of profile {scenario.profile!r}, each on one: "
-            f"left out are {left_out}, unknown are {unknown}; correct `experts`"
-        )
-    if len(scenario.devices) > 1 and "expert_widths" not in profile.model["config"]:
+    if scenario.devices[0].experts is None:
+        return Placement((0,) * count, 1)
+    try:
+        placement = Placement.of_devices([device.experts or () for device in scenario.devices], count)
+    except PlacementError as error:
+        raise ScenarioError(f"scenario {scenario.name!r} on profile {scenario.profile!r}: {error}") from error
+    if placement.n_devices > 1 and "expert_widths" not in profile.model["config"]:
         raise ScenarioError(
             f"profile {scenario.profile!r} does not say its expert_widths, by which the devices share the "
             "energy; measure it with `python -m moe.profile`"
         )
+    return placement

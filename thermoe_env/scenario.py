@@ -180,7 +180,7 @@ class Scenario:
     observation's powers end at 800 W, a power or budget above reads as that."""
 
     def __post_init__(self) -> None:
-        self._check_placement()
+        self._check_devices()
         unknown = [name for name in self.knobs if name not in KNOB_NAMES]
         if unknown or not self.knobs or len(set(self.knobs)) < len(self.knobs):
             raise ValueError(f"knobs must be different ones of {KNOB_NAMES}, got {self.knobs}")
@@ -191,8 +191,8 @@ class Scenario:
         if self.episode_s < 10:
             raise ValueError(f"episode_s must be at least 10, got {self.episode_s}")
 
-    def _check_placement(self) -> None:
-        """Check what needs no profile; `Problem.of` compares the experts with the model's."""
+    def _check_devices(self) -> None:
+        """Check what needs no model; `Problem.of` places the experts of one."""
         if not self.devices:
             raise ValueError("devices must name at least one device, got none; leave the key out for one")
         without = [d for d, device in enumerate(self.devices) if device.experts is None]
@@ -201,10 +201,6 @@ class Scenario:
                 f"with several devices each must say which experts it holds, devices {without} do not; "
                 "give `experts` ([] for a device that only idles)"
             )
-        placed = [e for device in self.devices for e in device.experts or ()]
-        twice = sorted({e for e in placed if placed.count(e) > 1})
-        if twice:
-            raise ValueError(f"each expert lives on one device, experts {twice} are named more than once")
 
     @property
     def steps(self) -> int:

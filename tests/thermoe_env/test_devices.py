@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import thermoe_env  # noqa: F401  (registers the ids)
+from moe.heat import forecast_expert_share
+from moe.placement import Placement
 from moe.profiles import save_profile
 from moe.queueing import SLOT_S
 from moe.workload import WorkStats
@@ -103,8 +105,12 @@ def test_energy_above_idle_is_the_work_s(problem: Problem, power, parts, offset)
         assert reading.power_w == reading.energy_j
 
 
-def test_energy_of_an_episode_is_conserved(problem: Problem) -> None:
-    shared = without_leakage(with_devices(problem, *split(6.0), randomize=ALIKE))
+@pytest.mark.parametrize("n_devices", [1, 2, 4])
+def test_energy_of_an_episode_is_conserved(problem: Problem, n_devices: int) -> None:
+    placement = Placement.even(WIDTHS, n_devices)
+    devices = [{"experts": placement.experts_on(d), "inlet_offset_c": 2.0 * d} for d in range(n_devices)]
+    shared = without_leakage(with_devices(problem, *devices, randomize=ALIKE))
+    assert shared.placement == placement
     batch = TwinBatch(shared, 3)
     batch.reset(range(3))
     rng, energy, dynamic = np.random.default_rng(1), np.zeros(3), np.zeros(3)
@@ -114,7 +120,7 @@ def test_energy_of_an_episode_is_conserved(problem: Problem) -> None:
         energy += batch.gpu["energy_j"]
         dynamic += batch._slot_energy.sum(axis=1)
         assert not batch.gpu["power_capped_s"].any()
-    np.testing.assert_allclose(energy, dynamic + 100 * 2 * shared.twin.idle_power_w, rtol=1e-12)
+    np.testing.assert_allclose(energy, dynamic + 100 * n_devices * shared.twin.idle_power_w, rtol=1e-12)
 
 
 def test_a_device_without_experts_only_idles(problem: Problem) -> None:
@@ -190,6 +196,18 @@ def test_shares_follow_expert_work(problem: Problem) -> None:
 def test_bias_moves_work_to_the_narrow_experts(problem: Problem) -> None:
     narrow = with_devices(problem, *split()).device_share[:, :, 1]  # [K, B]
     assert np.all(np.diff(narrow, axis=1) > 0.0)
+
+
+def test_the_twin_s_bias_is_that_of_equally_hot_devices() -> None:
+    """Its shares are those forecast for signals of 1: the twin's routing knows no temperatures."""
+    shared = Problem.of(load_scenario("two-devices"))
+    profile = shared.profile
+    share = forecast_expert_share(profile, shared.placement, [1.0, 1.0])  # [K, R, L, E]
+    work = share.sum(axis=2) * profile.model["config"]["expert_widths"]
+    of_device = shared.placement.per_device(work)
+    levels = [shared.knobs.levels["routing_bias"].index(bias) for bias in profile.routing_bias]
+    expected = of_device / of_device.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(shared.device_share[:, levels], expected, atol=1e-4)
 
 
 def test_idle_power_of_all_devices_is_in_the_price(problem: Problem) -> None:
