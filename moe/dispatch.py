@@ -10,6 +10,7 @@ Shapes: T tokens, D model, E experts, K experts per token, R = T * K rows and on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,35 +31,31 @@ class Dispatch:
         pair_of_row: Flat (token, choice) pair of row r.  # [R]
         row_of_pair: Its inverse.  # [T, K]
         expert_ends: Row behind the last row of each expert, int32 as grouped_mm wants it.  # [E]
-        experts: Chosen experts; rows of null slots (id E) lie behind those of all experts.  # [T, K]
-        null_slots: Whether there can be null slots.
     """
 
     token_of_row: Tensor
     pair_of_row: Tensor
     row_of_pair: Tensor
     expert_ends: Tensor
-    experts: Tensor
-    null_slots: bool
 
     @property
     def spare_row(self) -> int:
-        """Index of the spare row, which stands for "no row"."""
+        """Index of the spare row, which belongs to no expert."""
         return self.pair_of_row.numel()
 
-    def rows_within(self, n_experts: int) -> Tensor:
-        """Return each pair's row, or the spare row if its expert is not among the first ``n_experts``."""
-        if n_experts == self.expert_ends.numel() and not self.null_slots:
-            return self.row_of_pair
-        return torch.where(self.experts < n_experts, self.row_of_pair, self.spare_row)  # [T, K]
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """Tokens sent to each expert, without null slots, int32, [E]; no host synchronisation."""
+        return self.expert_ends.diff(prepend=self.expert_ends.new_zeros(1))
 
 
-def make_dispatch(experts: Tensor, n_experts: int, null_slots: bool = False) -> Dispatch:
-    """Sort the (token, expert) pairs of a choice, [T, K], by expert."""
+def make_dispatch(experts: Tensor, n_experts: int) -> Dispatch:
+    """Sort the (token, expert) pairs of a choice, [T, K], by expert; null slots (id E) come last."""
     top_k = experts.shape[1]
-    keys = experts.flatten().to(torch.uint8)  # bytes: one radix pass instead of eight
+    kind = torch.uint8 if n_experts < 256 else torch.int16  # of bytes: one radix pass instead of eight
+    keys = experts.flatten().to(kind)
     sorted_keys, pair_of_row = keys.sort(stable=True)  # [R]
-    expert_ids = torch.arange(n_experts, device=experts.device, dtype=torch.uint8)
+    expert_ids = torch.arange(n_experts, device=experts.device, dtype=kind)
     expert_ends = torch.searchsorted(sorted_keys, expert_ids, right=True, out_int32=True)  # [E]
     row_of_pair = torch.empty_like(pair_of_row)
     row_of_pair[pair_of_row] = torch.arange(keys.numel(), device=experts.device)
@@ -67,8 +64,6 @@ def make_dispatch(experts: Tensor, n_experts: int, null_slots: bool = False) -> 
         pair_of_row=pair_of_row,
         row_of_pair=row_of_pair.view_as(experts),
         expert_ends=expert_ends,
-        experts=experts,
-        null_slots=null_slots,
     )
 
 
@@ -82,21 +77,24 @@ def rows_of_experts(rows: Tensor, dispatch: Dispatch, n_experts: int) -> Tensor:
     return _RowsOfExperts.apply(rows, dispatch.expert_ends[n_experts - 1])  # pyright: ignore[reportReturnType]
 
 
-def combine_rows(rows: Tensor, weights: Tensor, dispatch: Dispatch, n_experts: int) -> Tensor:
-    """Sum each token's rows by weight, over its choices among the first ``n_experts``.
+def combine_rows(
+    parts: Sequence[Tensor], prefixes: Sequence[int], weights: Tensor, dispatch: Dispatch
+) -> Tensor:
+    """Sum each token's rows of all parts by weight.
 
     The sum runs in a fixed order per token, so unlike ``index_add`` it does not depend on scheduling.
 
     Args:
-        rows: Expert outputs; rows of other experts may be uninitialised.  # [R + 1, D]
+        parts: Parts of the outputs, [R + 1, D]; uninitialised in the rows of experts that lack the part.
+        prefixes: How many experts, from the first, have each part.
         weights: Combine weights.  # [T, K]
         dispatch: Where the rows come from.
-        n_experts: Size of the prefix of experts that produced rows.
 
     Returns:
         Mixed outputs.  # [T, D]
     """
-    return _CombineRows.apply(rows, weights, dispatch, n_experts)  # pyright: ignore[reportReturnType]
+    ends = [dispatch.expert_ends[n_experts - 1] for n_experts in prefixes]
+    return _CombineRows.apply(weights, dispatch, ends, *parts)  # pyright: ignore[reportReturnType]
 
 
 class _GatherRows(Function):
@@ -109,7 +107,7 @@ class _GatherRows(Function):
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
         dispatch: Dispatch = ctx.dispatch  # pyright: ignore[reportAttributeAccessIssue]
         ones = torch.ones_like(dispatch.row_of_pair, dtype=torch.float32)
-        return mix_rows(grads[0], dispatch.row_of_pair, ones, dispatch.spare_row), None
+        return mix_rows(grads, [dispatch.expert_ends[-1]], dispatch.row_of_pair, ones), None
 
 
 class _RowsOfExperts(Function):
@@ -129,20 +127,22 @@ class _RowsOfExperts(Function):
 class _CombineRows(Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, rows: Tensor, weights: Tensor, dispatch: Dispatch, n_experts: int
+        ctx: FunctionCtx, weights: Tensor, dispatch: Dispatch, ends: list[Tensor], *parts: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(rows, weights)
-        ctx.dispatch, ctx.n_experts = dispatch, n_experts  # pyright: ignore[reportAttributeAccessIssue]
-        return mix_rows(rows, dispatch.rows_within(n_experts), weights, dispatch.spare_row)
+        ctx.save_for_backward(weights, *ends, *parts)
+        ctx.dispatch = dispatch  # pyright: ignore[reportAttributeAccessIssue]
+        return mix_rows(parts, ends, dispatch.row_of_pair, weights)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        rows, weights = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *saved = ctx.saved_tensors  # pyright: ignore[reportAttributeAccessIssue]
+        ends, parts = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         dispatch: Dispatch = ctx.dispatch  # pyright: ignore[reportAttributeAccessIssue]
-        n_experts: int = ctx.n_experts  # pyright: ignore[reportAttributeAccessIssue]
         weight_of_row = F.pad(weights.flatten()[dispatch.pair_of_row], (0, 1))  # [R + 1]
         grad_of_row = grads[0].index_select(0, dispatch.token_of_row)  # [R + 1, D]
-        dot_of_row = (grad_of_row * rows).sum(dim=-1, dtype=torch.float32)  # [R + 1]
-        grad_weights = dot_of_row[dispatch.row_of_pair]  # [T, K]
-        grad_weights = torch.where(dispatch.experts < n_experts, grad_weights, 0)
-        return grad_of_row * weight_of_row[:, None].to(rows.dtype), grad_weights, None, None
+        grad_weights = torch.zeros_like(weights)
+        for rows, end in zip(parts, ends, strict=True):
+            dot_of_row = (grad_of_row * rows).sum(dim=-1, dtype=torch.float32)  # [R + 1]
+            grad_weights += torch.where(dispatch.row_of_pair < end, dot_of_row[dispatch.row_of_pair], 0)
+        grad_part = grad_of_row * weight_of_row[:, None].to(grad_of_row.dtype)
+        return grad_weights, None, None, *[grad_part] * len(parts)

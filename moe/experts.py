@@ -12,7 +12,6 @@ Shapes: D model, F hidden units of a slice, E experts of a slice, R rows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -22,7 +21,7 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
 from moe.config import ZeroComputation
-from moe.dispatch import Dispatch, combine_rows, gather_rows, make_dispatch, rows_of_experts
+from moe.dispatch import Dispatch, combine_rows, gather_rows, rows_of_experts
 from moe.kernels import swiglu, swiglu_backward
 from moe.router import Routing
 
@@ -87,14 +86,13 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return the mixed outputs of the chosen experts (SwiGLU: arXiv 2002.05202, eq. 6), [T, D]."""
-        dispatch = make_dispatch(routing.experts, self.n_experts, routing.null_slots)
+        dispatch = routing.dispatch
         rows = gather_rows(x, dispatch)  # [R + 1, D]
-        parts = [
-            combine_rows(expert_slice(rows, dispatch), routing.weights, dispatch, expert_slice.n_experts)
-            for expert_slice in cast(Iterable[ExpertSlice], self.slices)
-        ]
-        parts += self.zero_computation(x, routing)
-        return sum(parts[1:], parts[0])
+        slices = cast(list[ExpertSlice], list(self.slices))
+        parts = [expert_slice(rows, dispatch) for expert_slice in slices]  # [R + 1, D]
+        prefixes = [expert_slice.n_experts for expert_slice in slices]
+        mixed = combine_rows(parts, prefixes, routing.weights, dispatch)
+        return sum(self.zero_computation(x, routing), mixed)
 
     def zero_computation(self, x: Tensor, routing: Routing) -> list[Tensor]:
         """Return the parts of the copy and constant experts, [T, D] each; they need no rows."""

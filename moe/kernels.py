@@ -5,30 +5,41 @@ Shapes: T tokens, D model, F hidden units, K experts per token, R rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def mix_rows(rows: Tensor, row_of_pair: Tensor, weights: Tensor, spare_row: int) -> Tensor:
-    """Sum each token's rows by weight, in a fixed order, passing over the spare row without reading it.
+def mix_rows(parts: Sequence[Tensor], ends: Sequence[Tensor], row_of_pair: Tensor, weights: Tensor) -> Tensor:
+    """Sum each token's rows of all parts by weight, in a fixed order, reading none from a part's end on.
 
     Args:
-        rows: Values.  # [R, D]
-        row_of_pair: Row of each (token, choice), or ``spare_row``.  # [T, K]
+        parts: Values; the last row of each belongs to no pair.  # [R + 1, D]
+        ends: 0-dim row count of each part.
+        row_of_pair: Row of each (token, choice).  # [T, K]
         weights: Float32.  # [T, K]
-        spare_row: The row that stands for "no row".
 
     Returns:
-        Sums in the type of ``rows``.  # [T, D]
+        Sums in the type of the parts.  # [T, D]
     """
-    if rows.is_cuda:
+    if weights.is_cuda:
         from moe import triton_kernels
 
-        return triton_kernels.mix_rows(rows, row_of_pair, weights, spare_row)
-    return F.embedding_bag(
-        row_of_pair, rows, per_sample_weights=weights.to(rows.dtype), mode="sum", padding_idx=spare_row
-    )
+        return triton_kernels.mix_rows(parts, ends, row_of_pair, weights)
+    spare_row = len(parts[0]) - 1
+    sums = [
+        F.embedding_bag(
+            torch.where(row_of_pair < end, row_of_pair, spare_row),
+            rows,
+            per_sample_weights=weights.to(rows.dtype),
+            mode="sum",
+            padding_idx=spare_row,
+        )
+        for rows, end in zip(parts, ends, strict=True)
+    ]
+    return sum(sums[1:], sums[0])
 
 
 def swiglu(gate_up: Tensor, end: Tensor) -> Tensor:

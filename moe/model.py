@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from moe.config import IMAGE_SIZE, ModelConfig
 from moe.experts import ConstantExpert, Experts, ExpertSlice
 from moe.router import Router, Routing, route
-from moe.statistics import tokens_per_expert
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class ModelOutput:
     @property
     def tokens_per_expert(self) -> Tensor:
         """Tokens sent to each expert of each layer, [L, E]."""
-        return torch.stack([tokens_per_expert(routing) for routing in self.routing])
+        ends = torch.stack([routing.dispatch.expert_ends for routing in self.routing])  # [L, E]
+        return ends.diff(dim=-1, prepend=ends.new_zeros(len(ends), 1))
 
 
 class Linear(nn.Module):

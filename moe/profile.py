@@ -1,8 +1,9 @@
 """Measure a model here: ``python -m moe.profile --task vision --size tiny --device cpu --out PATH``.
 
-Quality comes first; it warms the device up. Then every cell of the cost tables is visited twice, in random
-order, and what is left of the time goes to the cells whose cost is least certain. The result is a
-`moe.profiles.Profile`. It is written whole at the end; an interrupted run writes nothing.
+The experts' costs come first, as the router's bias goes by them, then the quality; both warm the device up.
+Then every cell of the cost tables is visited twice, in random order, and what is left of the time goes to the
+cells whose cost is least certain. The result is a `moe.profiles.Profile`. It is written whole at the end; an
+interrupted run writes nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tyro
 
 from moe import data
 from moe.config import Size, Task
+from moe.expert_cost import measure_expert_cost
 from moe.meter import EnergyCounter, open_meter
 from moe.profile_cost import (
     LEAST_VISITS,
@@ -123,6 +125,8 @@ def measure(options: Options) -> Profile:
     cold_c = meter.temperature_c() if meter else None
     shifts = options.shifts or SHIFTS[options.task, options.size]
     runner = Runner(model, SamplePool(options.task, shifts, device), device)
+    expert = measure_expert_cost(model, runner.samples.inputs[0], meter, options.seed)
+    model.expert_cost.copy_(torch.from_numpy(expert.relative()))
     expert_counts = sorted(set(options.expert_counts or model.config.top_k_choices))
     own_k = level_index("expert_count", model.config.top_k, np.array(expert_counts))
     routing_biases, cost_biases = sorted(set(options.routing_biases)), sorted(set(options.cost_biases))
@@ -194,6 +198,9 @@ def measure(options: Options) -> Profile:
         adapt_rate=STATISTICS_MOMENTUM if adapts else None,
         adaptation_error=adaptation_error(quality, routing_biases, own_k, STATISTICS_MOMENTUM),
         expert_share=quality.expert_share,
+        expert_cost=expert.relative(),
+        expert_latency_s=expert.latency_s,
+        expert_energy_j=expert.energy_j,
     )
     return replace(
         profile,

@@ -30,7 +30,7 @@ HELD_OUT = (
     "batch_size", "expert_count", "routing_bias", "latency_s", "energy_j", "latency_error", "energy_error",
 )  # fmt: skip
 """Fields of an entry of `Profile.held_out`; energies are null without a meter."""
-_METERED = ("energy_j", "energy_spread", "start_temperature_c", "idle_power_w")
+_METERED = ("energy_j", "energy_spread", "start_temperature_c", "idle_power_w", "expert_energy_j")
 _ADAPTING = ("mixture", "adapt_rate", "adaptation_error", "ttt_latency_s", "ttt_latency_spread")
 _METERED_AND_ADAPTING = ("ttt_energy_j", "ttt_energy_spread")
 
@@ -104,6 +104,12 @@ class Profile:
     """Error of `moe.adaptation` on random sequences of shifts and steps, played on the model itself."""
     expert_share: np.ndarray
     """[K, R, L, E] share of a layer's routed tokens that each expert takes."""
+    expert_cost: np.ndarray
+    """[E] cost from 0 to 1 that the router's bias went by while all this was measured."""
+    expert_latency_s: np.ndarray
+    """[E] device time of one token in one expert of one layer, as `moe.expert_cost` measures it."""
+    expert_energy_j: np.ndarray | None
+    """[E] energy of that above idle."""
 
     def latency_at(self, batch_size: float, expert_count: int, routing_bias: float = 0.0) -> float:
         """Latency of a micro-batch in seconds, interpolated as the twin does."""
@@ -260,6 +266,7 @@ def _check_tables(path: Path, p: Profile) -> None:
         **dict.fromkeys(("accuracy", "confidence", "entropy"), quality),
         "mixture": (len(p.shifts), states * (states - 1) // 2, points, 3),
         "expert_share": (*quality[2:], *p.expert_share.shape[2:]),
+        **dict.fromkeys(("expert_cost", "expert_latency_s", "expert_energy_j"), p.expert_share.shape[3:]),
     }
     for name, shape in shapes.items():
         table = getattr(p, name)
@@ -276,7 +283,7 @@ def _check_tables(path: Path, p: Profile) -> None:
             raise ProfileError(f"{path}: {name}{where} is negative or not a number; measure that cell again")
         if name.endswith(("_s", "_j", "visits")) and np.any(table <= 0.0):
             raise ProfileError(f"{path}: {name} holds a zero; nothing runs in no time at no cost")
-        if name in ("accuracy", "confidence", "entropy", "mixture", "expert_share") and np.any(
+        if name in ("accuracy", "confidence", "entropy", "mixture", "expert_share", "expert_cost") and np.any(
             table > 1.0 + 1e-6
         ):
             raise ProfileError(f"{path}: {name} holds a value above 1")

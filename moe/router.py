@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from moe.dispatch import Dispatch, make_dispatch
 
 BIAS_SCALE = 4.0
 """Pull of ``routing_bias = 1`` on a cost difference of 1, in standard deviations of the token's logits.
@@ -28,15 +31,18 @@ class Routing:
     Attributes:
         router_logits: Unbiased logits, float32.  # [T, E]
         weights: Combine weights of the chosen experts, float32, summing to 1 per token.  # [T, K]
-        experts: Chosen experts, int64; E in a null slot, whose weight is 0.  # [T, K]
-        null_slots: Whether there can be null slots: K then is the largest number of experts per token, and
-            the number in force is known to the device only.
+        experts: Chosen experts, int64. Where the number per token is known to the device only, K is the
+            largest it may be, and E fills the null slots behind, whose weight is 0.  # [T, K]
     """
 
     router_logits: Tensor
     weights: Tensor
     experts: Tensor
-    null_slots: bool = False
+
+    @cached_property
+    def dispatch(self) -> Dispatch:
+        """The choices sorted by expert; experts compute and statistics count by it."""
+        return make_dispatch(self.experts, self.router_logits.shape[-1])
 
 
 def route(
@@ -91,7 +97,7 @@ def route(
         return Routing(router_logits, chosen_logits.softmax(dim=-1), experts)
     null = torch.arange(n_slots, device=experts.device) >= top_k  # [K]
     weights = chosen_logits.masked_fill(null, -math.inf).softmax(dim=-1)
-    return Routing(router_logits, weights, experts.masked_fill(null, n_experts), null_slots=True)
+    return Routing(router_logits, weights, experts.masked_fill(null, n_experts))
 
 
 class Router(nn.Module):

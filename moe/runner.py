@@ -252,8 +252,5 @@ def pack(output: ModelOutput, targets: Tensor) -> Tensor:
     log_p = output.logits.log_softmax(dim=-1)  # [B, C]
     confidence = log_p.amax(dim=-1).exp().sum()
     entropy = (log_p.exp() * log_p).sum() / -math.log(log_p.shape[-1])
-    experts = torch.stack([routing.experts for routing in output.routing])  # [L, T, K]
-    n_experts = output.routing[0].router_logits.shape[-1]
-    loads = (experts[..., None] == torch.arange(n_experts, device=experts.device)).sum(dim=(1, 2))  # [L, E]
     sums = torch.stack([confidence, entropy]).double()
-    return torch.cat([output.predictions == targets, sums, loads.flatten()])
+    return torch.cat([output.predictions == targets, sums, output.tokens_per_expert.flatten()])

@@ -10,6 +10,8 @@ Shapes: T tokens, D model, F hidden units, K experts per token, R rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -20,17 +22,21 @@ BLOCK = 1024  # elements per program
 
 @triton.jit
 def _mix_rows(
-    rows, row_of_pair, weights, mixed, spare_row, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr
-):
+    parts, ends, row_of_pair, weights, mixed,
+    D: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < D
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for choice in tl.static_range(K):
         row = tl.load(row_of_pair + token * K + choice)
         weight = tl.load(weights + token * K + choice)
-        used = (columns < D) & (row != spare_row)
-        total += weight * tl.load(rows + row * D + columns, mask=used, other=0.0).to(tl.float32)
-    tl.store(mixed + token * D + columns, total, mask=columns < D)
+        for part in tl.static_range(PARTS):
+            used = inside & (row < tl.load(ends[part]))
+            value = tl.load(parts[part] + row * D + columns, mask=used, other=0.0)
+            total += weight * value.to(tl.float32)
+    tl.store(mixed + token * D + columns, total, mask=inside)
 
 
 @triton.jit
@@ -57,15 +63,16 @@ def _swiglu_backward(grad_hidden, gate_up, grad_gate_up, end, F: tl.constexpr, B
     tl.store(grad_gate_up + row * 2 * F + F + column, grad * gate * sigmoid, mask=used)
 
 
-def mix_rows(rows: Tensor, row_of_pair: Tensor, weights: Tensor, spare_row: int) -> Tensor:
+def mix_rows(parts: Sequence[Tensor], ends: Sequence[Tensor], row_of_pair: Tensor, weights: Tensor) -> Tensor:
     """See ``kernels.mix_rows``."""
     n_tokens, top_k = row_of_pair.shape
-    width = rows.shape[1]
-    mixed = rows.new_empty(n_tokens, width)  # [T, D]
+    width = parts[0].shape[1]
+    mixed = parts[0].new_empty(n_tokens, width)  # [T, D]
     grid = (n_tokens, triton.cdiv(width, BLOCK))
     _mix_rows[grid](
-        rows.contiguous(), row_of_pair, weights.contiguous(), mixed, spare_row, D=width, K=top_k, BLOCK=BLOCK
-    )
+        tuple(rows.contiguous() for rows in parts), tuple(ends), row_of_pair, weights.contiguous(), mixed,
+        D=width, K=top_k, PARTS=len(parts), BLOCK=BLOCK,
+    )  # fmt: skip
     return mixed
 
 

@@ -126,6 +126,7 @@ def _live(scenario: Scenario) -> World:
         device = "cuda" if on_gpu else "cpu"
         check_profile(problem.profile)
         model = load_model(scenario.task, problem.profile.size, device)
+        model.expert_cost.copy_(torch.from_numpy(problem.profile.expert_cost))  # what the tables go by
         samples = SamplePool(scenario.task, problem.profile.shifts, device)
         live = LiveWorkload(
             model,

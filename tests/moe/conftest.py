@@ -31,5 +31,6 @@ def made_up() -> Profile:
         samples=500, accuracy=rng.random(quality), confidence=rng.random(quality),
         entropy=rng.random(quality), mixture=rng.random((2, 3, 5, 3)), adapt_rate=0.2,
         adaptation_error={"points": 12.0, "accuracy_rmse": 0.01},
-        expert_share=share / share.sum(axis=-1, keepdims=True),
+        expert_share=share / share.sum(axis=-1, keepdims=True), expert_cost=np.array([1.0, 1.0, 0.5, 0.5]),
+        expert_latency_s=np.full(4, 1e-8), expert_energy_j=np.full(4, 1e-6),
     )  # fmt: skip

@@ -436,6 +436,7 @@ def test_warm_up_leaves_no_trace():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_launch_never_waits_for_the_device():
     config = ModelConfig(
         task="vision", d_model=64, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=32, expert_widths=(64,) * 4,

@@ -68,6 +68,9 @@ def make_profile() -> Profile:
         adapt_rate=0.05,
         adaptation_error={"points": 0.0},
         expert_share=np.repeat(np.stack([wide, 0.25 - wide], -1)[:, :, None].repeat(2, axis=2), 4, axis=3),
+        expert_cost=np.array(WIDTHS) / max(WIDTHS),
+        expert_latency_s=np.array(WIDTHS) * 1e-10,
+        expert_energy_j=np.array(WIDTHS) * 5e-8,
     )
 
 
