@@ -39,7 +39,9 @@ class Variant:
     def __post_init__(self) -> None:
         known = {f.name for f in dataclasses.fields(Recipe)}
         if not set(self.recipe) <= known:
-            raise ValueError(f"unknown recipe keys {sorted(set(self.recipe) - known)}; known: {sorted(known)}")
+            raise ValueError(
+                f"unknown recipe keys {sorted(set(self.recipe) - known)}; known: {sorted(known)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

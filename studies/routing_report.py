@@ -84,10 +84,15 @@ def _claims_table(found: Sequence[Claim]) -> Table:
         )
         verdict = "" if claim.met is None else f"≥ {claim.expected:.0%}: {'met' if claim.met else 'not met'}"
         style = None if claim.met is None else "green" if claim.met else "red"
-        table.add_row(
-            claim.task, claim.question, claim.reference, claim.ours, saving, change, verdict, style=style
-        )
+        sides = (_short(side) for side in (claim.reference, claim.ours))
+        table.add_row(claim.task, claim.question, *sides, saving, change, verdict, style=style)
     return table
+
+
+def _short(side: str) -> str:
+    """Settings of one side of a claim: the one there is, or how many."""
+    settings = side.split("; ")
+    return side if len(settings) == 1 else f"{len(settings)} settings"
 
 
 def _range(mean: float, low: float, high: float, factor: float, unit: str, sign: str = "") -> str:

@@ -178,7 +178,9 @@ def claims(cells: pd.DataFrame, settings: dict[str, Any], margin: float) -> list
     ours, best = comparison.cheapest(own, floor), comparison.cheapest(others, floor)
     found = [
         comparison.claim("ours against standard", f"ours: {cheapest}", [(standard, ours)], EXPECTED_SAVING),
-        comparison.claim("ours against the best standard", f"both: {cheapest}", [(best, ours)], EXPECTED_SAVING),
+        comparison.claim(
+            "ours against the best standard", f"both: {cheapest}", [(best, ours)], EXPECTED_SAVING
+        ),
     ]
     for name in (name for name in own if variants[name]["recipe"]):
         expected = EXPECTED_LOSS_SAVING if variants[name]["experts"] == variants[BASE]["experts"] else None
@@ -192,7 +194,9 @@ def claims(cells: pd.DataFrame, settings: dict[str, Any], margin: float) -> list
             f"each setting on the front of {BASE} against the cheapest of {name} at least as good "
             f"({len(pairs)} of {len(front)} have one), mean over the settings"
         )
-        found.append(comparison.claim(f"{question}, along the front", rule, pairs or [(front[0], None)], expected))
+        found.append(
+            comparison.claim(f"{question}, along the front", rule, pairs or [(front[0], None)], expected)
+        )
     return found
 
 
@@ -220,7 +224,10 @@ class _Comparison:
     ) -> Claim:
         """Saving over (reference, ours) pairs, averaged within each repeat."""
         whole = [(a, b) for a, b in pairs if a is not None and b is not None]
-        names = ["; ".join(str(key) if key else "none good enough" for key in side) for side in zip(*pairs, strict=True)]
+        names = [
+            "; ".join(str(key) if key else "none good enough" for key in side)
+            for side in zip(*pairs, strict=True)
+        ]
         head = self._task, question, rule, self._metric, *names, len(self._accuracy)
         if not whole:
             return Claim(*head, *(math.nan,) * 6, expected, None if expected is None else False)
