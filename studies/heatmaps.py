@@ -35,8 +35,8 @@ from moe.weights import WeightsError, load_model
 from moe.workload import Knobs
 from thermoe_env.signals import thermal_signal
 
-FAR_C = 20.0
-"""Margin to the limit before the rise: the signal is 0."""
+FAR_C = 10.0
+"""Margin to the limit before the rise, at which the signal is just 0."""
 LOAD = 0.7
 """Load of the service over its capacity without bias."""
 CAPACITY_BATCHES = 8

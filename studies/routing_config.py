@@ -15,6 +15,8 @@ from moe.variants import even, fixed_k, with_zero_computation
 from thermoe_env.scenario import config_path
 
 Layout = Literal["even", "uneven", "zero-computation"]
+REFERENCE, BASE = "standard", "uneven"
+"""Variants to compare with: the standard Mixture-of-Experts, and ours without a further loss."""
 WARMUP_SHARE = 0.25
 """Most of a training that its warm-up may take: the study's trainings are short."""
 
@@ -87,6 +89,12 @@ class Study:
     sizes: dict[Size, SizeSettings]
 
     def __post_init__(self) -> None:
+        standard = self.variants.get(REFERENCE)
+        if standard is None or standard.fixed_k not in self.expert_counts or BASE not in self.variants:
+            raise ValueError(
+                f"variants need {BASE!r} and, to compare with, {REFERENCE!r} with a fixed_k of "
+                f"{self.expert_counts}; got {self.variants}"
+            )
         if self.usage_expert_count not in self.expert_counts:
             raise ValueError(
                 f"usage_expert_count must be one of {self.expert_counts}, got {self.usage_expert_count}"

@@ -16,7 +16,8 @@ from matplotlib.lines import Line2D
 from agents.figures import save_figure
 from moe.config import ModelConfig
 from moe.statistics import specialisation, specialisation_bias
-from studies.routing_results import COST_LABELS, REFERENCE, Key, pareto_front
+from studies.routing_config import REFERENCE
+from studies.routing_results import COST_LABELS, Key, pareto_front
 
 _GREYS = ("#333333", "#808080", "#B5B5B5")
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -87,15 +88,15 @@ def pareto(summary: pd.DataFrame, first: dict[str, dict[str, Any]], metric: str,
             by_cell = cells.set_index(["variant", "expert_count", "routing_bias"])
             front = [tuple(key) for key in pareto_front(by_cell[metric], by_cell.accuracy)]
             line = by_cell.loc[front]
-            axes.plot(
-                line[metric] * factor, line.accuracy * 100, color=colour[str(variant)], lw=1.0, alpha=0.8
-            )
+            style = {"color": colour[str(variant)], "lw": 1.0, "alpha": 0.8}
+            axes.plot(line[metric] * factor, line.accuracy * 100, **style)
+        axes.set_xlim(_limits(own[metric] * factor))
+        axes.set_ylim(_limits(own.accuracy * 100))
         axes.set(title=task, xlabel=f"{COST_LABELS[metric]} ({unit})")
         axes.set_ylabel("top-1 accuracy (%)" if task == "vision" else "next-byte accuracy (%)")
     handles = [Line2D([], [], color=c, label=name) for name, c in colour.items()]
     handles += [
-        Line2D([], [], color="black", ls="", marker=m, ms=5, label=f"{k} experts per token")
-        for k, m in marker.items()
+        Line2D([], [], color="black", ls="", marker=m, ms=5, label=f"k = {k}") for k, m in marker.items()
     ]
     handles.append(
         Line2D([], [], color="black", ls="", marker="o", mfc="white", ms=5, label="routing bias > 0")
@@ -113,6 +114,13 @@ def _point(axes: Axes, row: dict[str, Any], metric: str, factor: float, colour: 
         axes.plot(*((ends, [y, y]) if horizontal else ([x, x], ends)), color=colour, lw=0.7, alpha=0.5)
     fill = "white" if row["routing_bias"] > 0 else colour
     axes.plot(x, y, marker, color=colour, mfc=fill, ms=5, mew=1.0)
+
+
+def _limits(means: pd.Series) -> tuple[float, float]:
+    """Ends of an axis that shows all means; wide intervals, as those of few repeats, may leave it."""
+    low, high = means.min(), means.max()
+    room = 0.25 * max(high - low, 0.1 * abs(high), 1e-9)
+    return low - room, high + room
 
 
 def bias(summary: pd.DataFrame, first: dict[str, Any], metric: str, where: str) -> Figure:
@@ -134,10 +142,11 @@ def bias(summary: pd.DataFrame, first: dict[str, Any], metric: str, where: str) 
         for axes, variant in zip(line, own, strict=True):
             cells = summary[summary.variant == variant]
             for (k, group), colour in zip(cells.groupby("expert_count"), _K_COLOURS, strict=False):
-                _line(axes, group, name, factor, color=colour, label=f"{k} experts per token", marker="o")
+                _line(axes, group, name, factor, color=colour, label=f"k = {k}", marker="o")
             axes.axhline(standard[name].iloc[0] * factor, color=_GREYS[0], ls="--", lw=0.9, label=REFERENCE)
             axes.set_title(variant)
         line[0].set_ylabel(f"{label} ({unit})")
+        line[0].set_ylim(_limits(summary[name] * factor))
     for axes in grid[-1]:
         axes.set_xlabel("routing bias")
     handles, labels = grid[0][0].get_legend_handles_labels()
@@ -176,8 +185,10 @@ def balance(routing: pd.DataFrame, first: dict[str, dict[str, Any]], where: str)
                 _line(axes, group, name, 1.0, color=colour[variant], ls=ls, label=f"{variant}, {inputs}")
         column[0].set_title(task)
         column[-1].set_xlabel("routing bias")
-    for axes, label in zip(grid[:, 0], rows.values(), strict=True):
+    shown = routing[routing.expert_count == k]
+    for axes, (name, label) in zip(grid[:, 0], rows.items(), strict=True):
         axes.set_ylabel(label)
+        axes.set_ylim(_limits(shown[name]))
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle(f"Use of the experts, {k} per token, means over layers; 95% intervals\n{where}")
@@ -222,6 +233,7 @@ def usage(repeat: dict[str, Any]) -> Figure:
 def classes(repeat: dict[str, Any]) -> Figure:
     """Share of each expert in the tokens of each class, at the layer that is most specialised."""
     names, strongest = _shown(repeat), repeat["settings"]["routing_biases"][-1]
+    k = repeat["settings"]["usage_expert_count"]
     columns = [("clean", 0.0), ("clean", strongest), ("shifted", 0.0), ("shifted", strongest)]
     figure = Figure(figsize=(14.0, 1.4 + 2.5 * len(names)), layout="constrained")
     grid = figure.subplots(len(names), len(columns), squeeze=False, sharey=True)
@@ -230,13 +242,13 @@ def classes(repeat: dict[str, Any]) -> Figure:
         for axes, (kind, strength) in zip(line, columns, strict=True):
             counts = _counts(repeat, name, strength, kind)[layer]  # [C, E]
             share = counts / counts.sum(dim=1, keepdim=True).clamp_min(1) * counts.shape[1]
-            axes.imshow(share, cmap="cividis", vmin=0.0, vmax=3.0, **_HEAT)
+            axes.imshow(share, cmap="cividis", vmin=0.0, vmax=counts.shape[1] / k, **_HEAT)
             _annotate_widths(axes, ModelConfig.from_dict(repeat["variants"][name]["config"]))
             bits, chance = (f(counts).item() for f in (specialisation, specialisation_bias))
             axes.set_title(f"{kind}, bias {strength:g}: {bits:.3f} bit (chance {chance:.0e})", fontsize=8)
         line[0].set_ylabel(f"{name}\nlayer {layer}")
         line[0].set_yticks(range(len(repeat["class_names"])), repeat["class_names"], fontsize=7)
-    figure.colorbar(grid[-1][-1].images[0], ax=grid, label="tokens, 1 = even load", aspect=40, extend="max")
+    figure.colorbar(grid[-1][-1].images[0], ax=grid, label="tokens, 1 = even load", aspect=40)
     figure.suptitle(f"Experts by class of input, {_what(repeat)}, and their mutual information")
     return figure
 

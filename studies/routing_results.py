@@ -17,7 +17,7 @@ import torch
 from scipy import stats
 
 from moe.statistics import class_entropy, load_entropy, load_imbalance, specialisation, specialisation_bias
-from studies.routing_config import StudyError
+from studies.routing_config import BASE, REFERENCE, StudyError
 
 CONFIDENCE = 0.95
 CELL = ["task", "variant", "expert_count", "routing_bias"]
@@ -34,8 +34,6 @@ ROUTING_METRICS = (
     "load_entropy", "load_imbalance", "mean_expert_cost", "specialisation_bits", "specialisation_bias_bits",
     "class_entropy_bits",
 )  # fmt: skip
-REFERENCE, BASE = "standard", "uneven"
-"""The standard Mixture-of-Experts, and ours without a further loss."""
 EXPECTED_SAVING = 0.25
 """Of ours against `REFERENCE`, at the quality margin."""
 EXPECTED_LOSS_SAVING = 0.15
@@ -75,7 +73,7 @@ class Claim:
     quality_change_high: float
     expected: float | None
     met: bool | None
-    """Whether the mean saving is at least the expected one; None where nothing was expected."""
+    """Whether the mean saving is as large and its interval above 0; None where nothing was expected."""
 
 
 def interval(values: Sequence[float] | np.ndarray | pd.Series) -> tuple[float, float, float]:
@@ -233,6 +231,6 @@ class _Comparison:
             return Claim(*head, *(math.nan,) * 6, expected, None if expected is None else False)
         log_ratio = np.mean([self._log_cost[b] - self._log_cost[a] for a, b in whole], axis=0)  # [repeats]
         change = np.mean([self._accuracy[b] - self._accuracy[a] for a, b in whole], axis=0)
-        mean, low, high = (1.0 - math.exp(value) for value in interval(log_ratio))
-        met = None if expected is None else mean >= expected
-        return Claim(*head, mean, high, low, *interval(change), expected, met)
+        saving, most, least = (1.0 - math.exp(value) for value in interval(log_ratio))
+        met = None if expected is None else saving >= expected and least > 0.0
+        return Claim(*head, saving, least, most, *interval(change), expected, met)
