@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from moe.config import ModelConfig
 from moe.model import MoEModel
 
+SHIPPED_FOLDER = Path(__file__).parent / "weights"
+
 
 class WeightsError(RuntimeError):
     """Weights are missing, damaged, or of another model."""
@@ -43,6 +45,9 @@ class TrainingRecord:
     data_sha256: str
     quality: dict[str, dict[str, float]]
     """Test quality by top-k, then by measure."""
+    energy: dict[str, Any] | None = None
+    """Energy in the loss: its final ``lambda``, the ``budget`` or null, the ``expert_cost`` of each expert and
+    the ``cost_source``; null where the training left energy out."""
 
 
 def save_checkpoint(model: MoEModel, record: TrainingRecord, weights_path: Path) -> None:
@@ -56,13 +61,15 @@ def save_checkpoint(model: MoEModel, record: TrainingRecord, weights_path: Path)
         part.write_text(json.dumps({**asdict(record), "weights_sha256": digest}, indent=2) + "\n")
 
 
-def load_checkpoint(weights_path: Path, config: ModelConfig) -> tuple[MoEModel, TrainingRecord]:
-    """Read a model of shape ``config`` to the CPU, in the types it was stored in.
+def load_checkpoint(weights_path: Path, config: ModelConfig | None = None) -> tuple[MoEModel, TrainingRecord]:
+    """Read a model of shape ``config``, or else of the shape on record, to the CPU, in the types it was stored in.
 
     Raises:
         WeightsError: A file is missing or damaged, or holds another model.
     """
     record = read_record(weights_path)
+    if config is None:
+        config = _recorded_config(weights_path, record)
     if record.config != config.to_dict():
         found, wanted = record.config, config.to_dict()
         differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
@@ -110,6 +117,13 @@ def read_record(weights_path: Path) -> TrainingRecord:
     if values.pop("weights_sha256") != _sha256(weights_path):
         raise WeightsError(f"{weights_path} is not the file that {path.name} describes. {_REMEDY}")
     return TrainingRecord(**values)
+
+
+def _recorded_config(weights_path: Path, record: TrainingRecord) -> ModelConfig:
+    try:
+        return ModelConfig.from_dict(record.config)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{_json_path(weights_path)}: {error}. {_REMEDY}") from error
 
 
 _REMEDY = "Remedy: train again with `python -m moe.train`, or restore both files."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -80,18 +81,27 @@ def evaluate_language(
     return correct.item() / targets.numel(), nats.item() / targets.numel() / math.log(2)
 
 
-def quality_by_top_k(model: MoEModel, device: torch.device) -> dict[str, dict[str, float]]:
-    """Measure a model on its test split for every trained top-k; language also on the shifted domain."""
+def quality_by_top_k(
+    model: MoEModel, device: torch.device, top_ks: Iterable[int] | None = None
+) -> dict[str, dict[str, float]]:
+    """Measure a model on its test split; language also on the shifted domain.
+
+    Args:
+        model: Model in eval mode.
+        device: Where it is.
+        top_ks: Experts per token to measure at; None means those it is trained for.
+    """
+    top_ks = model.config.top_k_choices if top_ks is None else tuple(top_ks)
     quality: dict[str, dict[str, float]] = {}
     if model.config.task == "vision":
         images, labels = (tensor.to(device) for tensor in data.load_vision("test"))
-        for top_k in model.config.top_k_choices:
+        for top_k in top_ks:
             quality[str(top_k)] = {"accuracy": evaluate_vision(model, images, labels, top_k)}
         return quality
     texts = {
         domain: data.load_language(domain, "test")[:TEXT_LIMIT].to(device) for domain in ("prose", "code")
     }
-    for top_k in model.config.top_k_choices:
+    for top_k in top_ks:
         quality[str(top_k)] = {}
         for domain, text in texts.items():
             accuracy, bits_per_byte = evaluate_language(model, text, top_k)

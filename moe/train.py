@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import math
 import platform
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +24,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moe import data
-from moe.checkpoint import TrainingRecord, save_checkpoint
-from moe.config import ModelConfig, Size, Task, model_config
+from moe.checkpoint import SHIPPED_FOLDER, TrainingRecord, save_checkpoint
+from moe.config import ModelConfig, Size, Task, ZeroComputation, model_config
+from moe.energy import ASSUMED, EnergyTerm, cost_of_experts, measured_cost
+from moe.energy_report import energy_report, print_report
 from moe.evaluate import quality_by_top_k
-from moe.losses import load_balance_loss, router_z_loss
-from moe.model import MoEModel, initialise
+from moe.losses import expert_groups, load_balance_loss, router_z_loss, step_balance_bias
+from moe.model import Block, MoEModel, ModelOutput, initialise
+from moe.recipes import RECIPES, Recipe
+from moe.router import Router, Routing
+from moe.statistics import tokens_per_expert
+from moe.variants import even, fixed_k, with_balance_bias, with_zero_computation
 
 CHECK_EVERY = 20  # steps between looks at the loss: each one makes the host wait for the device
 
@@ -36,42 +43,38 @@ class TrainingDiverged(RuntimeError):
     """The loss stopped being a finite number."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a model is trained."""
-
-    batch_size: int
-    """Samples per step."""
-    steps: int
-    learning_rate: float
-    weight_decay: float = 0.05
-    warmup_steps: int = 100
-    balance_coefficient: float = 0.01
-    z_coefficient: float = 1e-3
-    """Both coefficients as in ST-MoE, arXiv 2202.08906, section 2.2."""
-
-
-RECIPES: dict[tuple[str, str], Recipe] = {
-    ("vision", "tiny"): Recipe(batch_size=256, steps=600, learning_rate=5e-3),
-    ("language", "tiny"): Recipe(batch_size=64, steps=600, learning_rate=2e-2),
-    ("vision", "base"): Recipe(batch_size=512, steps=800, learning_rate=2e-4),
-    ("language", "base"): Recipe(batch_size=128, steps=300, learning_rate=2e-4),
-}
-
-
 def train(
-    config: ModelConfig, recipe: Recipe, device: torch.device, seed: int = 0
+    config: ModelConfig,
+    recipe: Recipe,
+    device: torch.device,
+    seed: int = 0,
+    expert_cost: Tensor | None = None,
+    cost_source: str = "measured",
 ) -> tuple[MoEModel, TrainingRecord]:
     """Train a model and measure it on the test split.
 
     On CUDA the arithmetic is bfloat16 with float32 master weights, and the returned model holds its matrices
-    in bfloat16; on a CPU everything is float32.
+    in bfloat16; on a CPU everything is float32. An energy-aware recipe balances the load among experts of one
+    kind only, so that their energy decides between the kinds.
+
+    Args:
+        config: Shape of the model.
+        recipe: How to train it.
+        device: Where to train it.
+        seed: Seed of weights, batches and the random top-k.
+        expert_cost: Measured cost per routed token of each expert, in any unit, for a recipe that is
+            energy-aware; None assumes the experts' widths.  # [E]
+        cost_source: What measured it, for the record.
 
     Raises:
         TrainingDiverged: The loss is not finite.
+        ValueError: The cost or the budget does not fit the model, as `moe.energy.EnergyTerm` says.
     """
+    energy = EnergyTerm(config, recipe, expert_cost, cost_source, device) if recipe.energy_aware else None
+    groups = expert_groups(config).to(device) if energy is not None else None
     model = initialise(_new_model(config, device), torch.Generator(device).manual_seed(seed))
     model.compute_dtype = serving_dtype(device)
+    routers = [block.moe.router for block in cast(Iterable[Block], model.blocks)]
     optimizer = _optimizer(model, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, recipe))
     top_k_source = random.Random(seed)
@@ -80,13 +83,17 @@ def train(
     progress = tqdm(range(1, recipe.steps + 1), desc=f"train {config.task}", unit="step", mininterval=1.0)
     for step in progress:
         inputs, targets = next(batches)
-        top_k = top_k_source.choices(config.top_k_choices, k=config.n_layers)
-        answer_loss, loss = _losses(model, inputs, targets, top_k, recipe)
+        output = model(inputs, top_k_source.choices(config.top_k_choices, k=config.n_layers))
+        answer_loss, loss = _losses(output, targets, config, recipe, groups)
+        if energy is not None:
+            loss = loss + energy.loss(output.routing, [router.balance_bias for router in routers])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if config.balance_bias:
+            _balance(routers, output.routing, recipe.balance_rate, groups)
         if step % CHECK_EVERY == 0 or step == recipe.steps:
             if not math.isfinite(loss.item()):
                 raise TrainingDiverged(
@@ -104,6 +111,7 @@ def train(
         torch=torch.__version__,
         data_sha256=data.data_digest(config.task),
         quality=quality_by_top_k(model, device),
+        energy=energy.record() if energy is not None else None,
     )
     return model, record
 
@@ -155,14 +163,26 @@ def _learning_rate_factor(step: int, recipe: Recipe) -> float:
 
 
 def _losses(
-    model: MoEModel, inputs: Tensor, targets: Tensor, top_k: list[int], recipe: Recipe
+    output: ModelOutput, targets: Tensor, config: ModelConfig, recipe: Recipe, groups: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the answer's cross-entropy and the total loss."""
-    output = model(inputs, top_k)
+    """Return the answer's cross-entropy and the total loss, but for the energy."""
     answer_loss = F.cross_entropy(output.logits.flatten(0, -2), targets.flatten())
-    balance = sum(load_balance_loss(routing) for routing in output.routing) / len(output.routing)
+    loss = answer_loss
+    if not config.balance_bias:
+        balance = sum(load_balance_loss(routing, groups) for routing in output.routing) / len(output.routing)
+        loss = loss + recipe.balance_coefficient * balance
     z_loss = sum(router_z_loss(routing) for routing in output.routing) / len(output.routing)
-    return answer_loss, answer_loss + recipe.balance_coefficient * balance + recipe.z_coefficient * z_loss
+    return answer_loss, loss + recipe.z_coefficient * z_loss
+
+
+def _balance(
+    routers: Iterable[Router], decisions: Iterable[Routing], rate: float, groups: Tensor | None
+) -> None:
+    """Move every router's balance bias by what its step's load asks for."""
+    for router, routing in zip(routers, decisions, strict=True):
+        assert router.balance_bias is not None
+        counts = tokens_per_expert(routing)  # [E]
+        router.balance_bias = step_balance_bias(router.balance_bias, counts, rate, groups)
 
 
 def _batches(
@@ -204,24 +224,84 @@ class Arguments:
     """Optimizer steps; None means the recipe's."""
     seed: int = 0
     """Seed of weights, batches and the random top-k."""
+    energy_lambda: float = 0.0
+    """Weight of the experts' energy in the loss, usefully 0 to 1."""
+    energy_budget: float | None = None
+    """Energy of the chosen experts, as a fraction of that of even routing; finds its own lambda."""
+    expert_cost: Path | None = None
+    """Profile of this model with the measured cost of its experts; None assumes their widths."""
+    balance: Literal["loss", "bias"] = "loss"
+    """What keeps the load even: a loss, or a bias of the router (arXiv 2408.15664)."""
+    zero_computation: tuple[ZeroComputation, ...] = ()
+    """Further experts that compute next to nothing."""
+    even: bool = False
+    """Experts of one width and as many parameters, a standard Mixture-of-Experts."""
+    fixed_k: int | None = None
+    """Train for this number of experts per token alone."""
+    report: bool = False
+    """Show quality, energy and load at every number of experts per token, trained or not, and save it."""
     out: Path = Path("runs/weights")
-    """Folder for TASK-SIZE.safetensors and its JSON."""
+    """Folder for the weights and their JSON, named after the task, the size and what differs from the shipped."""
+
+    def config(self) -> ModelConfig:
+        """Return the shape of the model."""
+        config = with_zero_computation(model_config(self.task, self.size), self.zero_computation)
+        config = even(config) if self.even else config
+        config = config if self.fixed_k is None else fixed_k(config, self.fixed_k)
+        return with_balance_bias(config) if self.balance == "bias" else config
+
+    def recipe(self) -> Recipe:
+        """Return how to train it."""
+        recipe = RECIPES[self.task, self.size]
+        return dataclasses.replace(
+            recipe,
+            steps=recipe.steps if self.steps is None else self.steps,
+            energy_lambda=self.energy_lambda,
+            energy_budget=self.energy_budget,
+        )
+
+    def path(self) -> Path:
+        """Return where the weights go.
+
+        Raises:
+            ValueError: That is where the shipped ones are.
+        """
+        if self.out.resolve() == SHIPPED_FOLDER:
+            raise ValueError(f"--out {self.out} holds the shipped weights; choose another folder")
+        parts = [self.task, self.size, *self.zero_computation]
+        parts += ["even"] if self.even else []
+        parts += [] if self.fixed_k is None else [f"k{self.fixed_k}"]
+        parts += ["bias"] if self.balance == "bias" else []
+        parts += [f"lambda{self.energy_lambda:g}"] if self.energy_lambda else []
+        parts += [] if self.energy_budget is None else [f"budget{self.energy_budget:g}"]
+        return self.out / f"{'-'.join(parts)}.safetensors"
 
 
 def main(arguments: Arguments) -> None:
     """Run the command."""
-    recipe = RECIPES[arguments.task, arguments.size]
-    if arguments.steps is not None:
-        recipe = dataclasses.replace(recipe, steps=arguments.steps)
-    config = model_config(arguments.task, arguments.size)
-    model, record = train(config, recipe, pick_device(arguments.device), arguments.seed)
-    path = arguments.out / f"{arguments.task}-{arguments.size}.safetensors"
+    config, recipe, path = arguments.config(), arguments.recipe(), arguments.path()
+    device = pick_device(arguments.device)
+    cost, source = None, ASSUMED
+    if arguments.expert_cost is not None:
+        cost, source = measured_cost(arguments.expert_cost, config)
+    model, record = train(config, recipe, device, arguments.seed, cost, source)
     save_checkpoint(model, record, path)
-    measures = list(next(iter(record.quality.values())))
-    print("top-k  " + "  ".join(f"{name:>24}" for name in measures))
-    for top_k, quality in record.quality.items():
-        print(f"{top_k:>5}  " + "  ".join(f"{quality[name]:24.4f}" for name in measures))
+    if arguments.report:
+        report = energy_report(model, device, cost_of_experts(config, cost), source)
+        print_report(report)
+        report_path = path.with_suffix(".report.json")
+        report_path.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"wrote {report_path}")
+    else:
+        _print_quality(record.quality)
     print(f"wrote {path} and {path.with_suffix('.json').name}")
+
+
+def _print_quality(quality: dict[str, dict[str, float]]) -> None:
+    measures = list(next(iter(quality.values())))
+    print("top-k  " + "  ".join(f"{name:>24}" for name in measures))
+    for top_k, values in quality.items():
+        print(f"{top_k:>5}  " + "  ".join(f"{values[name]:24.4f}" for name in measures))
 
 
 if __name__ == "__main__":

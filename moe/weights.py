@@ -11,12 +11,20 @@ from typing import Any
 
 import torch
 
-from moe.checkpoint import TrainingRecord, WeightsError, load_checkpoint, read_record, save_checkpoint
+from moe.checkpoint import (
+    SHIPPED_FOLDER,
+    TrainingRecord,
+    WeightsError,
+    load_checkpoint,
+    read_record,
+    save_checkpoint,
+)
 from moe.config import ModelConfig, model_config
 from moe.data import data_digest
 from moe.model import MoEModel
 from moe.profiles import Profile, ProfileError
-from moe.train import RECIPES, serving_dtype, train
+from moe.recipes import RECIPES
+from moe.train import serving_dtype, train
 
 __all__ = [
     "CACHE_VARIABLE", "WeightsError", "check_profile", "identity", "load_model", "training_record",
@@ -24,7 +32,6 @@ __all__ = [
 ]  # fmt: skip
 
 CACHE_VARIABLE = "THERMALMOE_CACHE"
-SHIPPED_FOLDER = Path(__file__).parent / "weights"
 
 _log = logging.getLogger(__name__)
 
