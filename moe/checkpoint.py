@@ -46,8 +46,8 @@ class TrainingRecord:
     quality: dict[str, dict[str, float]]
     """Test quality by top-k, then by measure."""
     energy: dict[str, Any] | None = None
-    """Energy in the loss: its final ``lambda``, the ``budget`` or null, the ``expert_cost`` of each expert and
-    the ``cost_source``; null where the training left energy out."""
+    """Energy in the loss: its final ``lambda``, the ``budget`` or null, the ``expert_cost`` of each expert
+    and the ``cost_source``; null where the training left energy out."""
 
 
 def save_checkpoint(model: MoEModel, record: TrainingRecord, weights_path: Path) -> None:
@@ -62,7 +62,11 @@ def save_checkpoint(model: MoEModel, record: TrainingRecord, weights_path: Path)
 
 
 def load_checkpoint(weights_path: Path, config: ModelConfig | None = None) -> tuple[MoEModel, TrainingRecord]:
-    """Read a model of shape ``config``, or else of the shape on record, to the CPU, in the types it was stored in.
+    """Read a model to the CPU, in the types it was stored in.
+
+    Args:
+        weights_path: Its weights; the JSON lies beside them.
+        config: The shape it must have; None takes the shape on record.
 
     Raises:
         WeightsError: A file is missing or damaged, or holds another model.

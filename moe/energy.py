@@ -117,7 +117,8 @@ def cost_of_experts(config: ModelConfig, expert_cost: Tensor | None = None) -> T
         )
     if not torch.isfinite(cost).all() or (cost < 0).any() or not cost.any():
         raise ValueError(
-            f"expert_cost must be finite, 0 or more, and not 0 throughout, got {cost.tolist()}; measure it again"
+            f"expert_cost must be finite, 0 or more, and not 0 throughout, got {cost.tolist()}; "
+            "measure it again"
         )
     return cost
 

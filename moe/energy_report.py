@@ -35,8 +35,8 @@ def energy_report(
 
     Returns:
         The cost, its source, and by top-k: the quality, ``trained`` or not, expected and chosen energy (1 is
-        that of an even load), ``cost_per_token`` of a layer in the unit of the cost, load entropy, and the share
-        of the tokens of each kind of expert.
+        that of an even load), ``cost_per_token`` of a layer in the unit of the cost, load entropy, and the
+        share of the tokens of each kind of expert.
     """
     config = model.config
     top_ks = range(1, min(MAX_TOP_K, config.n_experts) + 1)

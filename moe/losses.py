@@ -33,8 +33,8 @@ def load_balance_loss(routing: Routing, groups: Tensor | None = None) -> Tensor:
     (Switch Transformer, arXiv 2101.03961, equations 4 to 6).
 
     With groups it is the same loss inside each, weighted by the group's share of the assignments: with n_e
-    experts in the group of e and Q_e the share of e in the probability of its group, ``sum_e n_e f_e Q_e``. It
-    is 1 when each group is uniform, whatever the groups' shares, and moves no probability between groups.
+    experts in the group of e and Q_e the share of e in the probability of its group, ``sum_e n_e f_e Q_e``.
+    It is 1 when each group is uniform, whatever the groups' shares, and moves no probability between them.
 
     Args:
         routing: The decision.
@@ -61,12 +61,12 @@ def router_z_loss(routing: Routing) -> Tensor:
 def expected_energy(routing: Routing, expert_cost: Tensor) -> Tensor:
     """Return the cost per token and chosen slot that the router's probabilities expect; 1 when they are even.
 
-    For one expert per token it is ``sum_e p_e c_e / mean(c)`` with p the softmax of the logits. For K it is the
-    mean cost of the members of a set of K experts, drawn with a probability proportional to the product of
-    its members' p (conditional Poisson sampling, Chen, Dempster and Liu, Biometrika 81, 1994). The choice of
-    the K best is its most probable set, but unlike the choice it has a gradient. The plain sum has one
-    too, but next to none for the second expert and those after it once the first takes most of p: the
-    router then learns a cheap first expert and keeps its dear others.
+    For one expert per token it is ``sum_e p_e c_e / mean(c)`` with p the softmax of the logits. For K it is
+    the mean cost of the members of a set of K experts, drawn with a probability proportional to the product
+    of its members' p (conditional Poisson sampling; Chen, Dempster and Liu, Biometrika 81, 1994). The K best
+    are its most probable set, but unlike their choice it has a gradient. The plain sum has one too, but next
+    to none for the second expert and those after it once the first takes most of p: the router then learns
+    a cheap first expert and keeps its dear others.
 
     The expected cost of a token in the unit of ``expert_cost`` is this times K times ``mean(c)``.
 
@@ -75,7 +75,7 @@ def expected_energy(routing: Routing, expert_cost: Tensor) -> Tensor:
         expert_cost: Cost per routed token of each expert in any unit, not all 0.  # [E]
     """
     top_k = routing.experts.shape[-1]
-    # Measured from the mean of the best K, so that the most probable set has weight 1; float64 for the others.
+    # From the mean of the best K, so that the most probable set has weight 1; float64 for the less probable.
     logits = routing.router_logits.double()  # [T, E]
     weights = (logits - logits.detach().topk(top_k).values.mean(dim=-1, keepdim=True)).exp()  # [T, E]
     # Over all sets of j of the experts seen so far: their weight, and their weight times their cost.

@@ -12,7 +12,7 @@ import json
 import math
 import platform
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -30,7 +30,7 @@ from moe.energy import ASSUMED, EnergyTerm, cost_of_experts, measured_cost
 from moe.energy_report import energy_report, print_report
 from moe.evaluate import quality_by_top_k
 from moe.losses import expert_groups, load_balance_loss, router_z_loss, step_balance_bias
-from moe.model import Block, MoEModel, ModelOutput, initialise
+from moe.model import Block, ModelOutput, MoEModel, initialise
 from moe.recipes import RECIPES, Recipe
 from moe.router import Router, Routing
 from moe.statistics import tokens_per_expert
@@ -241,7 +241,7 @@ class Arguments:
     report: bool = False
     """Show quality, energy and load at every number of experts per token, trained or not, and save it."""
     out: Path = Path("runs/weights")
-    """Folder for the weights and their JSON, named after the task, the size and what differs from the shipped."""
+    """Folder for weights and JSON, named after the task, the size and what differs from the shipped model."""
 
     def config(self) -> ModelConfig:
         """Return the shape of the model."""
@@ -266,7 +266,7 @@ class Arguments:
         Raises:
             ValueError: That is where the shipped ones are.
         """
-        if self.out.resolve() == SHIPPED_FOLDER:
+        if self.out.resolve() == SHIPPED_FOLDER.resolve():
             raise ValueError(f"--out {self.out} holds the shipped weights; choose another folder")
         parts = [self.task, self.size, *self.zero_computation]
         parts += ["even"] if self.even else []
