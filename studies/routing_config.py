@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from moe.config import ModelConfig, Size, Task, ZeroComputation, model_config
-from moe.train import RECIPES, Recipe
+from moe.recipes import RECIPES, Recipe
 from moe.variants import even, fixed_k, with_zero_computation
 from thermoe_env.scenario import config_path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from agents.figures import save_figure
 from moe.config import ModelConfig
 from moe.statistics import specialisation, specialisation_bias
 from studies.routing_config import REFERENCE
-from studies.routing_results import COST_LABELS, Key, pareto_front
+from studies.routing_results import CELL, COST_LABELS, Key, pareto_front, select
 
 _GREYS = ("#333333", "#808080", "#B5B5B5")
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -51,7 +52,7 @@ def write_figures(
     }
     for task, repeat in sorted(first.items()):
         drawings |= {
-            f"bias-{task}": lambda t=task, r=repeat: bias(summary[summary.task == t], r, metric, where),
+            f"bias-{task}": lambda t=task, r=repeat: bias(select(summary, task=t), r, metric, where),
             f"usage-{task}": lambda r=repeat: usage(r),
             f"classes-{task}": lambda r=repeat: classes(r),
         }
@@ -60,12 +61,17 @@ def write_figures(
 
 def colours(variants: dict[str, Any]) -> dict[str, str]:
     """A colour per variant: greys for experts of one width."""
-    even = [name for name, variant in variants.items() if variant["experts"] == "even"]
+    even = _even(variants)
     own = [name for name in variants if name not in even]
-    return dict(zip(even, _GREYS, strict=False)) | dict(zip(own, _COLOURS, strict=False))
+    return dict(zip([*even, *own], [*_GREYS[: len(even)], *_COLOURS], strict=False))
 
 
-def unit_of(values: pd.Series, metric: str) -> tuple[float, str]:
+def _even(variants: dict[str, Any]) -> list[str]:
+    """Variants with experts of one width."""
+    return [name for name, variant in variants.items() if variant["experts"] == "even"]
+
+
+def unit_of(values: np.ndarray, metric: str) -> tuple[float, str]:
     """Factor and unit in which values of a metric in joules or seconds read well."""
     base = "J" if "_j_" in metric else "s"
     prefixes = ((1.0, ""), (1e3, "m"), (1e6, "µ"), (1e9, "n"))
@@ -80,18 +86,20 @@ def pareto(summary: pd.DataFrame, first: dict[str, dict[str, Any]], metric: str,
     colour = colours(settings["variants"])
     marker = dict(zip(settings["expert_counts"], _MARKERS, strict=False))
     for axes, task in zip(grid, sorted(first), strict=True):
-        own = summary[summary.task == task]
-        factor, unit = unit_of(own[metric], metric)
+        own = select(summary, task=task)
+        factor, unit = unit_of(own[metric].to_numpy(), metric)
+        cost: dict[Key, float] = {}
+        quality: dict[Key, float] = {}
         for row in own.to_dict("records"):
             _point(axes, row, metric, factor, colour[row["variant"]], marker[row["expert_count"]])
-        for variant, cells in own.groupby("variant", sort=False):
-            by_cell = cells.set_index(["variant", "expert_count", "routing_bias"])
-            front = [tuple(key) for key in pareto_front(by_cell[metric], by_cell.accuracy)]
-            line = by_cell.loc[front]
-            style = {"color": colour[str(variant)], "lw": 1.0, "alpha": 0.8}
-            axes.plot(line[metric] * factor, line.accuracy * 100, **style)
-        axes.set_xlim(_limits(own[metric] * factor))
-        axes.set_ylim(_limits(own.accuracy * 100))
+            cost[Key(*(row[name] for name in CELL[1:]))] = row[metric] * factor
+            quality[Key(*(row[name] for name in CELL[1:]))] = row["accuracy"] * 100
+        for variant, own_colour in colour.items():
+            front = pareto_front({key: c for key, c in cost.items() if key.variant == variant}, quality)
+            line = [cost[key] for key in front], [quality[key] for key in front]
+            axes.plot(*line, color=own_colour, lw=1.0, alpha=0.8)
+        axes.set_xlim(_limits(own[metric].to_numpy() * factor))
+        axes.set_ylim(_limits(own["accuracy"].to_numpy() * 100))
         axes.set(title=task, xlabel=f"{COST_LABELS[metric]} ({unit})")
         axes.set_ylabel("top-1 accuracy (%)" if task == "vision" else "next-byte accuracy (%)")
     handles = [Line2D([], [], color=c, label=name) for name, c in colour.items()]
@@ -116,7 +124,7 @@ def _point(axes: Axes, row: dict[str, Any], metric: str, factor: float, colour: 
     axes.plot(x, y, marker, color=colour, mfc=fill, ms=5, mew=1.0)
 
 
-def _limits(means: pd.Series) -> tuple[float, float]:
+def _limits(means: np.ndarray) -> tuple[float, float]:
     """Ends of an axis that shows all means; wide intervals, as those of few repeats, may leave it."""
     low, high = means.min(), means.max()
     room = 0.25 * max(high - low, 0.1 * abs(high), 1e-9)
@@ -126,7 +134,7 @@ def _limits(means: pd.Series) -> tuple[float, float]:
 def bias(summary: pd.DataFrame, first: dict[str, Any], metric: str, where: str) -> Figure:
     """Cost, latency and quality against the routing bias: a column per variant, a line per expert count."""
     variants = first["settings"]["variants"]
-    own = [name for name, variant in variants.items() if variant["experts"] != "even"]
+    own = [name for name in variants if name not in _even(variants)]
     rows = {
         metric: COST_LABELS[metric].replace(" (no energy meter)", "\n(no energy meter)"),
         "latency_s": "latency of a micro-batch",
@@ -134,19 +142,19 @@ def bias(summary: pd.DataFrame, first: dict[str, Any], metric: str, where: str) 
     }
     figure = Figure(figsize=(1.2 + 3.0 * len(own), 8.0), layout="constrained")
     grid = figure.subplots(len(rows), len(own), sharex=True, sharey="row", squeeze=False)
-    standard = summary[
-        (summary.variant == REFERENCE) & (summary.expert_count == variants[REFERENCE]["fixed_k"])
-    ]
+    standard = select(summary, variant=REFERENCE, expert_count=variants[REFERENCE]["fixed_k"])
     for line, (name, label) in zip(grid, rows.items(), strict=True):
-        factor, unit = (100.0, "%") if name == "accuracy" else unit_of(summary[name], name)
+        factor, unit = (100.0, "%") if name == "accuracy" else unit_of(summary[name].to_numpy(), name)
         for axes, variant in zip(line, own, strict=True):
-            cells = summary[summary.variant == variant]
-            for (k, group), colour in zip(cells.groupby("expert_count"), _K_COLOURS, strict=False):
+            for k, colour in zip(first["settings"]["expert_counts"], _K_COLOURS, strict=False):
+                group = select(summary, variant=variant, expert_count=k)
                 _line(axes, group, name, factor, color=colour, label=f"k = {k}", marker="o")
-            axes.axhline(standard[name].iloc[0] * factor, color=_GREYS[0], ls="--", lw=0.9, label=REFERENCE)
+            axes.axhline(
+                standard[name].to_numpy()[0] * factor, color=_GREYS[0], ls="--", lw=0.9, label=REFERENCE
+            )
             axes.set_title(variant)
         line[0].set_ylabel(f"{label} ({unit})")
-        line[0].set_ylim(_limits(summary[name] * factor))
+        line[0].set_ylim(_limits(summary[name].to_numpy() * factor))
     for axes in grid[-1]:
         axes.set_xlabel("routing bias")
     handles, labels = grid[0][0].get_legend_handles_labels()
@@ -173,22 +181,21 @@ def balance(routing: pd.DataFrame, first: dict[str, dict[str, Any]], where: str)
     grid = figure.subplots(len(rows), len(first), sharex=True, sharey="row", squeeze=False)
     settings = next(iter(first.values()))["settings"]
     k, colour = settings["usage_expert_count"], colours(settings["variants"])
+    at_k = select(routing, expert_count=k)
     for column, task in zip(grid.T, sorted(first), strict=True):
-        own = routing[(routing.task == task) & (routing.expert_count == k)]
-        for (variant, inputs), group in own.groupby(["variant", "inputs"], sort=False):
-            if group.routing_bias.max() == 0.0 and variant != REFERENCE:
-                continue  # trained for another number of experts
+        # Others of one width were trained for another number of experts per token.
+        for variant, inputs in itertools.product(_shown(first[task]), ("clean", "shifted")):
+            group = select(at_k, task=task, variant=variant, inputs=inputs)
             if len(group) == 1:  # experts of one width: the same under any bias
-                group = pd.concat([group, group.assign(routing_bias=own.routing_bias.max())])
+                group = pd.concat([group, group.assign(routing_bias=settings["routing_biases"][-1])])
             ls = "-" if inputs == "clean" else "--"
             for axes, name in zip(column, rows, strict=True):
                 _line(axes, group, name, 1.0, color=colour[variant], ls=ls, label=f"{variant}, {inputs}")
         column[0].set_title(task)
         column[-1].set_xlabel("routing bias")
-    shown = routing[routing.expert_count == k]
     for axes, (name, label) in zip(grid[:, 0], rows.items(), strict=True):
         axes.set_ylabel(label)
-        axes.set_ylim(_limits(shown[name]))
+        axes.set_ylim(_limits(at_k[name].to_numpy()))
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle(f"Use of the experts, {k} per token, means over layers; 95% intervals\n{where}")
@@ -256,7 +263,7 @@ def classes(repeat: dict[str, Any]) -> Figure:
 def _shown(repeat: dict[str, Any]) -> list[str]:
     """Variants in the heatmaps: the standard one and those whose experts differ."""
     variants = repeat["settings"]["variants"]
-    return [name for name, variant in variants.items() if name == REFERENCE or variant["experts"] != "even"]
+    return [name for name in variants if name == REFERENCE or name not in _even(variants)]
 
 
 def _counts(repeat: dict[str, Any], name: str, strength: float, kind: str) -> torch.Tensor:

@@ -213,8 +213,9 @@ def _quality(
                 model, images, labels, expert_count, routing_bias, batch_size=2048, counts=counts
             )
         else:
+            (text,) = inputs.quality[kind]
             accuracy, bits = evaluate_language(
-                model, *inputs.quality[kind], expert_count, routing_bias, batch_size=256, counts=counts
+                model, text, expert_count, routing_bias, batch_size=256, counts=counts
             )
             result[f"{prefix}bits_per_byte"] = bits
         result[f"{prefix}accuracy"] = accuracy

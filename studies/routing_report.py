@@ -26,6 +26,7 @@ from studies.routing_results import (
     claims,
     cost_metric,
     routing_table,
+    select,
     summarize,
 )
 
@@ -47,7 +48,7 @@ def write_report(repeats: Sequence[dict[str, Any]], margin: float, folder: Path,
     summary = summarize(cells, CELL, METRICS)
     routing_summary = summarize(routing, [*CELL, "inputs"], ROUTING_METRICS)
     settings = {repeat["task"]: repeat["settings"] for repeat in repeats}
-    found = [c for task, own in settings.items() for c in claims(cells[cells.task == task], own, margin)]
+    found = [c for task, own in settings.items() for c in claims(select(cells, task=task), own, margin)]
     tables = {"cells": cells, "summary": summary, "routing": routing_summary}
     for name, table in tables.items():
         write_file(folder / f"{name}.csv", table.to_csv(index=False))

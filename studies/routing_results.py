@@ -7,6 +7,7 @@ A *cell* is a variant of the model at an expert count and a routing bias; a *rep
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -76,7 +77,7 @@ class Claim:
     """Whether the mean saving is as large and its interval above 0; None where nothing was expected."""
 
 
-def interval(values: Sequence[float] | np.ndarray | pd.Series) -> tuple[float, float, float]:
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     """Mean and its 95% Student interval; NaN limits from a single value."""
     array = np.asarray(values, np.float64)
     if len(array) < 2:
@@ -118,14 +119,22 @@ def routing_table(repeats: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def select(table: pd.DataFrame, **values: object) -> pd.DataFrame:
+    """Rows in which the named columns have the given values."""
+    chosen = np.ones(len(table), bool)
+    for name, value in values.items():
+        chosen &= (table[name] == value).to_numpy()
+    return table.iloc[np.flatnonzero(chosen)]
+
+
 def summarize(table: pd.DataFrame, by: list[str], metrics: Sequence[str]) -> pd.DataFrame:
     """Mean over repeats of each metric that is there, with its interval in `_low` and `_high`."""
     rows = []
     present = [name for name in metrics if name in table]
-    for key, group in table.groupby(by, sort=False):
-        row: dict[str, Any] = dict(zip(by, key, strict=True)) | {"n": len(group)}
+    for _, group in table.groupby(by, sort=False):
+        row: dict[str, Any] = {name: group[name].iloc[0] for name in by} | {"n": len(group)}
         for name in present:
-            mean, low, high = interval(group[name])
+            mean, low, high = interval(group[name].to_numpy())
             row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     return pd.DataFrame(rows)
@@ -139,18 +148,18 @@ def cost_metric(cells: pd.DataFrame) -> str:
     """
     if ENERGY not in cells:
         return TIME
-    if cells[ENERGY].isna().any():
+    if not np.isfinite(cells[ENERGY].to_numpy()).all():
         raise StudyError("some repeats have an energy meter and some have none: report them apart")
     return ENERGY
 
 
-def pareto_front(cost: pd.Series, quality: pd.Series) -> list[Key]:
-    """Cells than which none is both as cheap and better, by rising cost; indices are cells."""
+def pareto_front(cost: dict[Key, float], quality: dict[Key, float]) -> list[Key]:
+    """Cells than which none is both as cheap and better, by rising cost."""
     front, best = [], -math.inf
-    for key in sorted(cost.index, key=lambda key: (cost[key], -quality[key])):
+    for key in sorted(cost, key=lambda key: (cost[key], -quality[key])):
         if quality[key] > best:
             best = quality[key]
-            front.append(Key(*key))
+            front.append(key)
     return front
 
 
@@ -171,66 +180,87 @@ def claims(cells: pd.DataFrame, settings: dict[str, Any], margin: float) -> list
     others = [name for name in variants if name not in own]
     standard = Key(REFERENCE, variants[REFERENCE]["fixed_k"], 0.0)
     floor = comparison.quality[standard] - margin
-    points = f"{100 * margin:g} point(s)"
-    cheapest = f"cheapest setting at most {points} below {REFERENCE}"
+    rule = f"cheapest setting at most {100 * margin:g} point(s) below {REFERENCE}"
     ours, best = comparison.cheapest(own, floor), comparison.cheapest(others, floor)
     found = [
-        comparison.claim("ours against standard", f"ours: {cheapest}", [(standard, ours)], EXPECTED_SAVING),
-        comparison.claim(
-            "ours against the best standard", f"both: {cheapest}", [(best, ours)], EXPECTED_SAVING
-        ),
+        comparison.claim("ours against standard", f"ours: {rule}", [(standard, ours)], EXPECTED_SAVING),
+        comparison.claim("ours against the best standard", f"both: {rule}", [(best, ours)], EXPECTED_SAVING),
     ]
     for name in (name for name in own if variants[name]["recipe"]):
         expected = EXPECTED_LOSS_SAVING if variants[name]["experts"] == variants[BASE]["experts"] else None
-        pair = comparison.cheapest([BASE], floor), comparison.cheapest([name], floor)
         question = f"{name} against {BASE}"
-        found.append(comparison.claim(f"{question}, at the floor", f"both: {cheapest}", [pair], expected))
+        pair = comparison.cheapest([BASE], floor), comparison.cheapest([name], floor)
+        found.append(comparison.claim(f"{question}, at the floor", f"both: {rule}", [pair], expected))
         front = comparison.front(BASE)
-        matched = [(key, comparison.cheapest([name], comparison.quality[key])) for key in front]
-        pairs = [(key, match) for key, match in matched if match is not None]
-        rule = (
+        pairs = [(key, comparison.cheapest([name], comparison.quality[key])) for key in front]
+        matched = [pair for pair in pairs if pair[1] is not None]
+        along = (
             f"each setting on the front of {BASE} against the cheapest of {name} at least as good "
-            f"({len(pairs)} of {len(front)} have one), mean over the settings"
+            f"({len(matched)} of {len(front)} have one), mean over the settings"
         )
-        found.append(
-            comparison.claim(f"{question}, along the front", rule, pairs or [(front[0], None)], expected)
-        )
+        found.append(comparison.claim(f"{question}, along the front", along, matched or pairs[:1], expected))
     return found
 
 
 class _Comparison:
-    """Costs and qualities of one task, a column per cell and a row per repeat."""
+    """Costs and qualities of one task by cell, in the order of the repeats."""
 
     def __init__(self, cells: pd.DataFrame) -> None:
-        self._task, self._metric = cells.task.iloc[0], cost_metric(cells)
-        wide = cells.pivot(index="seed", columns=CELL[1:], values=[self._metric, "accuracy"])
-        self._log_cost, self._accuracy = np.log(wide[self._metric]), wide["accuracy"]
-        self.cost, self.quality = self._log_cost.mean(), self._accuracy.mean()  # by cell
+        self._task, self._metric = str(cells["task"].iloc[0]), cost_metric(cells)
+        log_cost: dict[Key, list[float]] = defaultdict(list)
+        accuracy: dict[Key, list[float]] = defaultdict(list)
+        for row in cells.sort_values("seed").to_dict("records"):
+            key = Key(*(row[name] for name in CELL[1:]))
+            log_cost[key].append(math.log(row[self._metric]))
+            accuracy[key].append(row["accuracy"])
+        self._log_cost = {key: np.array(values) for key, values in log_cost.items()}  # [repeats] each
+        self._accuracy = {key: np.array(values) for key, values in accuracy.items()}
+        self._cost = {key: float(values.mean()) for key, values in self._log_cost.items()}
+        self.quality = {key: float(values.mean()) for key, values in self._accuracy.items()}
 
     def front(self, variant: str) -> list[Key]:
         """Front of a variant by means."""
-        own = [key for key in self.cost.index if key[0] == variant]
-        return pareto_front(self.cost[own], self.quality[own])
+        return pareto_front({key: c for key, c in self._cost.items() if key.variant == variant}, self.quality)
 
     def cheapest(self, variants: list[str], floor: float) -> Key | None:
         """Cheapest cell of some variants whose mean quality is at least `floor`."""
-        good = [key for key in self.cost.index if key[0] in variants and self.quality[key] >= floor]
-        return Key(*min(good, key=lambda key: self.cost[key])) if good else None
+        good = [key for key, q in self.quality.items() if key.variant in variants and q >= floor]
+        return min(good, key=self._cost.__getitem__, default=None)
 
     def claim(
-        self, question: str, rule: str, pairs: Sequence[tuple[Key | None, Key | None]], expected: float | None
+        self,
+        question: str,
+        rule: str,
+        pairs: Sequence[tuple[Key | None, Key | None]],
+        expected: float | None,
     ) -> Claim:
         """Saving over (reference, ours) pairs, averaged within each repeat."""
-        whole = [(a, b) for a, b in pairs if a is not None and b is not None]
-        names = [
-            "; ".join(str(key) if key else "none good enough" for key in side)
-            for side in zip(*pairs, strict=True)
+        sides = [
+            "; ".join(str(key or "none good enough") for key in side) for side in zip(*pairs, strict=True)
         ]
-        head = self._task, question, rule, self._metric, *names, len(self._accuracy)
-        if not whole:
-            return Claim(*head, *(math.nan,) * 6, expected, None if expected is None else False)
-        log_ratio = np.mean([self._log_cost[b] - self._log_cost[a] for a, b in whole], axis=0)  # [repeats]
-        change = np.mean([self._accuracy[b] - self._accuracy[a] for a, b in whole], axis=0)
-        saving, most, least = (1.0 - math.exp(value) for value in interval(log_ratio))
-        met = None if expected is None else saving >= expected and least > 0.0
-        return Claim(*head, saving, least, most, *interval(change), expected, met)
+        whole = [(a, b) for a, b in pairs if a is not None and b is not None]
+        saving = change = (math.nan,) * 3
+        if whole:
+            log_ratio = np.mean(
+                [self._log_cost[b] - self._log_cost[a] for a, b in whole], axis=0
+            )  # [repeats]
+            mean, low, high = (1.0 - math.exp(value) for value in interval(log_ratio))
+            saving = mean, high, low  # the more it costs, the less it saves
+            change = interval(np.mean([self._accuracy[b] - self._accuracy[a] for a, b in whole], axis=0))
+        return Claim(
+            task=self._task,
+            question=question,
+            rule=rule,
+            cost=self._metric,
+            reference=sides[0],
+            ours=sides[1],
+            repeats=len(next(iter(self._accuracy.values()))),
+            saving=saving[0],
+            saving_low=saving[1],
+            saving_high=saving[2],
+            quality_change=change[0],
+            quality_change_low=change[1],
+            quality_change_high=change[2],
+            expected=expected,
+            met=None if expected is None else saving[0] >= expected and saving[1] > 0.0,
+        )

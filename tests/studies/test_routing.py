@@ -17,7 +17,7 @@ from scipy import stats
 
 from moe import data
 from moe.config import model_config
-from moe.train import Recipe
+from moe.recipes import Recipe
 from studies import routing
 from studies.routing import Arguments, load_repeats
 from studies.routing_config import StudyError, load_study
@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
     "variants": {
         "standard": {"experts": "even", "fixed_k": 2},
         "uneven": {"experts": "uneven"},
-        "frugal": {"experts": "zero-computation", "recipe": {"energy_budget": 0.8}},
+        "frugal": {"experts": "zero-computation", "recipe": {"energy_lambda": 0.3}},
     },
     "zero_computation": ["zero"],
     "expert_counts": [1, 2],
@@ -213,37 +213,37 @@ def test_savings_against_a_second_calculation_from_the_raw_numbers(made_with):
     repeats = made_up(5)
     found = {claim.question: claim for claim in claims(cells_table(repeats), made_with, margin=0.01)}
 
-    def values(variant: str, k: int, bias: float, name: str) -> np.ndarray:
+    def values(key: Key, name: str) -> np.ndarray:
         (index,) = {
             i
-            for i, cell in enumerate(repeats[0]["variants"][variant]["cells"])
-            if (cell["expert_count"], cell["routing_bias"]) == (k, bias)
+            for i, cell in enumerate(repeats[0]["variants"][key.variant]["cells"])
+            if (cell["expert_count"], cell["routing_bias"]) == key[1:]
         }
-        return np.array([repeat["variants"][variant]["cells"][index][name] for repeat in repeats])
+        return np.array([repeat["variants"][key.variant]["cells"][index][name] for repeat in repeats])
 
-    def check(question: str, reference: tuple, ours: tuple, expected_met: bool | None) -> None:
+    def check(question: str, reference: Key, ours: Key, expected_met: bool | None) -> None:
         claim = found[question]
-        assert (claim.reference, claim.ours) == (str(Key(*reference)), str(Key(*ours)))
-        ratios = values(*ours, "energy_j_per_token") / values(*reference, "energy_j_per_token")
+        assert (claim.reference, claim.ours) == (str(reference), str(ours))
+        ratios = values(ours, "energy_j_per_token") / values(reference, "energy_j_per_token")
         test = stats.ttest_1samp(np.log(ratios), 0.0).confidence_interval(0.95)
         assert claim.saving == pytest.approx(1.0 - stats.gmean(ratios))
         assert (claim.saving_low, claim.saving_high) == pytest.approx(
             (1.0 - math.exp(test.high), 1.0 - math.exp(test.low))
         )
-        change = values(*ours, "accuracy") - values(*reference, "accuracy")
+        change = values(ours, "accuracy") - values(reference, "accuracy")
         assert claim.quality_change == pytest.approx(change.mean())
         assert claim.met is expected_met
 
-    standard = ("standard", 2, 0.0)
-    check("ours against standard", standard, ("frugal", 2, 0.0), True)
-    check("ours against the best standard", standard, ("frugal", 2, 0.0), True)
-    check("frugal against uneven, at the floor", ("uneven", 2, 1.0), ("frugal", 2, 0.0), None)
+    standard, frugal = Key("standard", 2, 0.0), Key("frugal", 2, 0.0)
+    check("ours against standard", standard, frugal, True)
+    check("ours against the best standard", standard, frugal, True)
+    check("frugal against uneven, at the floor", Key("uneven", 2, 1.0), frugal, None)
     # On the front of uneven: 0.3 and 0.6 have a match in frugal's 0.5, the best has none.
     along = found["frugal against uneven, along the front"]
     assert "(2 of 3 have one)" in along.rule
     logs = [
-        np.log(values("frugal", 2, 0.0, "energy_j_per_token") / values(*cell, "energy_j_per_token"))
-        for cell in (("uneven", 1, 1.0), ("uneven", 2, 1.0))
+        np.log(values(frugal, "energy_j_per_token") / values(cell, "energy_j_per_token"))
+        for cell in (Key("uneven", 1, 1.0), Key("uneven", 2, 1.0))
     ]
     assert along.saving == pytest.approx(1.0 - math.exp(np.mean(logs)))
 
@@ -280,9 +280,8 @@ def test_summary_is_what_pandas_and_scipy_say():
 
 def test_the_front_holds_what_nothing_beats():
     rng = np.random.default_rng(0)
-    keys = [("a", k, float(b)) for k in range(5) for b in range(6)]
-    index = pd.MultiIndex.from_tuples(keys)
-    cost, quality = (pd.Series(rng.integers(0, 12, len(keys)).astype(float), index) for _ in range(2))
+    keys = [Key("a", k, float(b)) for k in range(5) for b in range(6)]
+    cost, quality = ({key: float(rng.integers(0, 12)) for key in keys} for _ in range(2))
     beaten = {
         key
         for key in keys
@@ -292,9 +291,8 @@ def test_the_front_holds_what_nothing_beats():
     }  # fmt: skip
     front = pareto_front(cost, quality)
     assert not beaten & set(front)
-    assert {(cost[key], quality[key]) for key in front} == {
-        (cost[key], quality[key]) for key in keys if key not in beaten
-    }
+    of_front = {(cost[key], quality[key]) for key in front}
+    assert of_front == {(cost[key], quality[key]) for key in keys if key not in beaten}
 
 
 def test_live_heatmaps_show_the_tokens_moving(tmp_path):
