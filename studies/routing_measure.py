@@ -106,11 +106,8 @@ def _train_variants(
     records: dict[str, dict[str, Any]] = {}
     costs: dict[str, Tensor] = {}  # [E] by layout
     for name, variant in study.variants.items():
-        config, recipe, layout = (
-            study.model_config(name, task, size),
-            study.recipe(name, task, size),
-            variant.experts,
-        )
+        config, recipe = study.model_config(name, task, size), study.recipe(name, task, size)
+        layout = variant.experts
         print(f"{task}, seed {seed}: training {name}", flush=True)
         if variant.recipe and layout not in costs:
             costs[layout] = _expert_cost(_untrained(config, device, seed), inputs, meter, seed)
@@ -121,6 +118,7 @@ def _train_variants(
             costs[layout] = _expert_cost(model, inputs, meter, seed)
         if layout in costs:  # of experts of one width the default is as equal as any measured cost
             model.expert_cost.copy_(costs[layout])
+        model.zero_grad(set_to_none=True)  # the last step's gradients are as large as the model
         if device.type == "cuda":
             torch.cuda.empty_cache()
         models[name] = model
