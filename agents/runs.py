@@ -70,7 +70,7 @@ def new_run_folder(kind: str, out: str | Path | None = None) -> Path:
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file in one step: after an interruption it is the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may write a file
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, path)
 

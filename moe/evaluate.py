@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe import data
 from moe.model import MoEModel
+from moe.statistics import RoutingCounts, byte_classes
 
 TEXT_LIMIT = 1 << 18
 """Bytes of each test text that are scored: a standard error of 0.1 points of accuracy."""
@@ -24,6 +25,7 @@ def evaluate_vision(
     top_k: int,
     routing_bias: float = 0.0,
     batch_size: int = 500,
+    counts: RoutingCounts | None = None,
 ) -> float:
     """Return top-1 accuracy, 0 to 1.
 
@@ -34,16 +36,25 @@ def evaluate_vision(
         top_k: Experts per token.
         routing_bias: Pull to cheap experts.
         batch_size: Images per forward pass.
+        counts: Where to count the routing, by the image's label.
     """
     correct = torch.zeros((), dtype=torch.int64, device=images.device)
     for batch, answers in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-        correct += (model(batch, top_k, routing_bias).predictions == answers).sum()
+        output = model(batch, top_k, routing_bias)
+        correct += (output.predictions == answers).sum()
+        if counts is not None:
+            counts.add(output.routing, answers.repeat_interleave(model.config.tokens_per_sample))
     return correct.item() / len(labels)
 
 
 @torch.no_grad()
 def evaluate_language(
-    model: MoEModel, text: Tensor, top_k: int, routing_bias: float = 0.0, batch_size: int = 128
+    model: MoEModel,
+    text: Tensor,
+    top_k: int,
+    routing_bias: float = 0.0,
+    batch_size: int = 128,
+    counts: RoutingCounts | None = None,
 ) -> tuple[float, float]:
     """Return next-byte accuracy (0 to 1) and bits per byte over disjoint windows of a context's length.
 
@@ -53,6 +64,7 @@ def evaluate_language(
         top_k: Experts per token.
         routing_bias: Pull to cheap experts.
         batch_size: Windows per forward pass.
+        counts: Where to count the routing, by the class of the input byte.
     """
     context = model.config.context_length
     windows = (len(text) - 1) // context
@@ -64,6 +76,8 @@ def evaluate_language(
         output = model(batch, top_k, routing_bias)
         correct += (output.predictions == answers).sum()
         nats += F.cross_entropy(output.logits.flatten(0, 1), answers.flatten(), reduction="sum")
+        if counts is not None:
+            counts.add(output.routing, byte_classes(batch.flatten()))
     return correct.item() / targets.numel(), nats.item() / targets.numel() / math.log(2)
 
 

@@ -1,0 +1,103 @@
+"""Tables, claims and figures of the routing study, from the repeats that are there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from agents.runs import write_file
+from studies.routing_figures import write_figures
+from studies.routing_results import (
+    CELL,
+    COST_LABELS,
+    METRICS,
+    ROUTING_METRICS,
+    Claim,
+    cells_table,
+    claims,
+    cost_metric,
+    routing_table,
+    select,
+    summarize,
+)
+
+
+def write_report(repeats: Sequence[dict[str, Any]], margin: float, folder: Path, console: Console) -> None:
+    """Write cells.csv (every repeat), summary.csv, routing.csv, claims.json and the figures; print claims.
+
+    Args:
+        repeats: as `studies.routing` writes them, one or two tasks of one size.
+        margin: quality that a cheaper setting may give up.
+        folder: where all goes.
+        console: where the claims are printed.
+
+    Raises:
+        StudyError: Some repeats have an energy meter and some have none.
+    """
+    cells, routing = cells_table(repeats), routing_table(repeats)
+    metric = cost_metric(cells)
+    summary = summarize(cells, CELL, METRICS)
+    routing_summary = summarize(routing, [*CELL, "inputs"], ROUTING_METRICS)
+    settings = {repeat["task"]: repeat["settings"] for repeat in repeats}
+    found = [c for task, own in settings.items() for c in claims(select(cells, task=task), own, margin)]
+    tables = {"cells": cells, "summary": summary, "routing": routing_summary}
+    for name, table in tables.items():
+        write_file(folder / f"{name}.csv", table.to_csv(index=False))
+    write_file(folder / "claims.json", json.dumps([_plain(claim) for claim in found], indent=1) + "\n")
+    figures = write_figures(folder, repeats, summary, routing_summary, metric, origin(repeats))
+    console.print(f"{origin(repeats)}; cost: {COST_LABELS[metric]}", highlight=False)
+    console.print(_claims_table(found))
+    written = [*(f"{name}.csv" for name in tables), "claims.json", *(path.name for path in figures)]
+    console.print(f"wrote to {folder}: {', '.join(written)}", highlight=False)
+
+
+def origin(repeats: Sequence[dict[str, Any]]) -> str:
+    """Where the numbers come from: machines, size, and how many repeats of which task."""
+    machines = ", ".join(sorted({repeat["machine"] for repeat in repeats}))
+    tasks = pd.Series([repeat["task"] for repeat in repeats]).value_counts(sort=False)
+    counts = ", ".join(f"{task}: {n} repeat{'s' if n > 1 else ''}" for task, n in tasks.items())
+    return f"{machines}, {repeats[0]['size']} models, {counts}"
+
+
+def _plain(claim: Claim) -> dict[str, Any]:
+    """Fields as JSON has them: no number is null."""
+    values = dataclasses.asdict(claim)
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
+
+
+def _claims_table(found: Sequence[Claim]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("task", "question", "reference", "ours", "saving", "quality, points", "expected"):
+        table.add_column(head, overflow="fold")
+    for claim in found:
+        saving = _range(claim.saving, claim.saving_low, claim.saving_high, 100, "%")
+        change = _range(
+            claim.quality_change, claim.quality_change_low, claim.quality_change_high, 100, "", "+"
+        )
+        verdict = "" if claim.met is None else f"≥ {claim.expected:.0%}: {'met' if claim.met else 'not met'}"
+        style = None if claim.met is None else "green" if claim.met else "red"
+        sides = (_short(side) for side in (claim.reference, claim.ours))
+        table.add_row(claim.task, claim.question, *sides, saving, change, verdict, style=style)
+    return table
+
+
+def _short(side: str) -> str:
+    """Settings of one side of a claim: the one there is, or how many."""
+    settings = side.split("; ")
+    return side if len(settings) == 1 else f"{len(settings)} settings"
+
+
+def _range(mean: float, low: float, high: float, factor: float, unit: str, sign: str = "") -> str:
+    if math.isnan(mean):
+        return "-"
+    text = f"{mean * factor:{sign}.1f}{unit}"
+    return text if math.isnan(low) else f"{text} ({low * factor:{sign}.1f} to {high * factor:{sign}.1f})"
