@@ -35,7 +35,7 @@ CLASS_NAMES: dict[Task, tuple[str, ...]] = {"vision": data.VISION_CLASSES, "lang
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
     """Test inputs of a task, clean and shifted, on the device."""
 
     pool: SamplePool
@@ -52,7 +52,7 @@ def run_repeat(study: Study, task: Task, size: Size, device: torch.device, seed:
         MeterUnavailableError: A CUDA device without an energy counter.
     """
     meter = open_meter(device)
-    inputs = _load_inputs(study, task, size, device)
+    inputs = load_inputs(study, task, size, device)
     clock = {"start": time.perf_counter()}
     models, records = _train_variants(study, task, size, device, seed, inputs, meter)
     clock["training"] = time.perf_counter()
@@ -60,7 +60,7 @@ def run_repeat(study: Study, task: Task, size: Size, device: torch.device, seed:
     clock["costs"] = time.perf_counter()
     for name, model in models.items():
         for cell in tqdm(records[name]["cells"], desc=f"quality {name}", unit="cell", mininterval=1.0):
-            cell |= _quality(model, inputs, cell["expert_count"], cell["routing_bias"], study)
+            cell |= score_cell(model, inputs, cell["expert_count"], cell["routing_bias"], study)
     clock["quality"] = time.perf_counter()
     marks = list(clock.values())
     return {
@@ -78,14 +78,15 @@ def run_repeat(study: Study, task: Task, size: Size, device: torch.device, seed:
     }
 
 
-def _load_inputs(study: Study, task: Task, size: Size, device: torch.device) -> _Inputs:
+def load_inputs(study: Study, task: Task, size: Size, device: torch.device) -> Inputs:
+    """Load the test inputs of a task: for language, prose is clean and source code is shifted."""
     pool, n = SamplePool(task, ("clean", study.shift[task]), device), study.sizes[size].test_samples
     if task == "vision":
         images = {s: (pool.inputs[i][:n], pool.targets[i][:n]) for i, s in enumerate(("clean", "shifted"))}
-        return _Inputs(pool, images)
+        return Inputs(pool, images)
     limit = TEXT_LIMIT if n is None else n * study.model_config("uneven", task, size).context_length + 1
     domains = {"clean": data.load_language("prose", "test"), "shifted": data.load_language("code", "test")}
-    return _Inputs(pool, {s: (text[:limit].to(device),) for s, text in domains.items()})
+    return Inputs(pool, {s: (text[:limit].to(device),) for s, text in domains.items()})
 
 
 def _train_variants(
@@ -94,7 +95,7 @@ def _train_variants(
     size: Size,
     device: torch.device,
     seed: int,
-    inputs: _Inputs,
+    inputs: Inputs,
     meter: EnergyCounter | None,
 ) -> tuple[dict[str, MoEModel], dict[str, dict[str, Any]]]:
     """Train all variants on the same batches; each model then has the measured cost of its experts.
@@ -139,7 +140,7 @@ def _untrained(config: ModelConfig, device: torch.device, seed: int) -> MoEModel
     return model.requires_grad_(False).eval().cast_weights(serving_dtype(device))
 
 
-def _expert_cost(model: MoEModel, inputs: _Inputs, meter: EnergyCounter | None, seed: int) -> Tensor:
+def _expert_cost(model: MoEModel, inputs: Inputs, meter: EnergyCounter | None, seed: int) -> Tensor:
     """Relative cost of each expert on the model's device, float32, [E]."""
     relative = measure_expert_cost(model, inputs.pool.inputs[0], meter, seed).relative()
     return torch.from_numpy(relative).float().to(model.expert_cost.device)
@@ -150,7 +151,7 @@ def _measure_costs(
     task: Task,
     size: Size,
     seed: int,
-    inputs: _Inputs,
+    inputs: Inputs,
     meter: EnergyCounter | None,
     models: dict[str, MoEModel],
     records: dict[str, dict[str, Any]],
@@ -194,8 +195,8 @@ def _cost_of(visits: list[Visit], tokens: int, idle_w: float | None) -> dict[str
     return cost
 
 
-def _quality(
-    model: MoEModel, inputs: _Inputs, expert_count: int, routing_bias: float, study: Study
+def score_cell(
+    model: MoEModel, inputs: Inputs, expert_count: int, routing_bias: float, study: Study
 ) -> dict[str, Any]:
     """Quality of a cell and the routing behind it, by class of input; on shifted inputs where asked for."""
     config = model.config
