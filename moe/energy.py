@@ -18,10 +18,13 @@ from moe.statistics import tokens_per_expert
 
 ASSUMED = "assumed from widths"
 """Source of a cost that nobody measured."""
-BUDGET_RATE = 0.05
-"""Growth of lambda per step and unit of energy above the budget."""
-BUDGET_DAMPING = 5.0
+BUDGET_RATE = 0.02
+"""Growth of lambda per step with the excess of energy over the budget, both on the scale of `EnergyTerm`."""
+BUDGET_DAMPING = 1.5
 """Weight of the present excess beside lambda: without it lambda and the energy swing around the budget."""
+BUDGET_RAMP = 0.5
+"""Share of the steps over which the budget tightens from 1: against a sudden budget lambda overshoots, and
+where the answers do not suffer, nothing brings the energy back."""
 
 
 class EnergyTerm:
@@ -31,7 +34,10 @@ class EnergyTerm:
     more than the budget and falls to 0 at the lowest while they cost less (dual ascent). The choice has no
     gradient, so the loss holds the expected energy, but the multiplier follows the choice itself (a proxy
     constraint, Cotter et al., JMLR 20, 2019); a part proportional to the excess damps it (Stooke, Achiam and
-    Abbeel, arXiv 2007.03964). The budget is that of the model's own top-k, whatever the step trains.
+    Abbeel, arXiv 2007.03964). A push of lambda against the costs c moves the energy of even routing by lambda
+    times the variance of ``c / mean(c)``, so the excess is divided by it: budgets are then reached as fast
+    whatever the costs. The budget is that of the model's own top-k, whatever the step trains, and tightens
+    from that of even routing over the first steps.
 
     Args:
         config: The model.
@@ -59,7 +65,9 @@ class EnergyTerm:
         self.expert_cost = cost_of_experts(config, expert_cost).to(device)
         self.cost_source = ASSUMED if expert_cost is None else cost_source
         self.top_k, self.budget = config.top_k, recipe.energy_budget
+        self.ramp_steps, self.step = BUDGET_RAMP * recipe.steps, 0
         self.multiplier = self.expert_cost.new_tensor(recipe.energy_lambda)
+        self.response = (self.expert_cost / self.expert_cost.mean()).var(correction=0)  # 0-dim
         if (self.expert_cost == self.expert_cost[0]).all():
             raise ValueError(
                 f"all {config.n_experts} experts cost {self.expert_cost[0].item():g}: there is no energy to "
@@ -77,7 +85,9 @@ class EnergyTerm:
         expected = [expected_energy(routing, self.expert_cost) for routing in decisions]
         weight = self.multiplier
         if self.budget is not None:
-            excess = self._chosen(decisions, balance_biases) - self.budget
+            self.step += 1
+            budget = max(self.budget, 1 + (self.budget - 1) * min(1, self.step / self.ramp_steps))
+            excess = (self._chosen(decisions, balance_biases) - budget) / self.response
             weight = (self.multiplier + BUDGET_DAMPING * excess).clamp_min(0)
             self.multiplier = (self.multiplier + BUDGET_RATE * excess).clamp_min(0)
         return weight * torch.stack(expected).mean()

@@ -34,7 +34,7 @@ def load_balance_loss(routing: Routing, groups: Tensor | None = None) -> Tensor:
 
     With groups it is the same loss inside each, weighted by the group's share of the assignments: with n_e
     experts in the group of e and Q_e the share of e in the probability of its group, ``sum_e n_e f_e Q_e``.
-    It is 1 when each group is uniform, whatever the groups' shares, and moves no probability between them.
+    It is 1 when each group is uniform, whatever the groups' shares.
 
     Args:
         routing: The decision.
@@ -86,7 +86,7 @@ def expected_energy(routing: Routing, expert_cost: Tensor) -> Tensor:
         cost_of_size = cost_of_size + weight * F.pad(with_expert[:, :-1], (1, 0))
         weight_of_size = weight_of_size + weight * F.pad(weight_of_size[:, :-1], (1, 0))
     per_slot = (cost_of_size[:, -1] / weight_of_size[:, -1]).mean() / top_k
-    return (per_slot / expert_cost.mean()).float()
+    return (per_slot / expert_cost.mean()).to(routing.router_logits.dtype)
 
 
 def chosen_energy(counts: Tensor, expert_cost: Tensor) -> Tensor:
