@@ -20,7 +20,7 @@ from tqdm import tqdm
 from moe import data
 from moe.config import ModelConfig, Size, Task
 from moe.evaluate import TEXT_LIMIT, evaluate_language, evaluate_vision
-from moe.expert_cost import measure_expert_cost
+from moe.expert_cost import ExpertCost, measure_expert_cost
 from moe.meter import EnergyCounter, open_meter
 from moe.model import MoEModel, initialise
 from moe.profile_cost import Cell, Load, Visit, idle_power_w, visit
@@ -105,20 +105,22 @@ def _train_variants(
     """
     models: dict[str, MoEModel] = {}
     records: dict[str, dict[str, Any]] = {}
-    costs: dict[str, Tensor] = {}  # [E] by layout
+    images_or_text = inputs.pool.inputs[0]
+    costs: dict[str, ExpertCost] = {}  # by layout
     for name, variant in study.variants.items():
         config, recipe = study.model_config(name, task, size), study.recipe(name, task, size)
         layout = variant.experts
         print(f"{task}, seed {seed}: training {name}", flush=True)
         if variant.recipe and layout not in costs:
-            costs[layout] = _expert_cost(_untrained(config, device, seed), inputs, meter, seed)
+            costs[layout] = measure_expert_cost(_untrained(config, device, seed), images_or_text, meter, seed)
+        expert_cost = torch.from_numpy(costs[layout].relative()) if variant.recipe else None  # [E]
         start_s = time.perf_counter()
-        model, _ = train(config, recipe, device, seed, expert_cost=costs[layout] if variant.recipe else None)
+        model, _ = train(config, recipe, device, seed, expert_cost=expert_cost)
         train_s = time.perf_counter() - start_s
-        if layout not in costs and layout != "even":
-            costs[layout] = _expert_cost(model, inputs, meter, seed)
-        if layout in costs:  # of experts of one width the default is as equal as any measured cost
-            model.expert_cost.copy_(costs[layout])
+        if layout not in costs:
+            costs[layout] = measure_expert_cost(model, images_or_text, meter, seed)
+        measured = costs[layout]
+        model.expert_cost.copy_(torch.from_numpy(measured.relative()))
         model.zero_grad(set_to_none=True)  # the last step's gradients are as large as the model
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -129,6 +131,8 @@ def _train_variants(
             "n_params": model.n_params,
             "train_s": train_s,
             "expert_cost": model.expert_cost.tolist(),
+            "expert_latency_s": measured.latency_s.tolist(),
+            "expert_energy_j": None if measured.energy_j is None else measured.energy_j.tolist(),
         }
     return models, records
 
@@ -138,12 +142,6 @@ def _untrained(config: ModelConfig, device: torch.device, seed: int) -> MoEModel
         model = MoEModel(config)
     initialise(model, torch.Generator(device).manual_seed(seed))
     return model.requires_grad_(False).eval().cast_weights(serving_dtype(device))
-
-
-def _expert_cost(model: MoEModel, inputs: Inputs, meter: EnergyCounter | None, seed: int) -> Tensor:
-    """Relative cost of each expert on the model's device, float32, [E]."""
-    relative = measure_expert_cost(model, inputs.pool.inputs[0], meter, seed).relative()
-    return torch.from_numpy(relative).float().to(model.expert_cost.device)
 
 
 def _measure_costs(

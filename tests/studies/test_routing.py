@@ -136,7 +136,11 @@ def test_language_is_scored_on_prose_and_on_code_and_counted_by_byte(settings_fi
     model = initialise(MoEModel(config), torch.Generator().manual_seed(0)).requires_grad_(False).eval()
     scored = score_cell(model, inputs, 2, 1.0, study)
     length = 50 * config.context_length  # of the 50 windows that the settings ask for
-    for prefix, kind, domain in (("", "clean", "prose"), ("shifted_", "shifted", "code")):
+    domains: tuple[tuple[str, str, data.Domain], ...] = (
+        ("", "clean", "prose"),
+        ("shifted_", "shifted", "code"),
+    )
+    for prefix, kind, domain in domains:
         text = data.load_language(domain, "test")[: length + 1]
         accuracy, bits = evaluate_language(model, text, 2, 1.0, batch_size=7)
         assert scored[f"{prefix}accuracy"] == pytest.approx(accuracy)
