@@ -80,7 +80,9 @@ def run_repeat(study: Study, task: Task, size: Size, device: torch.device, seed:
 
 def load_inputs(study: Study, task: Task, size: Size, device: torch.device) -> Inputs:
     """Load the test inputs of a task: for language, prose is clean and source code is shifted."""
-    pool, n = SamplePool(task, ("clean", study.shift[task]), device), study.sizes[size].test_samples
+    pool = SamplePool(task, ("clean", study.shift[task]), device)
+    samples = study.sizes[size].test_samples
+    n = None if samples is None else samples[task]
     if task == "vision":
         images = {s: (pool.inputs[i][:n], pool.targets[i][:n]) for i, s in enumerate(("clean", "shifted"))}
         return Inputs(pool, images)

@@ -45,7 +45,7 @@ SETTINGS: dict[str, Any] = {
             "batch_size": {"vision": 16, "language": 4},
             "window_s": 0.01,
             "rounds": 1,
-            "test_samples": 50,
+            "test_samples": {"vision": 50, "language": 50},
         },
     },
 }
