@@ -60,11 +60,12 @@ class SizeSettings:
     """Time under load per cell and round."""
     rounds: int
     """Windows of a cell; their median counts."""
-    test_samples: int | None
+    test_samples: dict[Task, int] | None
     """Images or text windows that quality is measured on; None means the whole test split."""
 
     def __post_init__(self) -> None:
-        numbers = [*self.steps.values(), *self.batch_size.values(), self.rounds, self.test_samples or 1]
+        numbers = [*self.steps.values(), *self.batch_size.values(), self.rounds]
+        numbers += (self.test_samples or {}).values()
         if min(numbers) < 1 or self.window_s <= 0.0:
             raise ValueError(f"all settings of a size must be positive, got {self}")
 

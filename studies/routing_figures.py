@@ -248,7 +248,7 @@ def classes(repeat: dict[str, Any]) -> Figure:
         layer = int(specialisation(_counts(repeat, name, 0.0, "clean")).argmax())
         for axes, (kind, strength) in zip(line, columns, strict=True):
             counts = _counts(repeat, name, strength, kind)[layer]  # [C, E]
-            share = counts / counts.sum(dim=1, keepdim=True).clamp_min(1) * counts.shape[1]
+            share = counts / counts.sum(dim=1, keepdim=True) * counts.shape[1]  # blank without the class
             axes.imshow(share.numpy(), cmap="cividis", vmin=0.0, vmax=counts.shape[1] / k, **_HEAT)
             _annotate_widths(axes, ModelConfig.from_dict(repeat["variants"][name]["config"]))
             bits, chance = (f(counts).item() for f in (specialisation, specialisation_bias))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from moe import data
 from moe.config import ModelConfig, Size, Task
 from moe.evaluate import TEXT_LIMIT, evaluate_language, evaluate_vision
-from moe.expert_cost import measure_expert_cost
+from moe.expert_cost import ExpertCost, measure_expert_cost
 from moe.meter import EnergyCounter, open_meter
 from moe.model import MoEModel, initialise
 from moe.profile_cost import Cell, Load, Visit, idle_power_w, visit
@@ -35,7 +35,7 @@ CLASS_NAMES: dict[Task, tuple[str, ...]] = {"vision": data.VISION_CLASSES, "lang
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class Inputs:
     """Test inputs of a task, clean and shifted, on the device."""
 
     pool: SamplePool
@@ -52,7 +52,7 @@ def run_repeat(study: Study, task: Task, size: Size, device: torch.device, seed:
         MeterUnavailableError: A CUDA device without an energy counter.
     """
     meter = open_meter(device)
-    inputs = _load_inputs(study, task, size, device)
+    inputs = load_inputs(study, task, size, device)
     clock = {"start": time.perf_counter()}
     models, records = _train_variants(study, task, size, device, seed, inputs, meter)
     clock["training"] = time.perf_counter()
@@ -60,7 +60,7 @@ def run_repeat(study: Study, task: Task, size: Size, device: torch.device, seed:
     clock["costs"] = time.perf_counter()
     for name, model in models.items():
         for cell in tqdm(records[name]["cells"], desc=f"quality {name}", unit="cell", mininterval=1.0):
-            cell |= _quality(model, inputs, cell["expert_count"], cell["routing_bias"], study)
+            cell |= score_cell(model, inputs, cell["expert_count"], cell["routing_bias"], study)
     clock["quality"] = time.perf_counter()
     marks = list(clock.values())
     return {
@@ -78,14 +78,17 @@ def run_repeat(study: Study, task: Task, size: Size, device: torch.device, seed:
     }
 
 
-def _load_inputs(study: Study, task: Task, size: Size, device: torch.device) -> _Inputs:
-    pool, n = SamplePool(task, ("clean", study.shift[task]), device), study.sizes[size].test_samples
+def load_inputs(study: Study, task: Task, size: Size, device: torch.device) -> Inputs:
+    """Load the test inputs of a task: for language, prose is clean and source code is shifted."""
+    pool = SamplePool(task, ("clean", study.shift[task]), device)
+    samples = study.sizes[size].test_samples
+    n = None if samples is None else samples[task]
     if task == "vision":
         images = {s: (pool.inputs[i][:n], pool.targets[i][:n]) for i, s in enumerate(("clean", "shifted"))}
-        return _Inputs(pool, images)
+        return Inputs(pool, images)
     limit = TEXT_LIMIT if n is None else n * study.model_config("uneven", task, size).context_length + 1
     domains = {"clean": data.load_language("prose", "test"), "shifted": data.load_language("code", "test")}
-    return _Inputs(pool, {s: (text[:limit].to(device),) for s, text in domains.items()})
+    return Inputs(pool, {s: (text[:limit].to(device),) for s, text in domains.items()})
 
 
 def _train_variants(
@@ -94,7 +97,7 @@ def _train_variants(
     size: Size,
     device: torch.device,
     seed: int,
-    inputs: _Inputs,
+    inputs: Inputs,
     meter: EnergyCounter | None,
 ) -> tuple[dict[str, MoEModel], dict[str, dict[str, Any]]]:
     """Train all variants on the same batches; each model then has the measured cost of its experts.
@@ -104,20 +107,22 @@ def _train_variants(
     """
     models: dict[str, MoEModel] = {}
     records: dict[str, dict[str, Any]] = {}
-    costs: dict[str, Tensor] = {}  # [E] by layout
+    images_or_text = inputs.pool.inputs[0]
+    costs: dict[str, ExpertCost] = {}  # by layout
     for name, variant in study.variants.items():
         config, recipe = study.model_config(name, task, size), study.recipe(name, task, size)
         layout = variant.experts
         print(f"{task}, seed {seed}: training {name}", flush=True)
         if variant.recipe and layout not in costs:
-            costs[layout] = _expert_cost(_untrained(config, device, seed), inputs, meter, seed)
+            costs[layout] = measure_expert_cost(_untrained(config, device, seed), images_or_text, meter, seed)
+        expert_cost = torch.from_numpy(costs[layout].relative()) if variant.recipe else None  # [E]
         start_s = time.perf_counter()
-        model, _ = train(config, recipe, device, seed, expert_cost=costs[layout] if variant.recipe else None)
+        model, _ = train(config, recipe, device, seed, expert_cost=expert_cost)
         train_s = time.perf_counter() - start_s
-        if layout not in costs and layout != "even":
-            costs[layout] = _expert_cost(model, inputs, meter, seed)
-        if layout in costs:  # of experts of one width the default is as equal as any measured cost
-            model.expert_cost.copy_(costs[layout])
+        if layout not in costs:
+            costs[layout] = measure_expert_cost(model, images_or_text, meter, seed)
+        measured = costs[layout]
+        model.expert_cost.copy_(torch.from_numpy(measured.relative()))
         model.zero_grad(set_to_none=True)  # the last step's gradients are as large as the model
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -128,6 +133,8 @@ def _train_variants(
             "n_params": model.n_params,
             "train_s": train_s,
             "expert_cost": model.expert_cost.tolist(),
+            "expert_latency_s": measured.latency_s.tolist(),
+            "expert_energy_j": None if measured.energy_j is None else measured.energy_j.tolist(),
         }
     return models, records
 
@@ -139,18 +146,12 @@ def _untrained(config: ModelConfig, device: torch.device, seed: int) -> MoEModel
     return model.requires_grad_(False).eval().cast_weights(serving_dtype(device))
 
 
-def _expert_cost(model: MoEModel, inputs: _Inputs, meter: EnergyCounter | None, seed: int) -> Tensor:
-    """Relative cost of each expert on the model's device, float32, [E]."""
-    relative = measure_expert_cost(model, inputs.pool.inputs[0], meter, seed).relative()
-    return torch.from_numpy(relative).float().to(model.expert_cost.device)
-
-
 def _measure_costs(
     study: Study,
     task: Task,
     size: Size,
     seed: int,
-    inputs: _Inputs,
+    inputs: Inputs,
     meter: EnergyCounter | None,
     models: dict[str, MoEModel],
     records: dict[str, dict[str, Any]],
@@ -194,8 +195,8 @@ def _cost_of(visits: list[Visit], tokens: int, idle_w: float | None) -> dict[str
     return cost
 
 
-def _quality(
-    model: MoEModel, inputs: _Inputs, expert_count: int, routing_bias: float, study: Study
+def score_cell(
+    model: MoEModel, inputs: Inputs, expert_count: int, routing_bias: float, study: Study
 ) -> dict[str, Any]:
     """Quality of a cell and the routing behind it, by class of input; on shifted inputs where asked for."""
     config = model.config

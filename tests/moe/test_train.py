@@ -3,17 +3,22 @@
 import dataclasses
 import json
 import math
+import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from moe import data, weights
 from moe.checkpoint import WeightsError, load_checkpoint, save_checkpoint
 from moe.config import model_config
+from moe.energy import ASSUMED
 from moe.evaluate import evaluate_language, evaluate_vision
+from moe.losses import chosen_energy, load_balance_loss, router_z_loss
 from moe.model import MoEModel, initialise
-from moe.train import Recipe, TrainingDiverged, mirror, pick_device, train
+from moe.recipes import RECIPES, Recipe
+from moe.train import Arguments, TrainingDiverged, main, mirror, pick_device, train
 from moe.weights import load_model, training_record, weights_path
 
 CPU = torch.device("cpu")
@@ -36,6 +41,15 @@ def stripes(monkeypatch):
     images[labels == 0, :14] += 120
     images[labels == 1, 14:] += 120
     monkeypatch.setattr(data, "load_vision", lambda split, full=None: (images, labels))
+    monkeypatch.setattr(data, "data_digest", lambda task, full=None: "0" * 64)
+
+
+@pytest.fixture
+def clothes(monkeypatch):
+    """Part of the shipped images, whatever else is installed."""
+    splits = {"train": data.load_vision("train", False), "test": data.load_vision("test", False)}
+    splits["test"] = tuple(tensor[:600] for tensor in splits["test"])
+    monkeypatch.setattr(data, "load_vision", lambda split, full=None: splits[split])
     monkeypatch.setattr(data, "data_digest", lambda task, full=None: "0" * 64)
 
 
@@ -91,6 +105,121 @@ def test_a_loss_that_is_no_number_stops_the_training(stripes):
         train(SMALL, dataclasses.replace(RECIPE, z_coefficient=math.nan), CPU)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"energy_lambda": 0.5, "z_coefficient": math.nan}, {"energy_budget": 0.9, "learning_rate": 1e30}],
+)
+def test_energy_hides_no_divergence(stripes, change):
+    with pytest.raises(TrainingDiverged, match="the loss is nan"):
+        train(SMALL, dataclasses.replace(RECIPE, **change), CPU)
+
+
+def test_without_energy_the_training_is_the_plain_one_bit_for_bit(stripes):
+    recipe = dataclasses.replace(RECIPE, steps=4)
+    model, record = train(SMALL, recipe, CPU, seed=3)
+    off = dataclasses.replace(recipe, energy_lambda=0.0, balance_rate=9.0)
+    again, _ = train(SMALL, off, CPU, 3, torch.arange(4.0))
+    plain = _plain_training(recipe, seed=3)
+    for other in (again, plain):
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+        )
+    assert record.energy is None
+
+
+def _plain_training(recipe, seed):
+    """Answers, balance and small logits, as the shipped models were trained."""
+    model = initialise(MoEModel(SMALL), torch.Generator().manual_seed(seed)).train()
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+    top_ks, generator = random.Random(seed), torch.Generator().manual_seed(seed + 1)
+    images, labels = data.load_vision("train")
+    order = torch.randperm(len(images), generator=generator)
+    for step in range(recipe.steps):
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = (
+            recipe.learning_rate * (step + 1) / recipe.warmup_steps
+        )
+        chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+        output = model(mirror(images[chosen], generator), top_ks.choices(SMALL.top_k_choices, k=1))
+        (routing,) = output.routing
+        loss = F.cross_entropy(output.logits, labels[chosen]) + 0.01 * load_balance_loss(routing)
+        loss = loss + 1e-3 * router_z_loss(routing)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return model
+
+
+def _chosen_energy(model, top_k):
+    images, _ = data.load_vision("test")
+    return chosen_energy(model(images, top_k).tokens_per_expert, model.expert_cost).mean().item()
+
+
+@pytest.mark.parametrize("balance_bias", [False, True], ids=["loss", "bias"])
+def test_a_price_on_energy_moves_tokens_to_cheap_experts_and_a_budget_is_held(clothes, balance_bias):
+    config = dataclasses.replace(SMALL, balance_bias=balance_bias)
+    recipe = dataclasses.replace(RECIPE, steps=120)
+    cheap, record = train(config, dataclasses.replace(recipe, energy_lambda=1.0), CPU)
+    assert _chosen_energy(cheap, 1) < 0.75  # the cheapest possible is 0.667
+    assert _chosen_energy(cheap, 2) < 0.92
+    assert _chosen_energy(cheap, 4) == pytest.approx(1)
+    assert record.quality["2"]["accuracy"] > 0.5
+    assert record.energy is not None
+    assert record.energy["cost_source"] == ASSUMED
+    held, record = train(config, dataclasses.replace(recipe, energy_budget=0.9), CPU)
+    assert _chosen_energy(held, config.top_k) == pytest.approx(0.9, rel=0.05)
+    assert record.energy is not None
+    assert record.energy["lambda"] > 0
+
+
+def test_a_balance_bias_takes_the_place_of_the_balance_loss(stripes):
+    no_loss = dataclasses.replace(RECIPE, balance_coefficient=math.nan)
+    model, _ = train(dataclasses.replace(SMALL, balance_bias=True), no_loss, CPU, seed=1)
+    bias = model.blocks[0].moe.router.balance_bias
+    assert bias.abs().max() > 0.01
+    assert bias.sum().item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_command_saves_a_variant_under_its_own_name_and_reports_it(
+    stripes, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setitem(RECIPES, ("vision", "tiny"), dataclasses.replace(RECIPE, steps=2))
+    arguments = Arguments(
+        task="vision", device="cpu", out=tmp_path, even=True, zero_computation=("zero", "constant"),
+        fixed_k=2, balance="bias", energy_budget=0.9, report=True,
+    )  # fmt: skip
+    main(arguments)
+    path = tmp_path / "vision-tiny-zero-constant-even-k2-bias-budget0.9.safetensors"
+    model, record = load_checkpoint(path)
+    assert model.config.expert_widths == (128,) * 8 + (0, 0)
+    assert model.config.top_k_choices == (2,)
+    assert record.config == model.config.to_dict()
+    report = json.loads(path.with_suffix(".report.json").read_text())
+    assert list(report["top_k"]) == [str(k) for k in range(1, 9)]
+    assert [row["trained"] for row in report["top_k"].values()] == [k == 2 for k in range(1, 9)]
+    for row in report["top_k"].values():
+        share = row["share"]
+        assert sum(share.values()) == pytest.approx(1)
+        assert row["chosen_energy"] == pytest.approx(share["width 128"] * 10 / 8, rel=1e-4)
+    assert report["top_k"]["2"]["accuracy"] == record.quality["2"]["accuracy"]
+    assert "share of constant" in capsys.readouterr().out
+
+
+def test_the_command_leaves_the_shipped_weights_alone():
+    with pytest.raises(ValueError, match="holds the shipped weights"):
+        Arguments(task="vision", out=weights.SHIPPED_FOLDER).path()
+    assert Arguments(task="vision").path().name == "vision-tiny.safetensors"
+    assert Arguments(task="vision", energy_lambda=0.5).path().name == "vision-tiny-lambda0.5.safetensors"
+    assert Arguments(task="vision").recipe() == RECIPES["vision", "tiny"]
+    assert Arguments(task="vision").config() == model_config("vision", "tiny")
+
+
 def test_mirroring_flips_some_images_and_harms_none():
     images = torch.arange(64 * 28 * 28).remainder(251).to(torch.uint8).view(64, 28, 28)
     result = mirror(images, torch.Generator().manual_seed(0))
@@ -112,6 +241,7 @@ def test_a_checkpoint_comes_back_as_it_was(saved):
     model, path = saved
     loaded, record = load_checkpoint(path, SMALL)
     assert record == _record()
+    assert load_checkpoint(path)[0].config == SMALL
     images = torch.randint(256, (3, 28, 28), dtype=torch.uint8)
     assert torch.equal(loaded.eval()(images).logits, model.eval()(images).logits)
     assert torch.equal(loaded.expert_cost, model.expert_cost)
@@ -157,6 +287,7 @@ DAMAGE = {
     "torn json": (lambda path: path.with_suffix(".json").write_text('{"seed": '), "not JSON"),
     "unknown json field": (lambda path: _edit_json(path, colour="red"), "exactly the fields"),
     "other config": (lambda path: _edit_json(path, config={**SMALL.to_dict(), "n_layers": 2}), "n_layers"),
+    "no config": (lambda path: _edit_json(path, config={"task": "vision"}), "d_model"),
     "missing tensor": (
         lambda path: _rewrite(path, lambda t: t.pop("head.weight")),
         "lacks tensor 'head.weight'",

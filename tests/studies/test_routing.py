@@ -17,10 +17,14 @@ from scipy import stats
 
 from moe import data
 from moe.config import model_config
+from moe.evaluate import evaluate_language
+from moe.model import MoEModel, initialise
 from moe.recipes import Recipe
+from moe.statistics import BYTE_CLASSES
 from studies import routing
 from studies.routing import Arguments, load_repeats
 from studies.routing_config import StudyError, load_study
+from studies.routing_measure import load_inputs, score_cell
 from studies.routing_results import Key, cells_table, claims, interval, pareto_front, summarize
 
 SETTINGS: dict[str, Any] = {
@@ -41,7 +45,7 @@ SETTINGS: dict[str, Any] = {
             "batch_size": {"vision": 16, "language": 4},
             "window_s": 0.01,
             "rounds": 1,
-            "test_samples": 50,
+            "test_samples": {"vision": 50, "language": 50},
         },
     },
 }
@@ -124,6 +128,26 @@ def test_the_bias_moves_tokens_to_experts_that_cost_less(repeat):
                 if cell["expert_count"] == k
             }
             assert load[1.0] @ cost < load[0.0] @ cost
+
+
+def test_language_is_scored_on_prose_and_on_code_and_counted_by_byte(settings_file):
+    study, config = load_study(str(settings_file)), model_config("language", "tiny")
+    inputs = load_inputs(study, "language", "tiny", torch.device("cpu"))
+    model = initialise(MoEModel(config), torch.Generator().manual_seed(0)).requires_grad_(False).eval()
+    scored = score_cell(model, inputs, 2, 1.0, study)
+    length = 50 * config.context_length  # of the 50 windows that the settings ask for
+    domains: tuple[tuple[str, str, data.Domain], ...] = (
+        ("", "clean", "prose"),
+        ("shifted_", "shifted", "code"),
+    )
+    for prefix, kind, domain in domains:
+        text = data.load_language(domain, "test")[: length + 1]
+        accuracy, bits = evaluate_language(model, text, 2, 1.0, batch_size=7)
+        assert scored[f"{prefix}accuracy"] == pytest.approx(accuracy)
+        assert scored[f"{prefix}bits_per_byte"] == pytest.approx(bits)
+        digits = sum(48 <= byte < 58 for byte in text[:length].tolist())
+        digit_row = BYTE_CLASSES.index("digit")
+        assert (np.sum(scored["counts"][kind], axis=2)[:, digit_row] == 2 * digits).all()
 
 
 def test_variants_have_as_many_parameters(repeat):
