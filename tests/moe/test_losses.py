@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -247,7 +248,7 @@ def test_a_budget_that_is_kept_anyway_weighs_nothing():
     assert held.multiplier.item() == 0
 
 
-def profile(**changes):
+def profile(**changes) -> Any:
     model = {"config": {**CONFIG.to_dict(), **changes.pop("config", {})}}
     cost = {"expert_energy_j": None, "expert_latency_s": None, **changes}
     return SimpleNamespace(model=model, device="a card", **cost)
