@@ -153,13 +153,14 @@ def load_runner(
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
     except SafetensorError as error:
         raise HfModelError(
             f"{path}: the weights cannot be read ({error}); get the checkpoint again"
         ) from error
-    if found["missing_keys"] or found["mismatched_keys"]:  # transformers would make them up
-        lacking = sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]}))
+    lacking = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
+    if lacking:  # transformers makes them up
         raise HfModelError(
             f"{path}: {len(lacking)} tensors are missing or of another shape, the first is {lacking[0]}; get "
             "the checkpoint again"

@@ -153,6 +153,20 @@ def test_weights_that_do_not_sum_to_one_shrink_with_the_count(family, shrinks):
     assert torch.all(sums[1] < sums[0]) if shrinks else torch.allclose(sums[1], sums[0])
 
 
+@every_family
+def test_gates_learn_through_the_weights_of_the_chosen_as_in_a_model_built_for_the_count(family):
+    grads = []
+    for model in (build(family), build(family, 2)):
+        model.requires_grad_(True)
+        with attach(model) as knobs:
+            knobs.expert_count = 2
+            logits_of(model).square().mean().backward()
+        grads.append([gate.weight.grad for gate in gates_of(model)])
+    for steered, reference in zip(*grads, strict=True):
+        assert torch.any(reference != 0)
+        torch.testing.assert_close(steered, reference)
+
+
 @pytest.mark.gpu
 @every_family
 def test_steering_and_counting_never_wait_for_the_device(family):

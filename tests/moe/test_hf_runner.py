@@ -13,10 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moe import expert_cost
 from moe import profile as profile_command
 from moe.data import load_language
 from moe.hf_families import HfModelError
-from moe.hf_runner import SIZE, HfRunner, TokenPool, check_checkpoint, checkpoint_identity, load_runner
+from moe.hf_runner import (
+    SIZE,
+    HfRunner,
+    TokenPool,
+    check_checkpoint,
+    checkpoint_identity,
+    load_runner,
+    measure_alike_experts,
+)
 from moe.live import KnobRefusedError, LiveWorkload
 from moe.profiles import ProfileError, load_profile
 from moe.traffic import TrafficConfig
@@ -161,6 +170,7 @@ def test_the_command_measures_a_checkpoint(folder, tmp_path, capsys):
     assert measured.expert_count.tolist() == [1, 2, 4] and measured.own_k == 2
     assert measured.routing_bias.tolist() == measured.cost_bias.tolist() == [0.0]
     assert measured.expert_share.shape == (3, 1, 2, E) and measured.energy_j is None
+    assert measured.expert_cost.tolist() == [1.0] * E
     assert measured.model == checkpoint_identity(folder)
     assert measured.provenance["checkpoint"] == str(folder)
     check_checkpoint(measured, folder)
@@ -171,6 +181,23 @@ def test_the_command_measures_a_checkpoint(folder, tmp_path, capsys):
     with torch.no_grad():
         right = own.answer(inputs, 4, 0.0).predictions == targets
     assert measured.accuracy[1, 0, 2, 0] == pytest.approx(right.double().mean().item())
+
+
+def test_the_cost_of_an_expert_is_that_of_tokens_spread_evenly(runner, monkeypatch):
+    monkeypatch.setitem(expert_cost.WINDOW_S, "cpu", 0.01)
+    monkeypatch.setitem(expert_cost.WARM_S, "cpu", 0.0)
+    seen: list[torch.Tensor] = []
+    hooks = [
+        layer.mlp.experts.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+        for layer in runner.model.model.layers
+    ]
+    cost = measure_alike_experts(runner, None, 0)
+    for hook in hooks:
+        hook.remove()
+    assert cost.relative().tolist() == [1.0] * E and np.all(cost.latency_s > 0) and cost.energy_j is None
+    n_tokens = expert_cost.TOKENS["cpu"]
+    for experts in seen[2:]:  # the first are the model's own pass
+        assert torch.bincount(experts.flatten(), minlength=E).tolist() == [n_tokens // E] * E
 
 
 @pytest.mark.parametrize(
@@ -246,6 +273,9 @@ def test_damaged_and_incomplete_weights_are_refused(copy):
     lost = "model.layers.1.mlp.gate.weight"
     save_file({k: v for k, v in tensors.items() if k != lost}, path, metadata={"format": "pt"})
     with pytest.raises(HfModelError, match=rf"1 tensors are missing .* the first is {lost}"):
+        load_runner(copy, SHIFTS, "cpu")
+    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"][1:].clone()}, path, {"format": "pt"})
+    with pytest.raises(HfModelError, match=r"missing or of another shape, the first is lm_head\.weight"):
         load_runner(copy, SHIFTS, "cpu")
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(HfModelError, match="the weights cannot be read"):
