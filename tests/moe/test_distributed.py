@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -198,6 +198,13 @@ def answer_on_both(rank: int) -> dict[str, Any]:
         distribute(model, Placement((0,) * 8, 3))
     with pytest.raises(PlacementError, match="8 experts and device_of_expert places 4"):
         distribute(model, Placement((0, 1, 0, 1), 2))
+    layer = cast(Any, model.blocks)[rank].moe.experts
+    if rank == 0:
+        layer.agree(None)
+    else:
+        routing = Routing(torch.zeros(1, 8), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64))
+        with pytest.raises(OutOfStepError, match=r"in layer 1, rank 0 in layer 0; .* call follow\(\)"):
+            layer(torch.zeros(1, 64), routing)
     return found
 
 
@@ -243,16 +250,7 @@ def lead_and_follow(rank: int) -> Any:
     return answers
 
 
-def test_a_leader_s_answers_are_those_of_one_device(tmp_path: Path) -> None:
-    answers, computed = on_ranks(lead_and_follow, tmp_path)
-    model = load_model("language", "tiny", "cpu")
-    for logits, (n, top_k) in zip(answers, CALLS, strict=True):
-        want = model(texts(n), top_k).logits
-        close(logits, want, atol=1e-4)
-    assert computed == len(CALLS) * model.config.n_layers
-
-
-class LeaderFailed(Exception):
+class LeaderFailedError(Exception):
     pass
 
 
@@ -262,37 +260,38 @@ def fail_between_layers(rank: int) -> str | int:
         return follow(model)
 
     def fail(_: Any, arguments: Any) -> None:
-        raise LeaderFailed
+        raise LeaderFailedError
 
     model.blocks[1].attention.register_forward_pre_hook(fail)
     try:
         with leading(model), torch.no_grad():
             model(images(2))
-    except LeaderFailed:
+    except LeaderFailedError:
         return "failed"
     return "answered"
 
 
-def test_an_error_of_the_leader_ends_the_follower(tmp_path: Path) -> None:
+def lead(rank: int) -> tuple[Any, str | int]:
+    return lead_and_follow(rank), fail_between_layers(rank)
+
+
+@pytest.fixture(scope="module")
+def led(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return on_ranks(lead, tmp_path_factory.mktemp("led"))
+
+
+def test_a_leader_s_answers_are_those_of_one_device(led: list[Any]) -> None:
+    (answers, _), (computed, _) = led
+    model = load_model("language", "tiny", "cpu")
+    for logits, (n, top_k) in zip(answers, CALLS, strict=True):
+        close(logits, model(texts(n), top_k).logits, atol=1e-4)
+    assert computed == len(CALLS) * model.config.n_layers
+
+
+def test_an_error_of_the_leader_ends_the_follower(led: list[Any]) -> None:
     """In the midst of a forward pass, with layer 0 computed and layer 1 awaited."""
-    assert on_ranks(fail_between_layers, tmp_path) == ["failed", 1]
-
-
-def disagree(rank: int) -> str:
-    model: Any = distribute(load_model("vision", "tiny", "cpu"), PLACEMENT)
-    experts = model.blocks[rank].moe.experts
-    choice = torch.zeros(1, 1, dtype=torch.int64)
-    routing = Routing(torch.zeros(1, 8), torch.ones(1, 1), choice)
-    if rank == 0:
-        experts.agree(None)
-        return ""
-    with pytest.raises(OutOfStepError, match="this rank is in layer 1, rank 0 in layer 0") as error:
-        experts(torch.zeros(1, 64), routing)
-    return str(error.value)
-
-
-def test_ranks_out_of_step_are_told(tmp_path: Path) -> None:
-    assert "call follow()" in on_ranks(disagree, tmp_path)[1]
+    (_, leader), (_, computed) = led
+    assert (leader, computed) == ("failed", 1)
 
 
 def test_a_model_that_is_not_distributed_is_refused() -> None:
