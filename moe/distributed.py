@@ -104,6 +104,7 @@ class DistributedExperts(nn.Module):
         self.n_of_rank = [len(own) for own in held]
         self.layer, self.link = layer, link
         self.local = _local_experts(experts, held[rank]) if held[rank] else None
+        self.free = experts.free
         # Follows requires_grad_() as weights do, also where a rank has none: else it would miss the backward.
         self.anchor = nn.Parameter(torch.empty(0, device=device), slices[0].gate_up.requires_grad)
         # Place of each expert among the wide ones by rank; the others, and a null choice (id E), come last.
@@ -137,15 +138,15 @@ class DistributedExperts(nn.Module):
                 "a leader's followers take no part in a backward pass; call the model under torch.no_grad(), "
                 "or call it on every rank"
             )
-        counts = torch.diff(dispatch.expert_ends, prepend=dispatch.expert_ends.new_zeros(1))[: self.n_wide]
-        plan = self.agree(counts)
+        plan = self.agree(dispatch.tokens_per_expert[: self.n_wide])
         if plan.layer != self.layer:
             raise OutOfStepError(
                 f"this rank is in layer {self.layer}, rank 0 in layer {plan.layer}; call the model equally "
                 "often on every rank, or call follow() on all but rank 0"
             )
         outputs = self.compute(rows, plan)  # [R + 1, D]
-        return combine_rows(outputs, weights, dispatch, self.n_wide)[:n_tokens]
+        mixed = combine_rows([outputs], [self.n_wide], weights, dispatch)[:n_tokens]
+        return sum(self.free(x[:n_tokens], routing), mixed)
 
     def agree(self, counts: Tensor | None, stop: bool = False) -> _Plan:
         """Tell every rank how many rows it will get, and learn how many come here. Waits for the device.
@@ -183,8 +184,11 @@ class DistributedExperts(nn.Module):
         # The spare row is 0 and computed by the first expert: no shape is empty, and it adds to no gradient.
         arrived = self._exchange(rows, plan.sent, plan.received, sum(plan.received) + 1)
         if self.local is not None:
-            ones = torch.ones(len(arrived), 1, device=rows.device)
-            arrived = self.local(arrived, Routing(ones[:, :0], ones, plan.local_experts[:, None]))
+            weights, logits = (
+                rows.new_ones(len(arrived), 1),
+                rows.new_empty(len(arrived), self.local.n_experts),
+            )
+            arrived = self.local(arrived, Routing(logits, weights.float(), plan.local_experts[:, None]))
         outputs = self._exchange(arrived, plan.received, plan.sent, len(rows))
         self.link.exchanging = False
         return outputs

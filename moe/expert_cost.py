@@ -28,6 +28,8 @@ REPEATS = 5
 WINDOW_S = {"cpu": 0.1, "cuda": 0.4}
 """Time under load per group and repeat: on CUDA four ticks of the energy counter."""
 WARM_S = {"cpu": 0.02, "cuda": 0.1}
+LEAST_UNITS = 3
+"""Units of work in a window at least, however long they take."""
 TOKENS = {"cpu": 4096, "cuda": 65536}
 
 
@@ -151,25 +153,27 @@ def _window(
     unit: Callable[[], object], device: torch.device, meter: EnergyCounter | None
 ) -> tuple[float, float]:
     """Time of a unit of work under load, and the mean power, NaN without a meter."""
-    done = 0
+    done_at: list[float] = []
 
     def step() -> None:
-        nonlocal done
         unit()
-        if device.type == "cuda":  # one unit is milliseconds: the gap is small and the count exact
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
-        done += 1
+        done_at.append(time.perf_counter())
 
     warm_until = time.perf_counter() + WARM_S[device.type]
     while time.perf_counter() < warm_until:
         step()
     if meter is None:
-        done, start_s = 0, time.perf_counter()
-        while done == 0 or time.perf_counter() < start_s + WINDOW_S[device.type]:
+        start_s, end_s = time.perf_counter(), time.perf_counter() + WINDOW_S[device.type]
+        while len(done_at) < LEAST_UNITS or time.perf_counter() < end_s:
             step()
-        return (time.perf_counter() - start_s) / done, np.nan
-    start = meter.next_tick(step)
-    done = 0
-    end = meter.next_tick(step, start.time_s + WINDOW_S[device.type] - 0.05)
-    seconds = end.time_s - start.time_s
-    return seconds / done, (end.energy_j - start.energy_j) / seconds
+        power_w = np.nan
+        inside = [t for t in done_at if t >= start_s]
+    else:
+        start, end = meter.window(step, WINDOW_S[device.type])
+        power_w = (end.energy_j - start.energy_j) / (end.time_s - start.time_s)
+        inside = [t for t in done_at if start.time_s <= t <= end.time_s]
+    if len(inside) < LEAST_UNITS:
+        inside = done_at[-LEAST_UNITS:]
+    return (inside[-1] - inside[0]) / (len(inside) - 1), power_w

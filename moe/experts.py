@@ -78,11 +78,7 @@ class Experts(nn.Module):
             ExpertSlice(d_model, sum(width >= high for width in expert_widths), high - low)
             for low, high in itertools.pairwise(levels)
         )
-        kind_of_expert = dict(enumerate(zero_computation, start=self.n_experts - len(zero_computation)))
-        self.copies = [e for e, kind in kind_of_expert.items() if kind == "copy"]
-        self.constants = nn.ModuleDict(
-            {str(e): ConstantExpert(d_model) for e, kind in kind_of_expert.items() if kind == "constant"}
-        )
+        self.free = FreeExperts(d_model, self.n_experts - len(zero_computation), zero_computation)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return the mixed outputs of the chosen experts (SwiGLU: arXiv 2002.05202, eq. 6), [T, D]."""
@@ -92,10 +88,28 @@ class Experts(nn.Module):
         parts = [expert_slice(rows, dispatch) for expert_slice in slices]  # [R + 1, D]
         prefixes = [expert_slice.n_experts for expert_slice in slices]
         mixed = combine_rows(parts, prefixes, routing.weights, dispatch)
-        return sum(self.zero_computation(x, routing), mixed)
+        return sum(self.free(x, routing), mixed)
 
-    def zero_computation(self, x: Tensor, routing: Routing) -> list[Tensor]:
-        """Return the parts of the copy and constant experts, [T, D] each; they need no rows."""
+
+class FreeExperts(nn.Module):
+    """The experts of width 0. They need no rows: their part is a factor per token.
+
+    Args:
+        d_model: Width D of the tokens.
+        first: Number of the first of them.
+        kinds: What each answers, as in ``ModelConfig.zero_computation``.
+    """
+
+    def __init__(self, d_model: int, first: int, kinds: tuple[ZeroComputation, ...]) -> None:
+        super().__init__()
+        kind_of_expert = dict(enumerate(kinds, start=first))
+        self.copies = [e for e, kind in kind_of_expert.items() if kind == "copy"]
+        self.constants = nn.ModuleDict(
+            {str(e): ConstantExpert(d_model) for e, kind in kind_of_expert.items() if kind == "constant"}
+        )
+
+    def forward(self, x: Tensor, routing: Routing) -> list[Tensor]:
+        """Return the part of each copy and constant expert, [T, D]; zero experts have none."""
         parts = [_weight_of(routing, expert, x.dtype) * x for expert in self.copies]
         parts += [
             _weight_of(routing, int(e), x.dtype) * constant(x) for e, constant in self.constants.items()

@@ -87,10 +87,11 @@ def main(arguments: Arguments) -> Path:
     model.expert_cost.copy_(torch.from_numpy(cost))
     margin_c = margins_c(arguments.calm_s, arguments.rise_s, arguments.interval_s)
     signal = np.array([thermal_signal(margin) for margin in margin_c])  # [T]
-    capacity_rps = capacity(Runner(model, samples, device), arguments.batch_size, arguments.expert_count)
+    runner = Runner(model, samples, device)
+    capacity_rps = capacity(runner, arguments.batch_size, arguments.expert_count)
     traffic = TrafficConfig(kind="poisson", low_load=LOAD, high_load=LOAD)
     seconds = len(signal) * arguments.interval_s
-    service = LiveWorkload(model, samples, traffic, capacity_rps, seconds + 1.0, _Terms(), device)
+    service = LiveWorkload(runner, traffic, capacity_rps, seconds + 1.0, _Terms())
     service.warm_up([arguments.batch_size], [arguments.expert_count], ttt=0)
     tokens = play(service, signal, arguments)  # [T, L, E]
     origin = {

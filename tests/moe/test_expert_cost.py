@@ -54,7 +54,7 @@ def test_a_unit_of_work_is_every_token_of_every_layer_in_one_group(model, monkey
 
 
 class Device:
-    """A device whose passes take a time and an energy known from the group; its counter ticks every 0.1 s."""
+    """A device whose passes take a time and an energy known from the group."""
 
     def __init__(self) -> None:
         self.now, self.energy_j, self.idle_w = 0.0, 0.0, 50.0
@@ -63,11 +63,12 @@ class Device:
         self.now += seconds
         self.energy_j += joules + self.idle_w * seconds
 
-    def next_tick(self, between: Any, not_before_s: float = 0.0) -> Tick:
+    def window(self, between: Any, seconds: float) -> tuple[Tick, Tick]:
         between()
-        while self.now < not_before_s:
+        start = Tick(self.energy_j, self.now)
+        while self.now < start.time_s + seconds:
             between()
-        return Tick(self.energy_j, self.now)
+        return start, Tick(self.energy_j, self.now)
 
 
 def test_costs_are_those_of_the_device_per_token_and_layer_above_idle(model, monkeypatch):

@@ -47,7 +47,7 @@ def loop_reference(experts: Experts, x: Tensor, routing: Routing, kinds: tuple[s
                 if kind == "copy":
                     total = total + weight * x[token]
                 elif kind == "constant":
-                    mixed: Any = experts.constants[str(expert)]
+                    mixed: Any = experts.free.constants[str(expert)]
                     shares = torch.exp(mixed.shares @ x[token])
                     shares = shares / shares.sum()
                     total = total + weight * (shares[0] * x[token] + shares[1] * mixed.vector)

@@ -205,6 +205,7 @@ class FakeMeter:
         loaded = isinstance(getattr(between, "__self__", None), profile_cost.Load)
         self.loads += loaded
         start = time.perf_counter()
+        between()
         while (now := time.perf_counter()) < start + min(seconds, 0.02):
             between()
         return meter.Tick(0.0, start), meter.Tick((300.0 if loaded else 70.0) * (now - start), now)
