@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
-from moe.kernels import mix_rows
+from moe.kernels import copy_rows, mix_rows
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def make_dispatch(experts: Tensor, n_experts: int) -> Dispatch:
     )
 
 
-def gather_rows(x: Tensor, dispatch: Dispatch) -> Tensor:
-    """Copy each token, [T, D], to the rows of its experts, [R + 1, D]."""
-    return _GatherRows.apply(x, dispatch)  # pyright: ignore[reportReturnType]
+def gather_rows(x: Tensor, dispatch: Dispatch, n_experts: int) -> Tensor:
+    """Copy each token, [T, D], to its rows of the first ``n_experts``, [R + 1, D]; the others are garbage."""
+    return _GatherRows.apply(x, dispatch, dispatch.expert_ends[n_experts - 1])  # pyright: ignore[reportReturnType]
 
 
 def rows_of_experts(rows: Tensor, dispatch: Dispatch, n_experts: int) -> Tensor:
@@ -99,15 +99,16 @@ def combine_rows(
 
 class _GatherRows(Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, dispatch: Dispatch) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, dispatch: Dispatch, end: Tensor) -> Tensor:
+        ctx.save_for_backward(end)
         ctx.dispatch = dispatch  # pyright: ignore[reportAttributeAccessIssue]
-        return x.index_select(0, dispatch.token_of_row)
+        return copy_rows(x, dispatch.token_of_row, end)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
         dispatch: Dispatch = ctx.dispatch  # pyright: ignore[reportAttributeAccessIssue]
         ones = torch.ones_like(dispatch.row_of_pair, dtype=torch.float32)
-        return mix_rows(grads, [dispatch.expert_ends[-1]], dispatch.row_of_pair, ones), None
+        return mix_rows(grads, list(ctx.saved_tensors), dispatch.row_of_pair, ones), None, None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _RowsOfExperts(Function):

@@ -131,7 +131,7 @@ class DistributedExperts(nn.Module):
             x, weights = F.pad(x, (0, 0, 0, 1)), F.pad(weights, (0, 0, 0, 1))
             position = torch.full((1, top_k), self.n_wide, device=x.device)
         dispatch = make_dispatch(position, self.n_wide + 1)
-        rows = gather_rows(x, dispatch)  # [R + 1, D]
+        rows = gather_rows(x, dispatch, self.n_wide)  # [R + 1, D]
         learns = torch.is_grad_enabled() and (rows.requires_grad or self.anchor.requires_grad)
         if self.link.leading and learns:
             raise OutOfStepError(
@@ -146,7 +146,7 @@ class DistributedExperts(nn.Module):
             )
         outputs = self.compute(rows, plan)  # [R + 1, D]
         mixed = combine_rows([outputs], [self.n_wide], weights, dispatch)[:n_tokens]
-        return sum(self.free(x[:n_tokens], routing), mixed)
+        return self.free(mixed, x[:n_tokens], routing)
 
     def agree(self, counts: Tensor | None, stop: bool = False) -> _Plan:
         """Tell every rank how many rows it will get, and learn how many come here. Waits for the device.

@@ -83,12 +83,12 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Return the mixed outputs of the chosen experts (SwiGLU: arXiv 2002.05202, eq. 6), [T, D]."""
         dispatch = routing.dispatch
-        rows = gather_rows(x, dispatch)  # [R + 1, D]
         slices = cast(list[ExpertSlice], list(self.slices))
+        rows = gather_rows(x, dispatch, slices[0].n_experts)  # [R + 1, D]
         parts = [expert_slice(rows, dispatch) for expert_slice in slices]  # [R + 1, D]
         prefixes = [expert_slice.n_experts for expert_slice in slices]
         mixed = combine_rows(parts, prefixes, routing.weights, dispatch)
-        return sum(self.free(x, routing), mixed)
+        return self.free(mixed, x, routing)
 
 
 class FreeExperts(nn.Module):
@@ -108,13 +108,18 @@ class FreeExperts(nn.Module):
             {str(e): ConstantExpert(d_model) for e, kind in kind_of_expert.items() if kind == "constant"}
         )
 
-    def forward(self, x: Tensor, routing: Routing) -> list[Tensor]:
-        """Return the part of each copy and constant expert, [T, D]; zero experts have none."""
-        parts = [_weight_of(routing, expert, x.dtype) * x for expert in self.copies]
-        parts += [
-            _weight_of(routing, int(e), x.dtype) * constant(x) for e, constant in self.constants.items()
-        ]
-        return parts
+    def forward(self, mixed: Tensor, x: Tensor, routing: Routing) -> Tensor:
+        """Add the parts of copy and constant experts to what the others mixed, [T, D]; zero adds nothing."""
+        if not self.copies and not self.constants:
+            return mixed
+        share_of_x = _weight_of(routing, self.copies)  # [T, 1]
+        for expert, module in self.constants.items():
+            constant = cast(ConstantExpert, module)
+            of_input, of_vector = constant.shares_of(x)
+            weight = _weight_of(routing, [int(expert)])  # [T, 1]
+            share_of_x = share_of_x + weight * of_input
+            mixed = torch.addcmul(mixed, (weight * of_vector).to(x.dtype), constant.vector.to(x.dtype))
+        return torch.addcmul(mixed, share_of_x.to(x.dtype), x)
 
 
 class ConstantExpert(nn.Module):
@@ -125,13 +130,15 @@ class ConstantExpert(nn.Module):
         self.vector = nn.Parameter(torch.empty(d_model))  # [D]
         self.shares = nn.Parameter(torch.empty(2, d_model))  # [2, D]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix each of the tokens, [T, D]."""
-        of_input, of_vector = F.linear(x, self.shares.to(x.dtype)).softmax(dim=-1).split(1, dim=-1)  # [T, 1]
-        return of_input * x + of_vector * self.vector.to(x.dtype)
+    def shares_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the shares of the input and of the vector, which sum to 1, float32, [T, 1] each."""
+        of_input, of_vector = F.linear(x, self.shares.to(x.dtype)).float().softmax(dim=-1).split(1, dim=-1)
+        return of_input, of_vector
 
 
-def _weight_of(routing: Routing, expert: int, dtype: torch.dtype) -> Tensor:
-    """Weight of one expert in each token's mix, 0 where it was not chosen, [T, 1]."""
-    chosen = routing.experts == expert  # [T, K]
-    return torch.where(chosen, routing.weights, 0).sum(dim=-1, keepdim=True).to(dtype)
+def _weight_of(routing: Routing, experts: list[int]) -> Tensor:
+    """Weight of some experts together in each token's mix, [T, 1]."""
+    chosen = sum(
+        (routing.experts == expert for expert in experts), torch.zeros_like(routing.experts)
+    )  # [T, K]
+    return (routing.weights * chosen).sum(dim=-1, keepdim=True)

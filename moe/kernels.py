@@ -12,6 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def copy_rows(x: Tensor, source: Tensor, end: Tensor) -> Tensor:
+    """Return the rows ``source`` of ``x``, up to ``end``; those behind are uninitialised.
+
+    Args:
+        x: Values.  # [T, D]
+        source: Row of ``x`` for each row of the result.  # [R]
+        end: 0-dim row count.
+    """
+    if x.is_cuda:
+        from moe import triton_kernels
+
+        return triton_kernels.copy_rows(x, source, end)
+    return x.index_select(0, source)
+
+
 def mix_rows(parts: Sequence[Tensor], ends: Sequence[Tensor], row_of_pair: Tensor, weights: Tensor) -> Tensor:
     """Sum each token's rows of all parts by weight, in a fixed order, reading none from a part's end on.
 

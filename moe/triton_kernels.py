@@ -21,6 +21,15 @@ BLOCK = 1024  # elements per program
 
 
 @triton.jit
+def _copy_rows(x, source, copied, end, D: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    if row < tl.load(end):
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        values = tl.load(x + tl.load(source + row) * D + columns, mask=columns < D, other=0.0)
+        tl.store(copied + row * D + columns, values, mask=columns < D)
+
+
+@triton.jit
 def _mix_rows(
     parts, ends, row_of_pair, weights, mixed,
     D: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -61,6 +70,16 @@ def _swiglu_backward(grad_hidden, gate_up, grad_gate_up, end, F: tl.constexpr, B
     grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
     tl.store(grad_gate_up + row * 2 * F + column, grad_gate, mask=used)
     tl.store(grad_gate_up + row * 2 * F + F + column, grad * gate * sigmoid, mask=used)
+
+
+def copy_rows(x: Tensor, source: Tensor, end: Tensor) -> Tensor:
+    """See ``kernels.copy_rows``."""
+    width = x.shape[1]
+    copied = x.new_empty(len(source), width)  # [R, D]
+    _copy_rows[(len(source), triton.cdiv(width, BLOCK))](
+        x.contiguous(), source, copied, end, D=width, BLOCK=BLOCK
+    )
+    return copied
 
 
 def mix_rows(parts: Sequence[Tensor], ends: Sequence[Tensor], row_of_pair: Tensor, weights: Tensor) -> Tensor:
