@@ -102,7 +102,9 @@ class Attention(nn.Module):
         """Mix the tokens of each sample of [B, S, D]."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, S, head_dim]
         q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=True)
+        # For no samples, a rank's share of a small batch, CUDA's attention returns nothing at all.
+        attend = F.scaled_dot_product_attention
+        mixed = attend(q, k, v, is_causal=self.causal, enable_gqa=True) if len(x) else q
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 

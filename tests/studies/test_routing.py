@@ -31,7 +31,8 @@ SETTINGS: dict[str, Any] = {
     "variants": {
         "standard": {"experts": "even", "fixed_k": 2},
         "uneven": {"experts": "uneven"},
-        "frugal": {"experts": "zero-computation", "recipe": {"energy_lambda": 0.3}},
+        "free": {"experts": "zero-computation"},
+        "frugal": {"experts": "uneven", "recipe": {"energy_lambda": 0.3}},
     },
     "zero_computation": ["zero"],
     "expert_counts": [1, 2],
@@ -205,13 +206,14 @@ def made_up(seeds: int, metric: str = "energy_j_per_token") -> list[dict[str, An
     """Repeats in which the cheapest good cell of each variant is known."""
     cost = {("standard", 2, 0.0): 1.0, ("standard", 1, 0.0): 0.7, ("uneven", 2, 0.0): 0.9}
     cost |= {
+        ("uneven", 1, 0.0): 0.8,
         ("uneven", 2, 1.0): 0.6,
         ("uneven", 1, 1.0): 0.3,
         ("frugal", 2, 0.0): 0.5,
         ("frugal", 1, 0.0): 0.2,
     }
     accuracy = {("standard", 2, 0.0): 0.90, ("standard", 1, 0.0): 0.70, ("uneven", 2, 0.0): 0.91}
-    accuracy |= {("uneven", 2, 1.0): 0.895, ("uneven", 1, 1.0): 0.85}
+    accuracy |= {("uneven", 2, 1.0): 0.895, ("uneven", 1, 1.0): 0.85, ("uneven", 1, 0.0): 0.84}
     accuracy |= {("frugal", 2, 0.0): 0.90, ("frugal", 1, 0.0): 0.5}
     rng = np.random.default_rng(1)
     repeats = []
@@ -261,7 +263,7 @@ def test_savings_against_a_second_calculation_from_the_raw_numbers(made_with):
     standard, frugal = Key("standard", 2, 0.0), Key("frugal", 2, 0.0)
     check("ours against standard", standard, frugal, True)
     check("ours against the best standard", standard, frugal, True)
-    check("frugal against uneven, at the floor", Key("uneven", 2, 1.0), frugal, None)
+    check("frugal against uneven, at the floor", Key("uneven", 2, 1.0), frugal, True)
     # On the front of uneven: 0.3 and 0.6 have a match in frugal's 0.5, the best has none.
     along = found["frugal against uneven, along the front"]
     assert "(2 of 3 have one)" in along.rule
@@ -270,6 +272,18 @@ def test_savings_against_a_second_calculation_from_the_raw_numbers(made_with):
         for cell in (Key("uneven", 1, 1.0), Key("uneven", 2, 1.0))
     ]
     assert along.saving == pytest.approx(1.0 - math.exp(np.mean(logs)))
+    by_setting = found["frugal against uneven, setting by setting"]
+    logs = [
+        np.log(
+            values(Key("frugal", k, 0.0), "energy_j_per_token")
+            / values(Key("uneven", k, 0.0), "energy_j_per_token")
+        )
+        for k in (1, 2)
+    ]
+    assert by_setting.saving == pytest.approx(1.0 - math.exp(np.mean(logs))) and by_setting.met is None
+    alone = made_with | {"variants": {k: v for k, v in made_with["variants"].items() if k != "uneven"}}
+    with pytest.raises(StudyError, match="'frugal' needs one with the same"):
+        claims(cells_table(repeats), alone, margin=0.01)
 
 
 def test_nothing_good_enough_and_a_single_repeat_are_not_met(made_with):
