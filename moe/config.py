@@ -119,6 +119,11 @@ class ModelConfig:
         return len(self.expert_widths)
 
     @property
+    def expert_kinds(self) -> list[str]:
+        """Each expert's width, or what it answers without one: experts of one name cost the same."""
+        return [f"width {width}" for width in self.expert_widths if width] + list(self.zero_computation)
+
+    @property
     def tokens_per_sample(self) -> int:
         """Tokens of one request: patches of an image, or bytes of a full context."""
         return (IMAGE_SIZE // self.patch_size) ** 2 if self.task == "vision" else self.context_length

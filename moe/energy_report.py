@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe import data
 from moe.evaluate import TEXT_LIMIT, quality_by_top_k
-from moe.losses import chosen_energy, expected_energy, expert_kinds
+from moe.losses import chosen_energy, expected_energy
 from moe.model import MoEModel
 from moe.statistics import load_entropy
 
@@ -78,7 +78,7 @@ def _routing_of(model: MoEModel, device: torch.device, expert_cost: Tensor, top_
         expected += [expected_energy(routing, expert_cost) for routing in output.routing]
     chosen = chosen_energy(counts, expert_cost).mean()
     share_of_expert = (counts.double() / counts.sum(dim=-1, keepdim=True)).mean(dim=0).tolist()
-    kinds = expert_kinds(model.config)
+    kinds = model.config.expert_kinds
     return {
         "expected_energy": torch.stack(expected).mean().item(),
         "chosen_energy": chosen.item(),

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moe.config import ModelConfig
 from moe.meter import EnergyCounter
 from moe.model import MoELayer, MoEModel
 from moe.profile_cost import idle_power_w
@@ -55,15 +54,6 @@ class ExpertCost:
         return cost / cost.max()
 
 
-def expert_groups(config: ModelConfig) -> list[list[int]]:
-    """Experts that are alike: of one width and, without width, of one kind."""
-    kinds = [""] * (config.n_experts - len(config.zero_computation)) + list(config.zero_computation)
-    groups: dict[tuple[int, str], list[int]] = {}
-    for expert, key in enumerate(zip(config.expert_widths, kinds, strict=True)):
-        groups.setdefault(key, []).append(expert)
-    return list(groups.values())
-
-
 @torch.no_grad()
 def measure_expert_cost(
     model: MoEModel, inputs: Tensor, meter: EnergyCounter | None, seed: int = 0
@@ -79,7 +69,8 @@ def measure_expert_cost(
     """
     device = inputs.device
     layers = _layers_with_tokens(model, inputs, TOKENS[device.type])
-    groups = expert_groups(model.config)
+    kinds = model.config.expert_kinds
+    groups = [[e for e, kind in enumerate(kinds) if kind == name] for name in dict.fromkeys(kinds)]
     units = [_unit(layers, group, model.config.n_experts) for group in groups]
     return measure_units(units, groups, len(layers) * len(layers[0][1]), device, meter, seed)
 

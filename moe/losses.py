@@ -14,15 +14,9 @@ from moe.router import Routing
 from moe.statistics import tokens_per_expert
 
 
-def expert_kinds(config: ModelConfig) -> list[str]:
-    """Name each expert by what it is, its width or its zero computation: equal names, equal cost."""
-    widths = [f"width {width}" for width in config.expert_widths if width]
-    return widths + list(config.zero_computation)
-
-
 def expert_groups(config: ModelConfig) -> Tensor:
     """Number the experts by their kind, int64, [E]."""
-    kinds = expert_kinds(config)
+    kinds = config.expert_kinds
     return torch.tensor([kinds.index(kind) for kind in kinds])
 
 

@@ -9,7 +9,7 @@ import torch
 
 from moe import expert_cost
 from moe.config import ModelConfig, model_config
-from moe.expert_cost import expert_groups, measure_expert_cost
+from moe.expert_cost import measure_expert_cost
 from moe.experts import Experts
 from moe.meter import Tick
 from moe.model import MoEModel, initialise
@@ -25,11 +25,6 @@ IMAGES = torch.randint(0, 256, (40, 28, 28), generator=torch.Generator().manual_
 @pytest.fixture
 def model() -> MoEModel:
     return initialise(MoEModel(CONFIG), torch.Generator().manual_seed(0)).requires_grad_(False).eval()
-
-
-def test_experts_are_alike_by_width_and_kind():
-    assert expert_groups(CONFIG) == [[0, 1], [2], [3], [4, 5], [6]]
-    assert expert_groups(model_config("vision", "tiny")) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_a_unit_of_work_is_every_token_of_every_layer_in_one_group(model, monkeypatch):

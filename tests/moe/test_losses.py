@@ -19,7 +19,6 @@ from moe.losses import (
     chosen_energy,
     expected_energy,
     expert_groups,
-    expert_kinds,
     load_balance_loss,
     step_balance_bias,
 )
@@ -167,7 +166,7 @@ def test_the_balance_bias_evens_the_load_of_a_fixed_router():
 
 def test_experts_are_grouped_by_width_and_kind():
     config = with_zero_computation(CONFIG, ("zero", "copy", "zero"))
-    assert expert_kinds(config) == ["width 160"] * 4 + ["width 96"] * 4 + ["zero", "copy", "zero"]
+    assert config.expert_kinds == ["width 160"] * 4 + ["width 96"] * 4 + ["zero", "copy", "zero"]
     assert (expert_groups(config)[8] == expert_groups(config)[10]).item()
     assert len(set(expert_groups(config).tolist())) == 4
 
