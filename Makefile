@@ -10,9 +10,9 @@ help:  ## show this list
 demo: $(INSTALLED)  ## train an agent in the twin, compare it with static and rule_based, write a report
 	$(BIN)/python -m agents.demo
 
-# The twin is compiled once before the workers of the tests would each compile it at the same time.
+# First one short training, alone: it compiles the twin, which the workers of the tests would all do at once.
 test: $(INSTALLED)  ## run all tests
-	$(BIN)/python -c "import gymnasium, thermoe_env; gymnasium.make_vec('ThermalMoETwin-v0', num_envs=2).reset(seed=0)"
+	$(BIN)/python -m pytest -q tests/agents/test_training.py -k the_seed_decides
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED)  ## check style and formatting
