@@ -28,6 +28,8 @@ from moe.ttt.state import AdaptationState, Saved
 DEVIATION_OF_MEAN_ABSOLUTE = math.sqrt(math.pi / 2)
 """Standard deviation of a normal variable over its mean absolute deviation."""
 
+_JUDGED = ("input_mean", "input_spread", "entropy")  # what makes a batch an outlier
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuardSettings:
@@ -66,8 +68,8 @@ class GuardSettings:
             raise ValueError(f"outlier_z must be positive and finite, got {self.outlier_z}")
         if self.probation < self.steps_to_tell:
             raise ValueError(
-                f"probation must be at least the {self.steps_to_tell} steps that these limits and average_decay "
-                f"take to tell a collapse, got {self.probation}"
+                f"probation must be at least the {self.steps_to_tell} steps that these limits and this "
+                f"average_decay take to tell a collapse, got {self.probation}"
             )
 
     @property
@@ -100,7 +102,7 @@ class GuardCounters:
 
 @dataclass
 class _Baseline:
-    """Moving mean and mean absolute deviation of a number; 20 batches of memory."""
+    """Moving mean and mean absolute deviation of a number, over about 20 batches."""
 
     mean: float = 0.0
     deviation: float = 0.0
@@ -112,10 +114,18 @@ class _Baseline:
 
     def update(self, value: float) -> None:
         self.n += 1
-        rate = max(1 / self.n, 0.05)
+        rate = max(1 / self.n, 0.05)  # plain means until the memory is full
         if self.n > 1:
             self.deviation += max(1 / (self.n - 1), 0.05) * (abs(value - self.mean) - self.deviation)
         self.mean += rate * (value - self.mean)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What a batch is judged by: numbers on the host, and the moving shares of the classes, [C]."""
+
+    numbers: dict[str, float]
+    shares: Tensor
 
 
 class Guard:
@@ -162,8 +172,8 @@ class Guard:
         Returns:
             What the step did, or None where it was refused or undone; the counters say why.
         """
-        batch = _describe(inputs, answers)
-        if not all(math.isfinite(value) for value in batch.values()):
+        batch = _describe(inputs, answers, self._shares, self.settings.average_decay)
+        if not all(math.isfinite(value) for value in batch.numbers.values()):
             return self._roll_back("non_finite")
         if self._is_poisoned(batch):
             return self._count("poisoned")
@@ -182,28 +192,31 @@ class Guard:
         self._promote()
         return step
 
-    def _is_poisoned(self, batch: dict[str, float]) -> bool:
+    def _is_poisoned(self, batch: _Batch) -> bool:
         """Judge a batch by its inputs and its entropy; outliers leave the baselines as they are."""
         settings = self.settings
-        judged = {name: batch[name] for name in ("input_mean", "input_spread", "entropy")}
         ready = self._baselines["entropy"].n >= settings.warm_up
-        if ready and any(self._baselines[name].z(x) > settings.outlier_z for name, x in judged.items()):
+        if ready and any(
+            line.z(batch.numbers[name]) > settings.outlier_z for name, line in self._baselines.items()
+        ):
             self._outliers += 1
             if self._outliers < settings.shift_after:
                 return True
             self._baselines = _baselines()
         self._outliers = 0
-        for name, value in judged.items():
-            self._baselines[name].update(value)
+        for name, baseline in self._baselines.items():
+            baseline.update(batch.numbers[name])
         return False
 
     def _is_collapsed(self, batch: _Batch) -> bool:
-        settings = self.settings
+        settings, entropy = self.settings, batch.numbers["entropy"]
         self._shares = batch.shares
-        keep = 1.0 if self._entropy is None else settings.average_decay
-        old = batch.entropy if self._entropy is None else self._entropy
-        self._entropy = keep * old + (1 - keep) * batch.entropy
-        return batch.concentration > settings.concentration_limit or self._entropy < settings.entropy_limit
+        old = entropy if self._entropy is None else self._entropy
+        self._entropy = settings.average_decay * old + (1 - settings.average_decay) * entropy
+        return (
+            batch.numbers["concentration"] > settings.concentration_limit
+            or self._entropy < settings.entropy_limit
+        )
 
     def _is_finite(self) -> bool:
         """Whether parameters and statistics are numbers; decided on the device, read once."""
@@ -226,7 +239,8 @@ class Guard:
         self._forget()
 
     def _forget(self) -> None:
-        self._averages: dict[str, float] = {}
+        self._shares: Tensor | None = None
+        self._entropy: float | None = None
         self._baselines = _baselines()
         self._outliers = 0
         self._waiting: Saved | None = None
@@ -237,20 +251,22 @@ class Guard:
 
 
 def _baselines() -> dict[str, _Baseline]:
-    return {name: _Baseline() for name in ("input_mean", "input_spread", "entropy")}
+    return {name: _Baseline() for name in _JUDGED}
 
 
 @torch.no_grad()
-def _describe(inputs: Tensor, answers: Tensor) -> dict[str, float]:
+def _describe(inputs: Tensor, answers: Tensor, shares: Tensor | None, decay: float) -> _Batch:
     """Return what a batch is judged by; the host waits once.
 
-    Input mean and spread, mean entropy over log C, share of the most frequent answer.
+    The moving average of the classes' shares starts at even shares: the first answers are no collapse.
     """
     x = inputs.float()
     log_p = answers.float().log_softmax(dim=-1).flatten(0, -2)  # [N, C]
-    entropy = -(log_p.exp() * log_p).sum(dim=-1).mean() / math.log(log_p.shape[-1])
-    votes = torch.zeros(log_p.shape[-1], device=log_p.device)
-    votes = votes.index_add(0, log_p.argmax(dim=-1), torch.ones(len(log_p), device=log_p.device))
-    values = torch.stack([x.mean(), x.std(correction=0), entropy, votes.max() / len(log_p)])
-    names = ("input_mean", "input_spread", "entropy", "concentration")
-    return dict(zip(names, values.tolist(), strict=True))
+    n_classes = log_p.shape[-1]
+    entropy = -(log_p.exp() * log_p).sum(dim=-1).mean() / math.log(n_classes)
+    classes = torch.arange(n_classes, device=log_p.device)
+    now = (log_p.argmax(dim=-1, keepdim=True) == classes).float().mean(dim=0)  # [C]
+    old = torch.full_like(now, 1 / n_classes) if shares is None else shares
+    shares = decay * old + (1 - decay) * now
+    values = torch.stack([x.mean(), x.std(correction=0), entropy, shares.max()]).tolist()
+    return _Batch(dict(zip((*_JUDGED, "concentration"), values, strict=True)), shares)
