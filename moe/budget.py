@@ -70,17 +70,17 @@ class EnergyBudget:
             if serving_j:
                 raise ValueError(f"serving_j needs the seconds it took, got {serving_j} J in 0 s")
             return
-        per_s = self.joules_per_s + self.fraction * serving_j / seconds
+        whole_s, whole_j = seconds, self.joules_per_s * seconds + self.fraction * serving_j
         # Windows that begin and end within the time are all alike; only those that are kept need be made.
         skipped = max(0, int((self._elapsed_s + seconds) // self.window_s) - len(self._windows) - 1)
-        lost = skipped * self.window_s * per_s
+        lost = skipped * self.window_s / whole_s * whole_j
         self.earned_j += lost
         self.expired_j += lost
         seconds -= skipped * self.window_s
         while seconds > 0:
             part = min(seconds, self.window_s - self._elapsed_s)
-            self._windows[-1] += part * per_s
-            self.earned_j += part * per_s
+            self._windows[-1] += part / whole_s * whole_j
+            self.earned_j += part / whole_s * whole_j
             self._elapsed_s += part
             seconds -= part
             if self._elapsed_s >= self.window_s:

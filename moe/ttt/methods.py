@@ -103,9 +103,9 @@ def eata(
 ) -> Step:
     """Descend the entropy of reliable, not redundant samples (EATA, arXiv 2204.02610, section 4).
 
-    Two passes: one without a graph, in eval mode as the service answers, selects; the adapting pass sees
-    the selected samples only. So a step costs 1 + 2k forward passes where a share k is selected. Each sample
-    weighs exp(E0 - H), in nats. On a model with batch norms fewer than two selected samples count as none.
+    Two passes: one without a graph selects, the adapting pass sees the selected samples only. So a step costs
+    1 + 2k forward passes where a share k is selected. Each sample weighs exp(E0 - H), in nats. On a model
+    with batch norms fewer than two selected samples count as none.
 
     Raises:
         ValueError: The task is not vision, or the batch is a single sample and the model has batch norms.
@@ -113,7 +113,7 @@ def eata(
     """
     _check_batch(model, inputs)
     with torch.no_grad():
-        output = model(inputs, top_k, routing_bias)
+        output, moved = _look(model, inputs, top_k, routing_bias)
         probabilities = output.logits.softmax(dim=-1)  # [B, C]
         keep = _reliable(output, settings)  # [B]
         if "probabilities" in state.averages:
@@ -130,9 +130,10 @@ def eata(
         loss = (weights * entropy).mean()
         return loss if state.fisher is None else loss + settings.anchor_strength * _distance(state)
 
-    with _statistics_undone_on_error(model):
+    with _statistics_held(model):
         loss = _descend(model, state, kept, objective, top_k, routing_bias)
-        state.descent.step()
+    state.descent.step()
+    _set_statistics(model, moved)
     state.average("probabilities", probabilities[keep].mean(dim=0), settings.average_decay)
     return Step(selected=len(kept), loss=loss)
 
@@ -178,7 +179,7 @@ def sar(
 
     The gradient is taken where an ascent step of length rho leads (SAM, arXiv 2010.01412), among the samples
     still reliable there, and applied where the step began. Unlike the original, a pass without a graph
-    selects first, in eval mode, so that nothing selected costs no graph. When nothing stays reliable after
+    selects first, so that nothing selected costs no graph. When nothing stays reliable after
     the ascent, everything is put back. When the moving average of the entropy falls under the limit, all
     adaptation is undone, the average included; this waits for the host once more.
 
@@ -187,14 +188,12 @@ def sar(
         AdaptationDiverged: A loss is not a number.
     """
     _check_batch(model, inputs)
-    with torch.no_grad():
-        kept = inputs[_reliable(model(inputs, top_k, routing_bias), settings)]
+    output, moved = _look(model, inputs, top_k, routing_bias)
+    kept = inputs[_reliable(output, settings)]
     if len(kept) < _smallest_batch(model):
         return SKIPPED
-    before = [buffer.clone() for buffer in running_statistics(model)]
-    with _statistics_undone_on_error(model):
+    with _statistics_held(model):
         _descend(model, state, kept, lambda output: output.entropy.mean(), top_k, routing_bias)
-        after = [buffer.clone() for buffer in running_statistics(model)]
         with _ascended(state.parameters, settings.rho):
             with torch.enable_grad(), batch_statistics_in_force(model):
                 output = model(kept, top_k, routing_bias)
@@ -204,10 +203,10 @@ def sar(
                 loss = entropy.mean()
                 _check_finite(loss)
                 loss.backward()
-        _put_back(model, after if len(entropy) else before)
     if not len(entropy):
         return SKIPPED
     state.descent.step()
+    _set_statistics(model, moved)
     loss = entropy.detach().mean()
     average = state.average("entropy", loss, settings.average_decay)
     recovered = bool(average * math.log(model.config.n_classes) < settings.recover_below_nats)
@@ -276,6 +275,24 @@ def _descend(
     return loss.detach()
 
 
+@torch.no_grad()
+def _look(
+    model: MoEModel, inputs: Tensor, top_k: int | None, routing_bias: float
+) -> tuple[ModelOutput, list[Tensor]]:
+    """Answer as the adapting pass would, but without a graph, and leave the running statistics.
+
+    In eval mode nobody would be sure after a shift, nothing be selected, and the statistics never follow.
+
+    Returns:
+        The answers, and the running statistics as the whole batch moves them: sure samples alone would
+        bias them.
+    """
+    with _statistics_held(model):
+        with batch_statistics_in_force(model):
+            output = model(inputs, top_k, routing_bias)
+        return output, [buffer.clone() for buffer in running_statistics(model)]
+
+
 def _reliable(output: ModelOutput, settings: Eata | Sar) -> Tensor:
     """Return whose entropy is low, or no number at all, which the loss then tells, [B]."""
     return ~(output.entropy.detach() >= settings.entropy_margin)
@@ -307,17 +324,27 @@ def _ascended(parameters: list[nn.Parameter], rho: float) -> Iterator[None]:
 
 
 @contextmanager
+def _statistics_held(model: MoEModel) -> Iterator[None]:
+    """Put the running statistics back behind the context."""
+    before = [buffer.clone() for buffer in running_statistics(model)]
+    try:
+        yield
+    finally:
+        _set_statistics(model, before)
+
+
+@contextmanager
 def _statistics_undone_on_error(model: MoEModel) -> Iterator[None]:
     before = [buffer.clone() for buffer in running_statistics(model)]
     try:
         yield
     except BaseException:
-        _put_back(model, before)
+        _set_statistics(model, before)
         raise
 
 
 @torch.no_grad()
-def _put_back(model: MoEModel, statistics: list[Tensor]) -> None:
+def _set_statistics(model: MoEModel, statistics: list[Tensor]) -> None:
     for buffer, value in zip(running_statistics(model), statistics, strict=True):
         buffer.copy_(value)
 
