@@ -5,6 +5,9 @@ answers so far may have collapsed, to one class or to no doubt at all: the model
 in numbers that are not finite: it goes back as well. It goes back to the newest snapshot that has proven
 itself, which is one that was followed by `probation` steps without complaint; at first that is the start.
 
+A model that gets worse while its answers stay spread over the classes and in doubt is not seen: that takes
+labels. Where the requests are known to be balanced, a low `concentration_limit` sees a collapse earlier.
+
 The host waits twice per guarded step beyond the method's own waits: for four numbers of the batch, packed in
 one tensor, before the step, and for one flag after it.
 """

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from moe import ttt
 from moe.config import model_config
+from moe.data import load_vision
+from moe.evaluate import evaluate_vision
 from moe.model import MoEModel, initialise
+from moe.weights import load_model
 
 SETTINGS = ttt.Tent(learning_rate=1e-3)
 QUICK = ttt.GuardSettings(
@@ -81,6 +84,32 @@ def test_a_collapse_to_one_class_is_undone_to_a_state_before_it_began(model):
     assert [i for i, old in enumerate(history) if same(old, returned)], (
         "not one of the states before the collapse"
     )
+
+
+def test_a_guard_keeps_a_model_that_a_reckless_rate_would_ruin():
+    """A learning rate a thousandfold too large on clean images of balanced classes; labels only score."""
+    settings = ttt.Tent(learning_rate=20.0)
+    limits = ttt.GuardSettings(concentration_limit=0.3, entropy_limit=0.01)
+    clean, labels = load_vision("test", full=False)
+    accuracy = {}
+    for watched in (False, True):
+        model = load_model("vision", "tiny", "cpu")
+        state = ttt.start(model, settings, "last_block")
+        guard = ttt.Guard(model, state, limits)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(40):
+            batch = clean[torch.randint(len(clean) - 600, (64,), generator=generator)]
+            if watched:
+                with torch.no_grad():
+                    answers = model(batch, 2).logits
+                guard.step(ttt.tent, batch, answers, settings, 2)
+            else:
+                ttt.tent(model, state, batch, settings, 2)
+        if watched:
+            assert guard.counters.collapsed
+            state.restore(model, guard.good)
+        accuracy[watched] = evaluate_vision(model, clean[-600:], labels[-600:], top_k=2)
+    assert accuracy[True] > accuracy[False] + 0.2
 
 
 def test_answers_without_any_doubt_are_a_collapse_too(model):
