@@ -1,6 +1,7 @@
 """Test-time training: what it touches, that it can be undone exactly, and that it helps under a shift."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from moe.config import model_config
 from moe.corruptions import corrupt
 from moe.data import load_vision
 from moe.evaluate import evaluate_vision
-from moe.model import MoEModel, initialise
+from moe.model import BatchNorm, MoEModel, initialise
 from moe.weights import load_model
 
 
@@ -51,6 +52,41 @@ def test_statistics_move_toward_the_batch_by_the_momentum(model):
     ttt.adapt(model, ttt.make_optimizer(model), batch, top_k=2)
     momentum = ttt.STATISTICS_MOMENTUM
     torch.testing.assert_close(norm.running_mean, (1 - momentum) * old + momentum * tokens.mean(0))
+
+
+def test_adapt_is_tent_bit_for_bit(model):
+    """The method written out once more: batch statistics, mean entropy, SGD with momentum."""
+    other, optimizer = copy.deepcopy(model), ttt.make_optimizer(model)
+    norms = [module for module in other.modules() if isinstance(module, BatchNorm)]
+    weights = [weight for norm in norms for weight in (norm.weight, norm.bias)]
+    velocity: list[torch.Tensor] = []
+    for step, (top_k, bias) in enumerate([(4, 0.0), (2, 0.3), (8, 0.0)]):
+        loss = ttt.adapt(model, optimizer, images(step), top_k, bias)
+        for norm in norms:
+            norm.train()
+        log_p = other(images(step), top_k, bias).logits.log_softmax(dim=-1)
+        for norm in norms:
+            norm.eval()
+        expected = (-(log_p.exp() * log_p).sum(dim=-1) / math.log(10)).mean()
+        gradient = torch.autograd.grad(expected, weights)
+        velocity = [v * 0.9 + g for v, g in zip(velocity, gradient, strict=True)] if velocity else [*gradient]
+        with torch.no_grad():
+            for weight, v in zip(weights, velocity, strict=True):
+                weight.add_(v, alpha=-1e-3)
+        assert torch.equal(loss, expected)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_the_method_tent_takes_the_service_s_steps(model):
+    other, optimizer = copy.deepcopy(model), ttt.make_optimizer(model)
+    settings = ttt.Tent()
+    state = ttt.start(other, settings)
+    for step in range(3):
+        ttt.adapt(model, optimizer, images(step), 4, 0.2)
+        ttt.tent(other, state, images(step), settings, 4, 0.2)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
 
 
 def test_restore_is_bit_exact_and_may_be_repeated(model):

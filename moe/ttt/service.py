@@ -1,4 +1,4 @@
-"""Test-time training of a vision model by entropy minimisation (TENT: Wang et al., ICLR 2021).
+"""The service's test-time training: entropy minimisation (TENT: Wang et al., ICLR 2021).
 
 Only the norms adapt (arXiv 2006.10726, section 3). Each step moves their running statistics toward the
 batch's and takes one gradient step of their gains and offsets on the mean entropy of the batch's own
@@ -10,15 +10,14 @@ without adaptation costs one forward pass.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe.model import BatchNorm, MoEModel
+from moe.model import MoEModel
+from moe.ttt.groups import batch_norms, batch_statistics_in_force, collect_params
 
 LEARNING_RATE = 1e-3
 """Small, because a service takes thousands of steps. A hundred steps at a hundred times this rate did not
@@ -51,16 +50,10 @@ def configure(model: MoEModel) -> MoEModel:
             f"adaptation needs a model with norm 'batch', got {model.config.norm!r} ({model.config.task})"
         )
     model.requires_grad_(False).eval()
-    for _, norm in _norms(model):
+    for _, norm in batch_norms(model):
         norm.requires_grad_(True)
         norm.momentum = STATISTICS_MOMENTUM
     return model
-
-
-def collect_params(model: MoEModel) -> tuple[list[nn.Parameter], list[str]]:
-    """Return the parameters that adapt, and their names."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return [parameter for _, parameter in named], [name for name, _ in named]
 
 
 def make_optimizer(model: MoEModel) -> torch.optim.Optimizer:
@@ -86,7 +79,7 @@ def adapt(
     Raises:
         AdaptationDiverged: The entropy is not finite; the parameters are as before, the statistics are not.
     """
-    with torch.enable_grad(), _batch_statistics(model):
+    with torch.enable_grad(), batch_statistics_in_force(model):
         entropy = model(images, top_k, routing_bias).entropy.mean()
     if not torch.isfinite(entropy):
         raise AdaptationDiverged(f"the mean entropy is {entropy.item()}; restore a snapshot to go on")
@@ -99,29 +92,14 @@ def adapt(
 def snapshot(model: MoEModel, optimizer: torch.optim.Optimizer) -> Snapshot:
     """Copy the norms (parameters and running statistics) and the optimizer's state."""
     norms = {
-        name: {key: value.clone() for key, value in norm.state_dict().items()} for name, norm in _norms(model)
+        name: {key: value.clone() for key, value in norm.state_dict().items()}
+        for name, norm in batch_norms(model)
     }
     return Snapshot(norms=norms, optimizer=copy.deepcopy(optimizer.state_dict()))
 
 
 def restore(model: MoEModel, optimizer: torch.optim.Optimizer, saved: Snapshot) -> None:
     """Put a snapshot back, bit for bit."""
-    for name, norm in _norms(model):
+    for name, norm in batch_norms(model):
         norm.load_state_dict(saved.norms[name])
     optimizer.load_state_dict(copy.deepcopy(saved.optimizer))
-
-
-def _norms(model: MoEModel) -> Iterator[tuple[str, BatchNorm]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, BatchNorm))
-
-
-@contextmanager
-def _batch_statistics(model: MoEModel) -> Iterator[None]:
-    """Normalise by the batch's statistics, and let the running ones follow, while the context lasts."""
-    for _, norm in _norms(model):
-        norm.train()
-    try:
-        yield
-    finally:
-        for _, norm in _norms(model):
-            norm.eval()

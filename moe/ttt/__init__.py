@@ -1,0 +1,71 @@
+"""Test-time training: the service's path, further methods with their state, and guards.
+
+`service` is what the runner uses. `methods` are functions of one shape over `state`, of a group of parameters
+(`groups`). `guards` watch over them. When to adapt, and for how much energy: `moe.gates`, `moe.budget`.
+"""
+
+from moe.ttt.groups import GROUPS, Group, collect_params
+from moe.ttt.guards import Guard, GuardCounters, GuardSettings
+from moe.ttt.methods import (
+    Step,
+    batch_statistics,
+    dynamic_evaluation,
+    eata,
+    fisher_anchor,
+    sar,
+    tent,
+)
+from moe.ttt.service import (
+    LEARNING_RATE,
+    STATISTICS_MOMENTUM,
+    AdaptationDiverged,
+    Snapshot,
+    adapt,
+    configure,
+    make_optimizer,
+    restore,
+    snapshot,
+)
+from moe.ttt.state import (
+    AdaptationState,
+    BatchStatistics,
+    DynamicEvaluation,
+    Eata,
+    Sar,
+    Saved,
+    Tent,
+    start,
+)
+
+__all__ = [
+    "GROUPS",
+    "LEARNING_RATE",
+    "STATISTICS_MOMENTUM",
+    "AdaptationDiverged",
+    "AdaptationState",
+    "BatchStatistics",
+    "DynamicEvaluation",
+    "Eata",
+    "Group",
+    "Guard",
+    "GuardCounters",
+    "GuardSettings",
+    "Sar",
+    "Saved",
+    "Snapshot",
+    "Step",
+    "Tent",
+    "adapt",
+    "batch_statistics",
+    "collect_params",
+    "configure",
+    "dynamic_evaluation",
+    "eata",
+    "fisher_anchor",
+    "make_optimizer",
+    "restore",
+    "sar",
+    "snapshot",
+    "start",
+    "tent",
+]

@@ -1,0 +1,275 @@
+"""Guards of test-time training: they see a step going wrong, undo it exactly, and count.
+
+A batch passes three gates. Its inputs and answers may be outliers (a poisoned batch): it is left out. The
+answers so far may have collapsed, to one class or to no doubt at all: the model goes back. The step may end
+in numbers that are not finite: it goes back as well. It goes back to the newest snapshot that has proven
+itself, which is one that was followed by `probation` steps without complaint; at first that is the start.
+
+A model that gets worse while its answers stay spread over the classes and in doubt is not seen: that takes
+labels. Where the requests are known to be balanced, a low `concentration_limit` sees a collapse earlier.
+
+The host waits twice per guarded step beyond the method's own waits: for four numbers of the batch, packed in
+one tensor, before the step, and for one flag after it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.model import MoEModel
+from moe.ttt.groups import running_statistics
+from moe.ttt.methods import Step
+from moe.ttt.service import AdaptationDiverged
+from moe.ttt.state import AdaptationState, Saved
+
+DEVIATION_OF_MEAN_ABSOLUTE = math.sqrt(math.pi / 2)
+"""Standard deviation of a normal variable over its mean absolute deviation."""
+
+_JUDGED = ("input_mean", "input_spread", "entropy")  # what makes a batch an outlier
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardSettings:
+    """Limits of a guard.
+
+    Attributes:
+        concentration_limit: Share of the most frequent class in a moving average of the answers, above which
+            they have collapsed; more than a correlated stream gives.
+        entropy_limit: Mean entropy over log C, a moving average, below which they have.
+        average_decay: Of both moving averages.
+        outlier_z: Robust z-score from which a batch is an outlier.
+        warm_up: Batches that set the baselines before a batch is judged.
+        shift_after: Outliers in a row that are taken for a change of the inputs rather than for poison;
+            the last of them becomes the new baseline.
+        probation: Steps that a snapshot must be followed by before it counts as good; at least as many as
+            the averages take to tell a collapse, or a collapsed state would count as good.
+    """
+
+    concentration_limit: float = 0.9
+    entropy_limit: float = 0.01
+    average_decay: float = 0.8
+    outlier_z: float = 6.0
+    warm_up: int = 8
+    shift_after: int = 4
+    probation: int = 24
+
+    def __post_init__(self) -> None:
+        """Refuse limits that mean nothing."""
+        for name in ("concentration_limit", "entropy_limit", "average_decay"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be within 0 < {name} < 1, got {getattr(self, name)}")
+        for name in ("warm_up", "shift_after", "probation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.outlier_z < math.inf:
+            raise ValueError(f"outlier_z must be positive and finite, got {self.outlier_z}")
+        if self.probation < self.steps_to_tell:
+            raise ValueError(
+                f"probation must be at least the {self.steps_to_tell} steps that these limits and this "
+                f"average_decay take to tell a collapse, got {self.probation}"
+            )
+
+    @property
+    def steps_to_tell(self) -> int:
+        """Batches until a complete collapse is told, whatever the averages were before."""
+        smallest = min(1 - self.concentration_limit, self.entropy_limit)
+        return math.floor(math.log(smallest) / math.log(self.average_decay)) + 1
+
+
+@dataclass(frozen=True)
+class GuardCounters:
+    """What a guard has seen.
+
+    Attributes:
+        steps: Steps taken and kept.
+        empty: Steps that selected nothing.
+        poisoned: Batches left out as outliers.
+        collapsed: Collapses of the answers.
+        non_finite: Answers, losses or parameters that were not finite.
+        rollbacks: Returns to a snapshot; one for each of the two above.
+    """
+
+    steps: int = 0
+    empty: int = 0
+    poisoned: int = 0
+    collapsed: int = 0
+    non_finite: int = 0
+    rollbacks: int = 0
+
+
+@dataclass
+class _Baseline:
+    """Moving mean and mean absolute deviation of a number, over about 20 batches."""
+
+    mean: float = 0.0
+    deviation: float = 0.0
+    n: int = 0
+
+    def z(self, value: float) -> float:
+        floor = 1e-3 * max(abs(self.mean), 1e-3)  # equal batches would make any other an outlier
+        return abs(value - self.mean) / (DEVIATION_OF_MEAN_ABSOLUTE * max(self.deviation, floor))
+
+    def update(self, value: float) -> None:
+        self.n += 1
+        rate = max(1 / self.n, 0.05)  # plain means until the memory is full
+        if self.n > 1:
+            self.deviation += max(1 / (self.n - 1), 0.05) * (abs(value - self.mean) - self.deviation)
+        self.mean += rate * (value - self.mean)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What a batch is judged by: numbers on the host, and the moving shares of the classes, [C]."""
+
+    numbers: dict[str, float]
+    shares: Tensor
+
+
+class Guard:
+    """Watches over the steps of one model and state.
+
+    Attributes:
+        settings: Its limits.
+        counters: What it has seen.
+        good: Snapshot that a rollback restores.
+    """
+
+    def __init__(
+        self, model: MoEModel, state: AdaptationState, settings: GuardSettings | None = None
+    ) -> None:
+        self.settings = GuardSettings() if settings is None else settings
+        self.counters = GuardCounters()
+        self._model, self._state = model, state
+        self.reset()
+
+    def reset(self) -> None:
+        """Take the present state for good and forget all baselines; the counters go on."""
+        self.good: Saved = self._state.snapshot(self._model)
+        self._forget()
+
+    def step(
+        self,
+        method: Callable[..., Step],
+        inputs: Tensor,
+        answers: Tensor,
+        settings: Any,
+        top_k: int | None = None,
+        routing_bias: float = 0.0,
+    ) -> Step | None:
+        """Take a guarded step.
+
+        Args:
+            method: One of `moe.ttt.methods`.
+            inputs: Inputs to learn from.  # [B, ...]
+            answers: Logits that the model in its present state gave them.  # [B, C] or [B, S, C]
+            settings: Of the method.
+            top_k: Experts per token; None means the config's.
+            routing_bias: Pull to cheap experts.
+
+        Returns:
+            What the step did, or None where it was refused or undone; the counters say why.
+        """
+        batch = _describe(inputs, answers, self._shares, self.settings.average_decay)
+        if not all(math.isfinite(value) for value in batch.numbers.values()):
+            return self._roll_back("non_finite")
+        if self._is_poisoned(batch):
+            return self._count("poisoned")
+        if self._is_collapsed(batch):
+            return self._roll_back("collapsed")
+        try:
+            step = method(self._model, self._state, inputs, settings, top_k, routing_bias)
+        except AdaptationDiverged:
+            return self._roll_back("non_finite")
+        if not step.selected:
+            self._count("empty")
+            return step
+        if not self._is_finite():
+            return self._roll_back("non_finite")
+        self._count("steps")
+        self._promote()
+        return step
+
+    def _is_poisoned(self, batch: _Batch) -> bool:
+        """Judge a batch by its inputs and its entropy; outliers leave the baselines as they are."""
+        settings = self.settings
+        ready = self._baselines["entropy"].n >= settings.warm_up
+        if ready and any(
+            line.z(batch.numbers[name]) > settings.outlier_z for name, line in self._baselines.items()
+        ):
+            self._outliers += 1
+            if self._outliers < settings.shift_after:
+                return True
+            self._baselines = _baselines()
+        self._outliers = 0
+        for name, baseline in self._baselines.items():
+            baseline.update(batch.numbers[name])
+        return False
+
+    def _is_collapsed(self, batch: _Batch) -> bool:
+        settings, entropy = self.settings, batch.numbers["entropy"]
+        self._shares = batch.shares
+        old = entropy if self._entropy is None else self._entropy
+        self._entropy = settings.average_decay * old + (1 - settings.average_decay) * entropy
+        return (
+            batch.numbers["concentration"] > settings.concentration_limit
+            or self._entropy < settings.entropy_limit
+        )
+
+    def _is_finite(self) -> bool:
+        """Whether parameters and statistics are numbers; decided on the device, read once."""
+        tensors = [*self._state.parameters, *running_statistics(self._model)]
+        return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
+
+    def _promote(self) -> None:
+        """Take the waiting snapshot for good when its probation is over, and a new one in its place."""
+        if self._waiting is None:
+            self._waiting, self._waited = self._state.snapshot(self._model), 0
+            return
+        self._waited += 1
+        if self._waited >= self.settings.probation:
+            self.good, self._waiting = self._waiting, None
+
+    def _roll_back(self, why: str) -> None:
+        self._state.restore(self._model, self.good)
+        self._count(why)
+        self._count("rollbacks")
+        self._forget()
+
+    def _forget(self) -> None:
+        self._shares: Tensor | None = None
+        self._entropy: float | None = None
+        self._baselines = _baselines()
+        self._outliers = 0
+        self._waiting: Saved | None = None
+        self._waited = 0
+
+    def _count(self, what: str) -> None:
+        self.counters = replace(self.counters, **{what: getattr(self.counters, what) + 1})
+
+
+def _baselines() -> dict[str, _Baseline]:
+    return {name: _Baseline() for name in _JUDGED}
+
+
+@torch.no_grad()
+def _describe(inputs: Tensor, answers: Tensor, shares: Tensor | None, decay: float) -> _Batch:
+    """Return what a batch is judged by; the host waits once.
+
+    The moving average of the classes' shares starts at even shares: the first answers are no collapse.
+    """
+    x = inputs.float()
+    log_p = answers.float().log_softmax(dim=-1).flatten(0, -2)  # [N, C]
+    n_classes = log_p.shape[-1]
+    entropy = -(log_p.exp() * log_p).sum(dim=-1).mean() / math.log(n_classes)
+    classes = torch.arange(n_classes, device=log_p.device)
+    now = (log_p.argmax(dim=-1, keepdim=True) == classes).float().mean(dim=0)  # [C]
+    old = torch.full_like(now, 1 / n_classes) if shares is None else shares
+    shares = decay * old + (1 - decay) * now
+    values = torch.stack([x.mean(), x.std(correction=0), entropy, shares.max()]).tolist()
+    return _Batch(dict(zip((*_JUDGED, "concentration"), values, strict=True)), shares)
