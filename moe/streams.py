@@ -137,8 +137,8 @@ class ShiftStream:
 def draw_shifts(config: StreamConfig, labels: np.ndarray | Tensor, seed: int) -> ShiftStream:
     """Draw a stream.
 
-    All schedules of as many steps and batches draw the same samples for a step from a seed; `label_correlated`
-    only changes their order within it, so that the labels of a step are those of an independent stream.
+    Schedules of as many steps draw the same samples for a step from a seed; `label_correlated` only changes
+    their order within it, so that the labels of a step are those of an independent stream.
 
     Args:
         config: What to draw.
