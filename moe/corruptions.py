@@ -120,7 +120,8 @@ def _motion_blur(x: Tensor, length: float, generator: Generator) -> Tensor:
     """Average along a line of ``length`` pixels, of a random direction in each image."""
     angle = math.pi * _uniform((len(x), 1, 1), x, generator)
     direction = torch.stack([angle.cos(), angle.sin()], dim=-1)  # [B, 1, 1, 2]
-    places = torch.linspace(-length / 2, length / 2, 2 * math.ceil(length) + 1).tolist()
+    pieces = 2 * math.ceil(length)  # of half a pixel or less, each read at its middle
+    places = [length * ((i + 0.5) / pieces - 0.5) for i in range(pieces)]
     return torch.stack([_moved(x, place * direction) for place in places]).mean(dim=0)
 
 

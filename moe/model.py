@@ -80,7 +80,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Normalisation of groups of a sample's channels (arXiv 1803.08494), channels last; float32 parameters."""
+    """Normalisation of groups of a sample's channels (arXiv 1803.08494), channels last; float32 as above."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise each group of channels of each sample of [B, S, D]."""

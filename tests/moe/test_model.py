@@ -118,7 +118,7 @@ def by_torch(norm: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_are_those_of_torch(norm, dtype):
     source = torch.Generator().manual_seed(0)
-    module = make_norm(dataclasses.replace(model_config("vision", "tiny"), norm=norm))
+    module: Any = make_norm(dataclasses.replace(model_config("vision", "tiny"), norm=norm))
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, generator=source)
     x = (3 * torch.randn(5, 16, 64, generator=source) + 1).to(dtype)

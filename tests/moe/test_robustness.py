@@ -21,7 +21,7 @@ def test_every_kind_costs_the_shipped_model_accuracy_at_severity_5(part):
     model = load_model("vision", "tiny", "cpu")
     accuracy = accuracy_by_kind(model, 5)
     clean = accuracy.pop("clean")
-    assert clean == (model(part[0]).predictions == part[1]).float().mean().item()
+    assert clean == (model(part[0]).predictions == part[1]).sum().item() / 500
     assert tuple(accuracy) == KINDS and len(KINDS) >= 12
     lost = {kind: clean - value for kind, value in accuracy.items()}
     assert sum(lost.values()) / len(lost) > 0.4

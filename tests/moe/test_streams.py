@@ -22,7 +22,8 @@ seeds = st.integers(0, 2**63 - 1)
 
 def make(**changes: Any) -> StreamConfig:
     fields: dict[str, Any] = {"task": "vision", "kinds": ("blur", "fog", "contrast"), "batches": 30}
-    return StreamConfig(**fields | {"batch_size": 20} | changes)
+    fields |= {"batch_size": 20, **changes}
+    return StreamConfig(**fields)
 
 
 @st.composite
