@@ -121,8 +121,10 @@ def _motion_blur(x: Tensor, length: float, generator: Generator) -> Tensor:
     angle = math.pi * _uniform((len(x), 1, 1), x, generator)
     direction = torch.stack([angle.cos(), angle.sin()], dim=-1)  # [B, 1, 1, 2]
     pieces = 2 * math.ceil(length)  # of half a pixel or less, each read at its middle
-    places = [length * ((i + 0.5) / pieces - 0.5) for i in range(pieces)]
-    return torch.stack([_moved(x, place * direction) for place in places]).mean(dim=0)
+    total = torch.zeros_like(x)
+    for piece in range(pieces):
+        total += _moved(x, length * ((piece + 0.5) / pieces - 0.5) * direction)
+    return total / pieces
 
 
 def _smooth_field(size: int, channels: int, x: Tensor, generator: Generator) -> Tensor:
