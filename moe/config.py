@@ -8,9 +8,11 @@ from typing import Any, Literal, cast
 
 Task = Literal["vision", "language"]
 Size = Literal["tiny", "base"]
+Norm = Literal["batch", "group", "layer", "rms"]
 ZeroComputation = Literal["zero", "copy", "constant"]
 TASKS: tuple[Task, ...] = ("vision", "language")
 SIZES: tuple[Size, ...] = ("tiny", "base")
+NORMS: tuple[Norm, ...] = ("batch", "group", "layer", "rms")
 ZERO_COMPUTATIONS: tuple[ZeroComputation, ...] = ("zero", "copy", "constant")
 
 IMAGE_SIZE = 28  # pixels; Fashion-MNIST is 28 x 28, one grey channel
@@ -36,7 +38,9 @@ class ModelConfig:
         top_k_choices: Values of K the model is trained for, ascending.
         balance_bias: Whether routers carry a bias per expert that balances their load without a loss
             (arXiv 2408.15664): training moves it, serving keeps it.
-        norm: ``"batch"`` (BatchNorm over batch and tokens) or ``"rms"``.
+        norm: Over what the stream is normalised: ``"batch"`` each channel of a batch, ``"group"`` each group
+            of channels of a sample (both mix tokens, so they are for vision), ``"layer"`` or ``"rms"`` each
+            token.
         patch_size: Edge of a square image patch in pixels (vision).
         context_length: Longest byte sequence (language).
         n_classes: Width of the output: classes, or 256 byte values.
@@ -56,7 +60,7 @@ class ModelConfig:
     top_k: int = 4
     top_k_choices: tuple[int, ...] = (1, 2, 4, 8)
     balance_bias: bool = False
-    norm: Literal["batch", "rms"]
+    norm: Norm
     patch_size: int = 7
     context_length: int = 128
     n_classes: int
@@ -65,10 +69,12 @@ class ModelConfig:
         """Refuse a shape that could not run."""
         if self.task not in TASKS:
             raise ValueError(f"task must be one of {TASKS}, got {self.task!r}")
-        if self.norm not in ("batch", "rms"):
-            raise ValueError(f"norm must be 'batch' or 'rms', got {self.norm!r}")
-        if self.norm == "batch" and self.task == "language":
-            raise ValueError("norm 'batch' mixes a token with later ones; use 'rms' for task 'language'")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {NORMS}, got {self.norm!r}")
+        if self.norm in ("batch", "group") and self.task == "language":
+            raise ValueError(
+                f"norm {self.norm!r} mixes a token with later ones; use 'layer' or 'rms' for task 'language'"
+            )
         for name in (
             "d_model",
             "n_layers",

@@ -20,6 +20,9 @@ from moe.config import IMAGE_SIZE, ModelConfig
 from moe.experts import ConstantExpert, Experts, ExpertSlice
 from moe.router import Router, Routing, route
 
+GROUPS = 8
+"""Groups of channels of a group norm: every width is a multiple of it (`moe.config.ALIGNMENT`)."""
+
 
 @dataclass(frozen=True)
 class ModelOutput:
@@ -76,12 +79,34 @@ class BatchNorm(nn.BatchNorm1d):
         return super().forward(input.flatten(0, -2)).view_as(input)
 
 
+class GroupNorm(nn.GroupNorm):
+    """Normalisation of groups of a sample's channels (arXiv 1803.08494), channels last; float32 as above."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise each group of channels of each sample of [B, S, D]."""
+        normal = F.group_norm(input.transpose(1, 2), self.num_groups, eps=self.eps).transpose(1, 2)
+        return torch.addcmul(self.bias.to(input.dtype), normal, self.weight.to(input.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Normalisation of each token (arXiv 1607.06450); gain and offset are float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise each token of [B, S, D]."""
+        normal = F.layer_norm(input, self.normalized_shape, eps=self.eps)
+        return torch.addcmul(self.bias.to(input.dtype), normal, self.weight.to(input.dtype))
+
+
 class RmsNorm(nn.Module):
     """Root-mean-square normalisation of each token (arXiv 1910.07467); the gain is float32."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_model))  # [D]
+
+    def reset_parameters(self) -> None:
+        """Set the gain to one."""
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each token of [B, S, D]."""
@@ -273,7 +298,9 @@ class MoEModel(nn.Module):
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """Return a new norm of the config's kind."""
-    return BatchNorm(config.d_model) if config.norm == "batch" else RmsNorm(config.d_model)
+    if config.norm == "group":
+        return GroupNorm(GROUPS, config.d_model)
+    return {"batch": BatchNorm, "layer": LayerNorm, "rms": RmsNorm}[config.norm](config.d_model)
 
 
 def initialise(model: MoEModel, generator: torch.Generator) -> MoEModel:
@@ -291,10 +318,8 @@ def initialise(model: MoEModel, generator: torch.Generator) -> MoEModel:
         nn.init.normal_(parameter, std=std, generator=generator)
 
     for module in model.modules():
-        if isinstance(module, BatchNorm):
+        if isinstance(module, BatchNorm | GroupNorm | LayerNorm | RmsNorm):
             module.reset_parameters()
-        elif isinstance(module, RmsNorm):
-            nn.init.ones_(module.weight)
         elif isinstance(module, Attention):
             normal(module.qkv.weight, config.d_model**-0.5)
             normal(module.out.weight, (config.n_heads * config.head_dim) ** -0.5 * into_stream)

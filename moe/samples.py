@@ -25,7 +25,8 @@ DEFAULT_SHIFTS: dict[str, tuple[str, ...]] = {
     "language": ("clean", "code"),
 }
 """Shifts measured by default: clean, then the corruption and its severity, or the text's domain."""
-_TEXT_OF_SHIFT: dict[str, data.Domain] = {"clean": "prose", "code": "code"}
+TEXT_OF_SHIFT: dict[str, data.Domain] = {"clean": "prose", "code": "code"}
+"""Domain of the text of each language shift."""
 
 
 class SamplePool:
@@ -90,9 +91,9 @@ def text_of_shift(shift: str) -> Tensor:
     Raises:
         ValueError: the shift is unknown.
     """
-    if shift not in _TEXT_OF_SHIFT:
-        raise ValueError(f"a language shift is one of {tuple(_TEXT_OF_SHIFT)}, got {shift!r}")
-    return data.load_language(_TEXT_OF_SHIFT[shift], "test")
+    if shift not in TEXT_OF_SHIFT:
+        raise ValueError(f"a language shift is one of {tuple(TEXT_OF_SHIFT)}, got {shift!r}")
+    return data.load_language(TEXT_OF_SHIFT[shift], "test")
 
 
 def cut(text: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from moe import data
 from moe.checkpoint import SHIPPED_FOLDER, TrainingRecord, save_checkpoint
-from moe.config import ModelConfig, Size, Task, ZeroComputation, model_config
+from moe.config import ModelConfig, Norm, Size, Task, ZeroComputation, model_config
 from moe.energy import ASSUMED, EnergyTerm, cost_of_experts, measured_cost
 from moe.energy_report import energy_report, print_report
 from moe.evaluate import quality_by_top_k
@@ -34,7 +34,7 @@ from moe.model import Block, ModelOutput, MoEModel, initialise
 from moe.recipes import RECIPES, Recipe
 from moe.router import Router, Routing
 from moe.statistics import tokens_per_expert
-from moe.variants import even, fixed_k, with_balance_bias, with_zero_computation
+from moe.variants import even, fixed_k, with_balance_bias, with_norm, with_zero_computation
 
 CHECK_EVERY = 20  # steps between looks at the loss: each one makes the host wait for the device
 
@@ -238,6 +238,8 @@ class Arguments:
     """Experts of one width and as many parameters, a standard Mixture-of-Experts."""
     fixed_k: int | None = None
     """Train for this number of experts per token alone."""
+    norm: Norm | None = None
+    """Normalisation; None means the shipped model's. Text takes layer or rms."""
     report: bool = False
     """Show quality, energy and load at every number of experts per token, trained or not, and save it."""
     out: Path = Path("runs/weights")
@@ -248,6 +250,7 @@ class Arguments:
         config = with_zero_computation(model_config(self.task, self.size), self.zero_computation)
         config = even(config) if self.even else config
         config = config if self.fixed_k is None else fixed_k(config, self.fixed_k)
+        config = config if self.norm is None else with_norm(config, self.norm)
         return with_balance_bias(config) if self.balance == "bias" else config
 
     def recipe(self) -> Recipe:
@@ -271,6 +274,8 @@ class Arguments:
         parts = [self.task, self.size, *self.zero_computation]
         parts += ["even"] if self.even else []
         parts += [] if self.fixed_k is None else [f"k{self.fixed_k}"]
+        norm = self.config().norm
+        parts += [] if norm == model_config(self.task, self.size).norm else [norm]
         parts += ["bias"] if self.balance == "bias" else []
         parts += [f"lambda{self.energy_lambda:g}"] if self.energy_lambda else []
         parts += [] if self.energy_budget is None else [f"budget{self.energy_budget:g}"]

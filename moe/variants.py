@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from moe.config import ALIGNMENT, ModelConfig, ZeroComputation
+from moe.config import ALIGNMENT, ModelConfig, Norm, ZeroComputation
 
 
 def even(config: ModelConfig) -> ModelConfig:
@@ -44,3 +44,12 @@ def fixed_k(config: ModelConfig, k: int) -> ModelConfig:
 def with_balance_bias(config: ModelConfig) -> ModelConfig:
     """Return the model whose routers balance their load by a bias instead of a loss (arXiv 2408.15664)."""
     return dataclasses.replace(config, balance_bias=True)
+
+
+def with_norm(config: ModelConfig, norm: Norm) -> ModelConfig:
+    """Return the model with another normalisation.
+
+    Raises:
+        ValueError: The norm is unknown or not for the task.
+    """
+    return dataclasses.replace(config, norm=norm)

@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import tokenize
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -207,12 +208,18 @@ def test_corruption_repeats_and_grows_with_severity(kind: str, images: torch.Ten
         first, second = (corrupt(images, kind, severity, torch.Generator().manual_seed(3)) for _ in range(2))
         assert torch.equal(first, second)
         assert first.dtype == torch.uint8 and first.shape == images.shape
-        distortion.append((first.float() - images.float()).abs().mean().item())
+        distortion.append((first.float() - images.float()).square().mean().item())
     assert torch.equal(images, before)
-    assert distortion[0] > 0 and distortion == sorted(distortion)
+    assert all(milder < worse for milder, worse in pairwise([0, *distortion]))
 
 
-@pytest.mark.parametrize("kind", ["gaussian_noise", "shot_noise", "rotation", "occlusion"])
+RANDOM_KINDS = (
+    "gaussian_noise", "shot_noise", "rotation", "occlusion", "impulse_noise", "motion_blur", "elastic", "fog",
+    "dead_lines",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RANDOM_KINDS)
 def test_random_corruptions_follow_the_generator(kind: str, images: torch.Tensor) -> None:
     generator = torch.Generator().manual_seed(3)
     assert not torch.equal(corrupt(images, kind, 3, generator), corrupt(images, kind, 3, generator))
@@ -223,7 +230,14 @@ def test_random_corruptions_follow_the_generator(kind: str, images: torch.Tensor
 def test_extreme_images_stay_in_range(kind: str, severity: int, level: int) -> None:
     flat = torch.full((2, 28, 28), level, dtype=torch.uint8)
     result = corrupt(flat, kind, severity, torch.Generator().manual_seed(0))
-    if kind in ("blur", "contrast", "pixelate"):  # averages: nothing to change in a uniform image
+    if kind in (
+        "blur",
+        "contrast",
+        "pixelate",
+        "defocus",
+        "motion_blur",
+        "elastic",
+    ):  # averages: nothing to change in a uniform image
         assert (result.int() - level).abs().max() <= 1
     if kind == "brightness":
         assert (result >= level).all()
@@ -255,11 +269,93 @@ def test_corrupting_refuses_what_it_does_not_know(images: torch.Tensor) -> None:
         with pytest.raises(ValueError, match="severity"):
             corrupt(images, "blur", severity, generator)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="gaussian_noise"):
-        corrupt(images, "fog", 1, generator)
+        corrupt(images, "snow", 1, generator)
     with pytest.raises(ValueError, match="uint8"):
         corrupt(images.float(), "blur", 1, generator)
     with pytest.raises(ValueError, match="28"):
         corrupt(images[:, :14], "blur", 1, generator)
+
+
+def test_the_kinds_that_profiles_were_measured_with_are_as_they_were(images: torch.Tensor) -> None:
+    """Mean squared distortion at severities 1 and 5, written down before further kinds came."""
+    written = {
+        "gaussian_noise": (451.220, 7766.887),
+        "shot_noise": (832.907, 8604.097),
+        "blur": (414.951, 2410.795),
+        "contrast": (423.513, 4348.832),
+        "brightness": (389.979, 8502.407),
+        "pixelate": (1035.561, 3477.092),
+        "rotation": (2031.635, 7250.558),
+        "occlusion": (468.691, 2973.391),
+    }
+    assert KINDS[:8] == tuple(written)
+    for kind, distortions in written.items():
+        for severity, distortion in zip((1, 5), distortions, strict=True):
+            changed = corrupt(images, kind, severity, torch.Generator().manual_seed(3))
+            error = (changed.float() - images.float()).square().mean().item()
+            assert error == pytest.approx(distortion, rel=1e-4), kind
+
+
+def test_impulse_noise_changes_the_stated_share_to_black_and_white() -> None:
+    grey = torch.full((200, 28, 28), 100, dtype=torch.uint8)
+    for severity, share in enumerate((0.05, 0.1, 0.2, 0.3, 0.45), 1):
+        noisy = corrupt(grey, "impulse_noise", severity, torch.Generator().manual_seed(0))
+        for level in (0, 255):
+            assert (noisy == level).float().mean().item() == pytest.approx(share / 2, rel=0.03)
+        assert ((noisy == 100) | (noisy == 0) | (noisy == 255)).all()
+
+
+def test_dead_lines_are_whole_rows_of_the_stated_number() -> None:
+    grey = torch.full((100, 28, 28), 100, dtype=torch.uint8)
+    dead = corrupt(grey, "dead_lines", 5, torch.Generator().manual_seed(0)) != 100
+    assert (dead.all(2) == dead.any(2)).all()
+    assert dead.all(2).sum(1).eq(14).all()
+
+
+@pytest.mark.parametrize("kind", ["defocus", "motion_blur"])
+def test_blurs_spread_a_point_over_their_shape_and_keep_its_light(kind: str) -> None:
+    point = torch.zeros(50, 28, 28, dtype=torch.uint8)
+    point[:, 13:16, 13:16] = 255  # one pixel would be rounded away
+    spread = corrupt(point, kind, 3, torch.Generator().manual_seed(0)).double()
+    assert spread.sum((1, 2)).numpy() == pytest.approx(9 * 255, rel=0.03)
+    offset = torch.arange(28.0, dtype=torch.float64) - 14
+    places = torch.stack(torch.meshgrid(offset, offset, indexing="ij")).flatten(1)  # [2, 784]
+    share = spread.flatten(1) / spread.sum((1, 2))[:, None]
+    spreads = torch.linalg.eigvalsh(torch.einsum("bp,ip,jp->bij", share, places, places))  # variances, [B, 2]
+    own = (3**2 - 1) / 12  # of the point itself
+    if kind == "defocus":  # a disc of radius r has the variance r^2 / 4 along any axis
+        assert (spreads - own).numpy() == pytest.approx(2.4**2 / 4, rel=0.15)
+    else:  # a line of length l has l^2 / 12 along itself, none across
+        assert (spreads[:, 1] - own).numpy() == pytest.approx(8**2 / 12, rel=0.15)
+        assert (spreads[:, 0] - own).numpy() == pytest.approx(0, abs=0.3)
+
+
+def test_elastic_displaces_by_the_stated_pixels_at_most() -> None:
+    """Of a ramp: what a pixel reads tells where it was read."""
+    ramp = (8 * torch.arange(28)).to(torch.uint8).expand(64, 28, 28)
+    bent = corrupt(ramp, "elastic", 3, torch.Generator().manual_seed(0))
+    moved = (bent.double() - ramp.double()).abs() / 8
+    assert 2.5 < moved.max().item() <= 3.1
+    assert (bent[:, :, 1:].int() - bent[:, :, :-1].int()).abs().max() < 8 * 3  # no tears
+
+
+@given(level=st.integers(0, 255), severity=st.integers(1, 5))
+def test_solarize_and_gamma_are_curves_of_the_brightness(level: int, severity: int) -> None:
+    flat = torch.full((1, 28, 28), level, dtype=torch.uint8)
+    threshold = (0.9, 0.8, 0.7, 0.6, 0.5)[severity - 1]
+    exponent = (1.5, 2, 3, 4.5, 7)[severity - 1]
+    solarized, dark = (corrupt(flat, kind, severity, torch.Generator()) for kind in ("solarize", "gamma"))
+    assert solarized.unique().tolist() == [255 - level if level / 255 > threshold else level]
+    assert dark.unique().tolist() == pytest.approx([255 * (level / 255) ** exponent], abs=0.51)
+
+
+def test_fog_mixes_with_a_haze_of_full_range() -> None:
+    """On black, the haze alone is seen, on white, what it takes of the light."""
+    for level in (0, 255):
+        flat = torch.full((20, 28, 28), level, dtype=torch.uint8)
+        foggy = corrupt(flat, "fog", 3, torch.Generator().manual_seed(0)).float()
+        assert foggy.amin((1, 2)).tolist() == pytest.approx([level / 2] * 20, abs=1)
+        assert foggy.amax((1, 2)).tolist() == pytest.approx([(level + 255) / 2] * 20, abs=1)
 
 
 @pytest.mark.gpu

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.config import ModelConfig, model_config
-from moe.model import MoEModel, initialise
+from moe.config import NORMS, ModelConfig, model_config
+from moe.model import GROUPS, MoEModel, initialise, make_norm
 
 
 def make_model(task: str, **changes: Any) -> MoEModel:
@@ -90,14 +91,58 @@ def test_routing_bias_lowers_cost_and_zero_is_bit_identical():
     assert cost[1] < cost[0]
 
 
-def test_bfloat16_keeps_router_and_norms_in_float32():
-    model, images = make_model("vision"), random_inputs("vision")
+@pytest.mark.parametrize("norm", NORMS)
+def test_bfloat16_keeps_router_and_norms_in_float32(norm):
+    model, images = make_model("vision", norm=norm), random_inputs("vision")
     reference = model(images, 8).logits
     model.cast_weights(torch.bfloat16)
     low = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.bfloat16}
     assert low
     assert all(("router" in name or "norm" in name) != (name in low) for name, _ in model.named_parameters())
     assert (model(images, 8).logits - reference).abs().max() < 0.1
+
+
+def by_torch(norm: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """What torch makes of [B, S, D], channels last, training or not having seen a batch."""
+    if norm == "layer":
+        return F.layer_norm(x, x.shape[-1:], weight, bias)
+    if norm == "rms":
+        return F.rms_norm(x, x.shape[-1:], weight, eps=1e-6)
+    first = x.transpose(1, 2)  # [B, D, S], as torch wants it
+    if norm == "group":
+        return F.group_norm(first, GROUPS, weight, bias).transpose(1, 2)
+    return F.batch_norm(first, None, None, weight, bias, training=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_are_those_of_torch(norm, dtype):
+    source = torch.Generator().manual_seed(0)
+    module: Any = make_norm(dataclasses.replace(model_config("vision", "tiny"), norm=norm))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, generator=source)
+    x = (3 * torch.randn(5, 16, 64, generator=source) + 1).to(dtype)
+    bias = getattr(module, "bias", torch.zeros(64))
+    result = module.train()(x)
+    assert result.dtype == dtype and {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    want = by_torch(norm, x.double(), module.weight.double(), bias.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(result.double(), want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_only_a_batch_norm_lets_an_answer_depend_on_the_batch(norm):
+    model, images = make_model("vision", norm=norm).train(), random_inputs("vision", 6)
+    alone, together = model(images[:2], 8).logits, model(images, 8).logits[:2]
+    assert torch.allclose(alone, together, atol=1e-5) == (norm != "batch")
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_text_never_looks_ahead_with_either_norm(norm):
+    model, text = make_model("language", norm=norm), random_inputs("language")
+    changed = text.clone()
+    changed[:, 40:] = 255 - changed[:, 40:]
+    torch.testing.assert_close(model(text).logits[:, :40], model(changed).logits[:, :40])
 
 
 @pytest.mark.parametrize("task", ["vision", "language"])
@@ -149,9 +194,10 @@ def test_initialisation_is_reproducible_and_complete():
         ({"top_k_choices": (1, 2, 16)}, "top_k_choices"),
         ({"n_kv_heads": 3}, "n_heads"),
         ({"patch_size": 5}, "patch_size"),
-        ({"norm": "layer"}, "norm"),
+        ({"norm": "instance"}, "norm"),
         ({"task": "audio"}, "task"),
-        ({"task": "language"}, "batch"),
+        ({"task": "language"}, "'batch' mixes a token with later ones"),
+        ({"task": "language", "norm": "group"}, "'group' mixes a token with later ones"),
         ({"n_layers": 0}, "n_layers"),
     ],
 )

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 
 from moe import data, weights
 from moe.checkpoint import WeightsError, load_checkpoint, save_checkpoint
-from moe.config import model_config
+from moe.config import NORMS, model_config
 from moe.energy import ASSUMED
 from moe.evaluate import evaluate_language, evaluate_vision
 from moe.losses import chosen_energy, load_balance_loss, router_z_loss
 from moe.model import MoEModel, initialise
 from moe.recipes import RECIPES, Recipe
 from moe.train import Arguments, TrainingDiverged, main, mirror, pick_device, train
+from moe.variants import with_norm
 from moe.weights import load_model, training_record, weights_path
 
 CPU = torch.device("cpu")
@@ -218,6 +219,30 @@ def test_the_command_leaves_the_shipped_weights_alone():
     assert Arguments(task="vision", energy_lambda=0.5).path().name == "vision-tiny-lambda0.5.safetensors"
     assert Arguments(task="vision").recipe() == RECIPES["vision", "tiny"]
     assert Arguments(task="vision").config() == model_config("vision", "tiny")
+
+
+def test_the_command_names_a_norm_that_is_not_the_shipped_one():
+    named = {norm: Arguments(task="vision", norm=norm) for norm in NORMS}
+    assert [arguments.config().norm for arguments in named.values()] == list(NORMS)
+    assert [arguments.path().stem for arguments in named.values()] == [
+        "vision-tiny", "vision-tiny-group", "vision-tiny-layer", "vision-tiny-rms",
+    ]  # fmt: skip
+    assert Arguments(task="language", norm="rms").path().stem == "language-tiny"
+    with pytest.raises(ValueError, match="'group' mixes"):
+        Arguments(task="language", norm="group").config()
+
+
+@pytest.mark.parametrize("norm", ["group", "layer", "rms"])
+def test_images_are_learnt_with_every_norm_and_the_checkpoint_comes_back(stripes, tmp_path, norm):
+    config = with_norm(SMALL, norm)
+    model, record = train(config, RECIPE, CPU)
+    assert record.quality["2"]["accuracy"] > 0.95
+    save_checkpoint(model, record, tmp_path / "model.safetensors")
+    loaded, _ = load_checkpoint(tmp_path / "model.safetensors", config)
+    images = data.load_vision("test")[0][:8]
+    assert torch.equal(loaded.eval()(images).logits, model(images).logits)
+    with pytest.raises(WeightsError, match="norm"):
+        load_checkpoint(tmp_path / "model.safetensors", SMALL)
 
 
 def test_mirroring_flips_some_images_and_harms_none():

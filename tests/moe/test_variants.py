@@ -5,7 +5,7 @@ import torch
 
 from moe.config import ALIGNMENT, SIZES, TASKS, model_config
 from moe.model import MoEModel
-from moe.variants import even, fixed_k, with_balance_bias, with_zero_computation
+from moe.variants import even, fixed_k, with_balance_bias, with_norm, with_zero_computation
 
 CONFIGS = [model_config(task, size) for task in TASKS for size in SIZES]
 IDS = [f"{task}-{size}" for task in TASKS for size in SIZES]
@@ -46,3 +46,13 @@ def test_the_others_change_one_thing(config):
     assert with_balance_bias(config).balance_bias
     with pytest.raises(ValueError, match=r"within 1\.\."):
         fixed_k(config, config.n_experts + 1)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_a_norm_changes_its_own_parameters_alone(config):
+    norms = 2 * config.n_layers + 1
+    layer, rms = with_norm(config, "layer"), with_norm(config, "rms")
+    assert n_params(layer) - n_params(rms) == norms * config.d_model
+    assert with_norm(layer, config.norm) == config
+    if config.task == "vision":
+        assert n_params(with_norm(config, "group")) == n_params(layer) == n_params(config)
