@@ -15,7 +15,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,31 @@ def train(
     expert_cost: Tensor | None = None,
     cost_source: str = "measured",
 ) -> tuple[MoEModel, TrainingRecord]:
-    """Train a model and measure it on the test split.
+    """Train a model, as `fit` does, and measure it on the test split for its record."""
+    model, energy = fit(config, recipe, device, seed, expert_cost, cost_source)
+    record = TrainingRecord(
+        config=config.to_dict(),
+        seed=seed,
+        steps=recipe.steps,
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        machine=device_name(device),
+        torch=torch.__version__,
+        data_sha256=data.data_digest(config.task),
+        quality=quality_by_top_k(model, device),
+        energy=energy,
+    )
+    return model, record
+
+
+def fit(
+    config: ModelConfig,
+    recipe: Recipe,
+    device: torch.device,
+    seed: int = 0,
+    expert_cost: Tensor | None = None,
+    cost_source: str = "measured",
+) -> tuple[MoEModel, dict[str, Any] | None]:
+    """Train a model; returns it and what `TrainingRecord.energy` holds.
 
     On CUDA the arithmetic is bfloat16 with float32 master weights, and the returned model holds its matrices
     in bfloat16; on a CPU everything is float32. An energy-aware recipe balances the load among experts of one
@@ -102,18 +126,7 @@ def train(
                 )
             progress.set_postfix(loss=f"{answer_loss.item():.3f}")
     model.requires_grad_(False).eval().cast_weights(model.compute_dtype)
-    record = TrainingRecord(
-        config=config.to_dict(),
-        seed=seed,
-        steps=recipe.steps,
-        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        machine=device_name(device),
-        torch=torch.__version__,
-        data_sha256=data.data_digest(config.task),
-        quality=quality_by_top_k(model, device),
-        energy=energy.record() if energy is not None else None,
-    )
-    return model, record
+    return model, energy.record() if energy is not None else None
 
 
 def serving_dtype(device: torch.device) -> torch.dtype:

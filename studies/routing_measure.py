@@ -27,7 +27,7 @@ from moe.profile_cost import Cell, Load, Visit, idle_power_w, visit
 from moe.runner import Runner
 from moe.samples import SamplePool
 from moe.statistics import BYTE_CLASSES, RoutingCounts
-from moe.train import device_name, serving_dtype, train
+from moe.train import device_name, fit, serving_dtype
 from studies.routing_config import Study
 
 CLASS_NAMES: dict[Task, tuple[str, ...]] = {"vision": data.VISION_CLASSES, "language": BYTE_CLASSES}
@@ -117,7 +117,7 @@ def _train_variants(
             costs[layout] = measure_expert_cost(_untrained(config, device, seed), images_or_text, meter, seed)
         expert_cost = torch.from_numpy(costs[layout].relative()) if variant.recipe else None  # [E]
         start_s = time.perf_counter()
-        model, _ = train(config, recipe, device, seed, expert_cost=expert_cost)
+        model, _ = fit(config, recipe, device, seed, expert_cost=expert_cost)
         train_s = time.perf_counter() - start_s
         if layout not in costs:
             costs[layout] = measure_expert_cost(model, images_or_text, meter, seed)
