@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -156,6 +159,15 @@ def summarize(episodes: pd.DataFrame, feasible: Feasibility, baseline: str = "st
     order = table.j_per_good.where(table.infeasible == "").rank(method="min")
     table.insert(1, "rank", order.astype("Int64"))
     return table.sort_values("rank", kind="stable", na_position="last").reset_index(drop=True)
+
+
+def student_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
+    """Mean of repeats and its 95% Student interval; NaN limits from a single value."""
+    array = np.asarray(values, np.float64)
+    if len(array) < 2:
+        return float(array.mean()), math.nan, math.nan
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array))
+    return float(array.mean()), float(array.mean() - half), float(array.mean() + half)
 
 
 def _broken(

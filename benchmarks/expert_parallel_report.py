@@ -9,8 +9,8 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from scipy import stats
 
+from agents.metrics import student_interval
 from moe.config import ModelConfig
 from moe.heat import forecast_expert_share
 from moe.placement import Placement
@@ -28,11 +28,10 @@ def interval(values: Sequence[float]) -> dict[str, float] | None:
     """
     if any(math.isnan(value) for value in values):
         return None
-    mean, n = float(np.mean(values)), len(values)
-    if n < 2:
-        return {"mean": mean, "repeats": n}
-    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "repeats": n}
+    mean, low, high = student_interval(values)
+    if len(values) < 2:
+        return {"mean": mean, "repeats": len(values)}
+    return {"mean": mean, "low": low, "high": high, "repeats": len(values)}
 
 
 def summarise(conditions: list[dict[str, Any]], windows: list[dict[str, Any]]) -> list[dict[str, Any]]:

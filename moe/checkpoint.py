@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moe.config import ModelConfig
-from moe.model import MoEModel
+from moe.model import MoEModel, width_cost
 
 SHIPPED_FOLDER = Path(__file__).parent / "weights"
 
@@ -96,8 +96,7 @@ def load_checkpoint(weights_path: Path, config: ModelConfig | None = None) -> tu
         if not torch.isfinite(tensors[name]).all():
             raise WeightsError(f"{weights_path}: tensor {name!r} is not finite. {_REMEDY}")
     model.load_state_dict(tensors, assign=True)
-    widths = torch.tensor(config.expert_widths, dtype=torch.float32)
-    model.expert_cost = widths / widths.max()  # not stored: it follows from the config
+    model.expert_cost = width_cost(config)  # not stored: it follows from the config
     return model, record
 
 

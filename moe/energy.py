@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe.config import ModelConfig
 from moe.losses import chosen_energy, expected_energy
+from moe.model import width_cost
 from moe.profiles import ProfileError, load_profile
 from moe.recipes import Recipe
 from moe.router import Routing, route
@@ -117,9 +118,7 @@ def cost_of_experts(config: ModelConfig, expert_cost: Tensor | None = None) -> T
     Raises:
         ValueError: The cost is of another model, negative, not finite, or 0 throughout.
     """
-    if expert_cost is None:
-        expert_cost = torch.tensor(config.expert_widths) / config.expert_widths[0]
-    cost = expert_cost.float()
+    cost = width_cost(config) if expert_cost is None else expert_cost.float()
     if cost.shape != (config.n_experts,):
         raise ValueError(
             f"expert_cost needs one number for each of the {config.n_experts} experts, got shape "
@@ -152,7 +151,7 @@ def measured_cost(profile_path: Path, config: ModelConfig) -> tuple[Tensor, str]
                 f"{measured.get(name)}, here {here[name]}; measure this model with `python -m moe.profile`"
             )
     for name in ("expert_energy_j", "expert_latency_s"):
-        cost = getattr(profile, name, None)
+        cost = getattr(profile, name)
         if cost is not None:
             return torch.as_tensor(cost, dtype=torch.float32), f"measured: {name}, {profile.device}"
     raise ProfileError(

@@ -7,12 +7,11 @@ lives in device tensors that the graph reads, so no knob needs a capture of its 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from moe.model import ModelOutput, MoEModel
+from moe.router import check_bias, check_cost_shape
 
 WARM_UPS = 3  # eager runs before the capture: kernels are compiled and chosen then
 
@@ -43,14 +42,10 @@ class RoutingControls:
         """
         if top_k is not None and not 1 <= top_k <= self._max_top_k:
             raise ValueError(f"top_k must be within 1..{self._max_top_k}, got {top_k}")
-        if routing_bias is not None and not math.isfinite(routing_bias):
-            raise ValueError(f"routing_bias must be a finite number, usefully 0..1, got {routing_bias}")
+        if routing_bias is not None:
+            check_bias(routing_bias)
         if expert_cost is not None:
-            if expert_cost.shape != self.expert_cost.shape:
-                raise ValueError(
-                    f"expert_cost needs one number for each of the {self.expert_cost.numel()} experts, got "
-                    f"shape {tuple(expert_cost.shape)}; is it the cost table of another model?"
-                )
+            check_cost_shape(expert_cost, self.expert_cost.numel())
             if not ((expert_cost >= 0) & (expert_cost <= 1)).all():  # NaN too
                 raise ValueError(f"expert_cost must lie in [0, 1], got {expert_cost.tolist()}")
         if top_k is not None:

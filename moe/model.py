@@ -202,8 +202,7 @@ class MoEModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = make_norm(config)
         self.head = Linear(config.d_model, config.n_classes)
-        widths = torch.tensor(config.expert_widths, dtype=torch.float32)
-        self.register_buffer("expert_cost", widths / widths.max(), persistent=False)
+        self.register_buffer("expert_cost", width_cost(config), persistent=False)
 
     def forward(
         self,
@@ -294,6 +293,12 @@ class MoEModel(nn.Module):
         if config.task == "vision":
             ends = ends / config.tokens_per_sample + config.d_model * config.patch_size**2
         return 2 * (config.n_layers * (attention + experts) + ends)
+
+
+def width_cost(config: ModelConfig) -> Tensor:
+    """Return each expert's width over the widest, its cost where nobody measured one, float32, [E]."""
+    widths = torch.tensor(config.expert_widths, dtype=torch.float32)
+    return widths / widths.max()
 
 
 def make_norm(config: ModelConfig) -> nn.Module:

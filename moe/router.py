@@ -76,17 +76,13 @@ def route(
     n_slots = top_k if isinstance(top_k, int) else max_top_k or n_experts
     if not 1 <= n_slots <= n_experts:
         raise ValueError(f"top_k must be within 1..{n_experts} experts, got {n_slots}")
-    if not isinstance(routing_bias, Tensor) and not math.isfinite(routing_bias):
-        raise ValueError(f"routing_bias must be a finite number, usefully 0..1, got {routing_bias}")
+    if not isinstance(routing_bias, Tensor):
+        check_bias(routing_bias)
     scores_for_choice = router_logits.detach()
     if balance_bias is not None:
         scores_for_choice = scores_for_choice + balance_bias  # [T, E]
     if expert_cost is not None:
-        if expert_cost.shape != (n_experts,):
-            raise ValueError(
-                f"expert_cost needs one number for each of the {n_experts} experts, got shape "
-                f"{tuple(expert_cost.shape)}; is it the cost table of another model?"
-            )
+        check_cost_shape(expert_cost, n_experts)
         spread = router_logits.detach().std(dim=-1, keepdim=True, correction=0)  # [T, 1]
         # Against the cheapest and not the mean: the choice is the same, and an equal cost is exactly 0.
         excess_cost = expert_cost - expert_cost.min()  # [E]
@@ -98,6 +94,29 @@ def route(
     null = torch.arange(n_slots, device=experts.device) >= top_k  # [K]
     weights = chosen_logits.masked_fill(null, -math.inf).softmax(dim=-1)
     return Routing(router_logits, weights, experts.masked_fill(null, n_experts))
+
+
+def check_bias(routing_bias: float) -> None:
+    """Refuse a strength that is not a number.
+
+    Raises:
+        ValueError: It is NaN or infinite.
+    """
+    if not math.isfinite(routing_bias):
+        raise ValueError(f"routing_bias must be a finite number, usefully 0..1, got {routing_bias}")
+
+
+def check_cost_shape(expert_cost: Tensor, n_experts: int) -> None:
+    """Refuse the cost table of another model.
+
+    Raises:
+        ValueError: It has not one number per expert.
+    """
+    if expert_cost.shape != (n_experts,):
+        raise ValueError(
+            f"expert_cost needs one number for each of the {n_experts} experts, got shape "
+            f"{tuple(expert_cost.shape)}; is it the cost table of another model?"
+        )
 
 
 class Router(nn.Module):

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
+from agents.metrics import student_interval
 from moe.statistics import class_entropy, load_entropy, load_imbalance, specialisation, specialisation_bias
 from studies.routing_config import REFERENCE, StudyError
 
-CONFIDENCE = 0.95
 CELL = ["task", "variant", "expert_count", "routing_bias"]
 ENERGY, TIME = "energy_j_per_token", "time_s_per_token"
 COST_LABELS = {
@@ -77,15 +76,6 @@ class Claim:
     """Whether the mean saving is as large and its interval above 0; None where nothing was expected."""
 
 
-def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
-    """Mean and its 95% Student interval; NaN limits from a single value."""
-    array = np.asarray(values, np.float64)
-    if len(array) < 2:
-        return float(array.mean()), math.nan, math.nan
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array))
-    return float(array.mean()), float(array.mean() - half), float(array.mean() + half)
-
-
 def cells_table(repeats: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """One row per repeat and cell: what it costs and how good it is; no energy columns without a meter."""
     rows = [
@@ -134,7 +124,7 @@ def summarize(table: pd.DataFrame, by: list[str], metrics: Sequence[str]) -> pd.
     for _, group in table.groupby(by, sort=False):
         row: dict[str, Any] = {name: group[name].iloc[0] for name in by} | {"n": len(group)}
         for name in present:
-            mean, low, high = interval(group[name].to_numpy())
+            mean, low, high = student_interval(group[name].to_numpy())
             row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
     return pd.DataFrame(rows)
@@ -265,9 +255,11 @@ class _Comparison:
             log_ratio = np.mean(
                 [self._log_cost[b] - self._log_cost[a] for a, b in whole], axis=0
             )  # [repeats]
-            mean, low, high = (1.0 - math.exp(value) for value in interval(log_ratio))
+            mean, low, high = (1.0 - math.exp(value) for value in student_interval(log_ratio))
             saving = mean, high, low  # the more it costs, the less it saves
-            change = interval(np.mean([self._accuracy[b] - self._accuracy[a] for a, b in whole], axis=0))
+            change = student_interval(
+                np.mean([self._accuracy[b] - self._accuracy[a] for a, b in whole], axis=0)
+            )
         return Claim(
             task=self._task,
             question=question,

@@ -15,6 +15,7 @@ import torch
 import yaml
 from scipy import stats
 
+from agents.metrics import student_interval
 from moe import data
 from moe.config import model_config
 from moe.evaluate import evaluate_language
@@ -25,7 +26,7 @@ from studies import routing
 from studies.routing import Arguments, load_repeats
 from studies.routing_config import StudyError, load_study
 from studies.routing_measure import load_inputs, score_cell
-from studies.routing_results import Key, cells_table, claims, interval, pareto_front, summarize
+from studies.routing_results import Key, cells_table, claims, pareto_front, summarize
 
 SETTINGS: dict[str, Any] = {
     "variants": {
@@ -310,7 +311,7 @@ def test_summary_is_what_pandas_and_scipy_say():
         expected = stats.t.interval(0.95, len(own) - 1, loc=own.mean(), scale=stats.sem(own))
         assert row["accuracy"] == pytest.approx(own.mean())
         assert (row["accuracy_low"], row["accuracy_high"]) == pytest.approx(expected)
-    assert np.isnan(interval([1.0])[1:]).all()
+    assert np.isnan(student_interval([1.0])[1:]).all()
 
 
 def test_the_front_holds_what_nothing_beats():
