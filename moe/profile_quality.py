@@ -182,7 +182,7 @@ def measure_quality(
 
 
 def mix(first: ttt.Saved, second: ttt.Saved, second_share: float) -> ttt.Saved:
-    """State whose parameters and statistics are the weighted mean of those of two; the rest is the first's."""
+    """State with the weighted mean of the parameters and statistics of two, and the rest of the first."""
 
     def mean(ours: list[Tensor], others: list[Tensor]) -> list[Tensor]:
         return [

@@ -188,7 +188,7 @@ class Runner:
     ) -> None:
         """Prepare to serve `samples` with `model`, both on `device`.
 
-        A model with batch norms adapts by `adapter`, or by guarded TENT on its norms; others only by `adapter`.
+        A model adapts by `adapter`; without one, a model with batch norms by guarded TENT on its norms.
         For the whole process, on CUDA this turns cuDNN's attention off, and on a CPU it sets torch to one
         thread: the models for a CPU are so small that more threads gain nothing, and cost a thousandfold
         where another process holds one of the cores.
@@ -257,7 +257,7 @@ class Runner:
         now_rolled_back = 0 if adapter is None else adapter.counters.rollbacks
 
         def again() -> Tensor:
-            """Answer again from a restored model: this batch's steps or another's may have restored it already."""
+            """Answer again from a restored model; a step since may have restored it already."""
             assert adapter is not None
             if adapter.counters.rollbacks == rolled_back:
                 adapter.rescue()

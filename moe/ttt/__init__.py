@@ -5,7 +5,7 @@ of the default one. `guards` watch over them, and `adapter` puts all of it toget
 adapt, and for how much energy: `moe.gates`, `moe.budget`.
 """
 
-from moe.ttt.adapter import LANGUAGE_METHODS, METHODS, Adapter
+from moe.ttt.adapter import METHODS, Adapter
 from moe.ttt.groups import GROUPS, Group, collect_params
 from moe.ttt.guards import Guard, GuardCounters, GuardSettings
 from moe.ttt.methods import (
@@ -36,7 +36,6 @@ from moe.ttt.state import (
 
 __all__ = [
     "GROUPS",
-    "LANGUAGE_METHODS",
     "LEARNING_RATE",
     "METHODS",
     "STATISTICS_MOMENTUM",

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 
 from torch import Tensor
 
+from moe.config import TTT_METHODS, Method
 from moe.model import MoEModel
 from moe.ttt.groups import Group
 from moe.ttt.guards import Guard, GuardCounters, GuardSettings
@@ -22,7 +23,7 @@ from moe.ttt.state import (
     start,
 )
 
-METHODS: dict[str, tuple[type[BatchStatistics], Callable[..., Step]]] = {
+METHODS: dict[Method, tuple[type[BatchStatistics], Callable[..., Step]]] = {
     "batch_statistics": (BatchStatistics, batch_statistics),
     "tent": (Tent, tent),
     "eata": (Eata, eata),
@@ -30,9 +31,6 @@ METHODS: dict[str, tuple[type[BatchStatistics], Callable[..., Step]]] = {
     "dynamic_evaluation": (DynamicEvaluation, dynamic_evaluation),
 }
 """Name -> (type of the settings, function). A type of settings picks its function."""
-
-LANGUAGE_METHODS = ("dynamic_evaluation",)
-"""Methods for language; all others are for vision."""
 
 
 class Adapter:
@@ -67,10 +65,8 @@ class Adapter:
         """
         self.model, self.settings = model, Tent() if settings is None else settings
         name, self.method = _method_of(self.settings)
-        if (name in LANGUAGE_METHODS) != (model.config.task == "language"):
-            fitting = [
-                known for known in METHODS if (known in LANGUAGE_METHODS) != (name in LANGUAGE_METHODS)
-            ]
+        fitting = TTT_METHODS[model.config.task]
+        if name not in fitting:
             raise ValueError(f"{name} is not for task {model.config.task!r}; use one of {fitting}")
         self.state: AdaptationState = start(model, self.settings, group)
         self.guard = None if guard is None else Guard(model, self.state, guard)
@@ -98,7 +94,7 @@ class Adapter:
         top_k: int | None = None,
         routing_bias: float = 0.0,
     ) -> int:
-        """Take steps on inputs that were answered; one that is not kept is the last. Too few inputs are no step.
+        """Take steps on inputs that were answered, until one is not kept; too few inputs are no step.
 
         Args:
             inputs: Inputs to learn from.  # [B, ...]
@@ -159,7 +155,7 @@ class Adapter:
         self._counters = replace(self._counters, **{what: getattr(self._counters, what) + 1})
 
 
-def _method_of(settings: BatchStatistics) -> tuple[str, Callable[..., Step]]:
+def _method_of(settings: BatchStatistics) -> tuple[Method, Callable[..., Step]]:
     for name, (kind, method) in METHODS.items():
         if type(settings) is kind:
             return name, method

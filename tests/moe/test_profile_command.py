@@ -132,9 +132,8 @@ def test_a_mixture_of_states_is_the_mean_of_their_norms(runner):
     second = adapter.snapshot()
     adapter.restore(profile_quality.mix(first, second, 0.25))
     moved = 0
-    for mixed, ours, others in zip(
-        *(adapter_tensors(s) for s in (adapter.snapshot(), first, second)), strict=True
-    ):
+    states = (adapter_tensors(saved) for saved in (adapter.snapshot(), first, second))
+    for mixed, ours, others in zip(*states, strict=True):
         torch.testing.assert_close(mixed, 0.75 * ours + 0.25 * others)
         moved += not torch.equal(ours, others)
     assert moved > len(adapter.state.parameters)

@@ -1,4 +1,4 @@
-"""The adapter of a service, alone and behind the runner: its steps, its refusals, and that it can undo all."""
+"""The adapter, alone and behind the runner: its steps, its refusals, and that it can undo all."""
 
 from __future__ import annotations
 
@@ -88,9 +88,8 @@ def test_the_service_s_unguarded_tent_is_the_hand_written_loop_bit_for_bit():
                 norm.eval()
             loss = (-(log_p.exp() * log_p).sum(dim=-1) / math.log(10)).mean()
             gradient = torch.autograd.grad(loss, weights)
-            velocity = (
-                [v * 0.9 + g for v, g in zip(velocity, gradient, strict=True)] if velocity else [*gradient]
-            )
+            velocity = velocity or [torch.zeros_like(g) for g in gradient]
+            velocity = [v * 0.9 + g for v, g in zip(velocity, gradient, strict=True)]
             with torch.no_grad():
                 for weight, v in zip(weights, velocity, strict=True):
                     weight.add_(v, alpha=-1e-3)
@@ -103,7 +102,7 @@ def test_the_service_s_unguarded_tent_is_the_hand_written_loop_bit_for_bit():
 @pytest.mark.parametrize("kind", ["batch_statistics", "tent", "eata", "sar"])
 def test_a_reset_adapter_does_what_a_fresh_one_does(kind, guard):
     def settings() -> ttt.BatchStatistics:
-        make = ttt.METHODS[kind][0]
+        make: Any = ttt.METHODS[kind][0]
         return make(entropy_margin=1.0) if kind in ("eata", "sar") else make()
 
     runner, fresh = make_runner(guard, settings()), make_runner(guard, settings())
