@@ -17,11 +17,11 @@ SIZES: tuple[Size, ...] = ("tiny", "base")
 NORMS: tuple[Norm, ...] = ("batch", "group", "layer", "rms")
 ZERO_COMPUTATIONS: tuple[ZeroComputation, ...] = ("zero", "copy", "constant")
 
-TTT_METHODS: dict[Task, tuple[Method, ...]] = {
+TTT_METHODS: dict[str, tuple[Method, ...]] = {
     "vision": ("batch_statistics", "tent", "eata", "sar"),
     "language": ("dynamic_evaluation",),
 }
-"""Methods of test-time training, see `moe.ttt`."""
+"""Methods of test-time training by task, see `moe.ttt`."""
 GROUPS: tuple[Group, ...] = ("norms", "router", "expert_norms", "last_block")
 """Groups of parameters that it may adapt, see `moe.ttt.collect_params`."""
 
