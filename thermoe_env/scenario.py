@@ -7,7 +7,7 @@ states the rest. Unknown keys are refused, so a misspelt one cannot vanish.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -353,6 +353,6 @@ def _explain(path: Path, error: Any) -> str:
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             # The number of a list's entry is not part of its section's name.
             section = sections[tuple(part for part in item["loc"][:-1] if isinstance(part, str))]
-            known = f"; known keys: {sorted(section.__dataclass_fields__)}"
+            known = f"; known keys: {sorted(f.name for f in fields(section))}"
         lines.append(f"  {where}: {item['msg']}{known}")
     return "\n".join(lines)
