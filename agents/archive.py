@@ -15,8 +15,12 @@ import numpy as np
 
 from agents.rollout import Recording
 from agents.runs import write_file
+from moe.workload import WorkStats
+from thermoe_env.profiled import WORK_DTYPE
 
 _HEADER = "header"
+_LATER = ("ttt_refused", "ttt_left_out", "ttt_rolled_back", "budget_share")
+"""Fields of the work that recordings of earlier versions lack: nothing refused, adaptation was unlimited."""
 
 
 def save_recordings(path: Path, recordings: Sequence[Recording], about: dict[str, Any]) -> None:
@@ -63,7 +67,22 @@ def load_recordings(path: Path) -> tuple[list[Recording], dict[str, Any]]:
             for i, plain in enumerate(header["recordings"]):
                 prefix = f"{i}/"
                 own = [name for name in archive.files if name.startswith(prefix)]
-                recordings.append(Recording(**plain, **{name[len(prefix) :]: archive[name] for name in own}))
+                arrays = {name[len(prefix) :]: archive[name] for name in own}
+                arrays["work"] = _of_today(arrays["work"])
+                recordings.append(Recording(**plain, **arrays))
             return recordings, header["about"]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} holds no recordings that this version reads ({error!r})") from error
+
+
+def _of_today(work: np.ndarray) -> np.ndarray:
+    """Recorded work with the fields that have been added since, at their defaults.
+
+    Raises:
+        ValueError: another field is missing.
+    """
+    names = work.dtype.names or ()
+    full, defaults = np.zeros(work.shape, WORK_DTYPE), WorkStats()
+    for name in WORK_DTYPE.names or ():
+        full[name] = getattr(defaults, name) if name in _LATER and name not in names else work[name]
+    return full

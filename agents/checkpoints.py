@@ -69,7 +69,8 @@ def restore(model: PPO, path: Path, state: dict[str, Any]) -> None:
         model.set_parameters(str(path), device="cpu")
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path} does not fit this run's config.yaml and scenario.yaml ({error})"
+            f"{path} does not fit this run's config.yaml and scenario.yaml, or it is of a version with other "
+            f"observations: start the run again in another folder ({error})"
         ) from error
     model.num_timesteps, model._n_updates = state["num_timesteps"], state["n_updates"]
     np.random.set_state(tuple(state["numpy_rng"]))  # noqa: NPY002  (Stable-Baselines3 draws from it)

@@ -13,7 +13,7 @@ import pandas as pd
 from agents.live_episodes import LiveEpisode, LiveEpisodes, policy_of
 from agents.metrics import episode_metrics
 from agents.rollout import Recording, play_twin
-from moe.profiles import Profile, load_profile
+from moe.profiles import load_profile
 from thermoe_env.physics import sensor_c
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import Randomize, Scenario, config_path
@@ -54,8 +54,7 @@ def twin_problem(scenario: Scenario, world: str, capacity_rps: float, idle_c: fl
             idles there; the slow drift, which nobody can predict, is off.
     """
     problem = live_problem(scenario, world)
-    if problem.profile.energy_j is None:
-        problem = replace(problem, profile=_with_modelled_energy(problem))
+    problem = replace(problem, profile=problem.metered_profile)
     ratio, traffic = capacity_rps / problem.capacity_rps, problem.scenario.traffic
     traffic = replace(traffic, low_load=traffic.low_load * ratio, high_load=traffic.high_load * ratio)
     scenario = replace(problem.scenario, traffic=traffic, randomize=Randomize(**NO_SPREAD))
@@ -81,24 +80,6 @@ def with_residual_heat(recording: Recording, excess_c: float, tau_sink_s: float)
     for name in ("temp_c", "mem_temp_c", "temp_mean_c"):
         gpu[name][:, 0] = [sensor_c(c) for c in gpu[name][:, 0] + residual_c]
     return replace(recording, gpu=gpu)
-
-
-def _with_modelled_energy(problem: Problem) -> Profile:
-    """A CPU's profile with the energies that `thermoe_env.shadow` models for its work."""
-    own, power = problem.profile, problem.power_profile
-    watts = np.array(
-        [
-            [
-                [power.active_power_w(n * problem.batch_scale, int(k), r) for r in own.cost_bias]
-                for k in own.expert_count
-            ]
-            for n in own.batch_size
-        ]
-    )  # [N, K, R]
-    adapting = None if own.ttt_latency_s is None else own.ttt_latency_s * watts[:, :, 0]
-    return replace(
-        own, energy_j=own.latency_s * watts, idle_power_w=power.idle_power_w, ttt_energy_j=adapting
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -180,6 +180,11 @@ def _check_spaces(path: Path, data: dict[str, Any], problem: Problem, mode: str)
             else ("_shape", [len(problem.knobs.nvec)])
         )
         found[1], wanted[1] = data["action_space"].get(key), value
+    if found[0] != wanted[0]:
+        raise ModelFileError(
+            f"{path} was trained on observations of shape {found[0]}, this version has {len(FIELDS)} fields: "
+            "train it again (python train_agent.py), or use the version that it was trained with"
+        )
     if found != wanted:
         raise ModelFileError(
             f"{path} was trained for observations and actions {found}, this scenario has {wanted}: "

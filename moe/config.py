@@ -10,10 +10,20 @@ Task = Literal["vision", "language"]
 Size = Literal["tiny", "base"]
 Norm = Literal["batch", "group", "layer", "rms"]
 ZeroComputation = Literal["zero", "copy", "constant"]
+Method = Literal["batch_statistics", "tent", "eata", "sar", "dynamic_evaluation"]
+Group = Literal["norms", "router", "expert_norms", "last_block"]
 TASKS: tuple[Task, ...] = ("vision", "language")
 SIZES: tuple[Size, ...] = ("tiny", "base")
 NORMS: tuple[Norm, ...] = ("batch", "group", "layer", "rms")
 ZERO_COMPUTATIONS: tuple[ZeroComputation, ...] = ("zero", "copy", "constant")
+
+TTT_METHODS: dict[str, tuple[Method, ...]] = {
+    "vision": ("batch_statistics", "tent", "eata", "sar"),
+    "language": ("dynamic_evaluation",),
+}
+"""Methods of test-time training by task, see `moe.ttt`."""
+GROUPS: tuple[Group, ...] = ("norms", "router", "expert_norms", "last_block")
+"""Groups of parameters that it may adapt, see `moe.ttt.collect_params`."""
 
 IMAGE_SIZE = 28  # pixels; Fashion-MNIST is 28 x 28, one grey channel
 ALIGNMENT = 8  # 16 bytes of bfloat16: grouped_mm refuses rows that are not a multiple of it

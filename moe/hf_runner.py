@@ -98,7 +98,7 @@ class HfRunner(Runner):
         Raises:
             HfModelError: the model cannot be attached, see `moe.hf.attach`.
         """
-        self.model, self.knobs, self.adapts = model, attach(model), False
+        self.model, self.knobs, self.adapter = model, attach(model), None
         self._start(samples, device, clock)
 
     @property

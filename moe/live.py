@@ -14,11 +14,12 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
+from moe.budget import StepBudget
 from moe.queueing import (
     SLOT_S,
     arrived_by,
@@ -30,9 +31,10 @@ from moe.queueing import (
     record_latencies,
     slot_of,
 )
-from moe.runner import ADAPT_BATCH, Batch, BatchResult, Runner
+from moe.runner import ADAPT_BATCH, Runner
+from moe.tally import InFlight, Tally
 from moe.traffic import RequestStream, TrafficConfig, draw_stream
-from moe.workload import LATENCY_EDGES_S, Knobs, WorkStats
+from moe.workload import Knobs, WorkStats
 
 POLL_S = 2e-4
 """Time between looks at a device at work."""
@@ -63,41 +65,6 @@ class Service(Protocol):
         ...
 
 
-@dataclass
-class _InFlight:
-    """A launched batch and the requests [first, last) of each class in it."""
-
-    batch: Batch
-    ranges: list[tuple[int, int]]
-    heads: list[int]
-    """Per class, a slot not later than the first request's."""
-    knobs: Knobs
-
-    @property
-    def size(self) -> int:
-        return sum(last - first for first, last in self.ranges)
-
-
-@dataclass
-class _Tally:
-    """Sums of one interval."""
-
-    answered: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))
-    late: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))
-    expired: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))
-    histogram: np.ndarray = field(default_factory=lambda: np.zeros(len(LATENCY_EDGES_S) + 1, np.int64))
-    tokens_per_expert: np.ndarray | None = None
-    correct: int = 0
-    good: int = 0
-    batches: int = 0
-    fill: float = 0.0
-    busy_s: float = 0.0
-    ttt_busy_s: float = 0.0
-    ttt_steps: int = 0
-    confidence: float = 0.0
-    entropy: float = 0.0
-
-
 class LiveWorkload:
     """`Workload` (see `moe.workload`) that answers every request with the model."""
 
@@ -109,6 +76,7 @@ class LiveWorkload:
         episode_s: float,
         service: Service,
         *,
+        budget: StepBudget | None = None,
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -120,6 +88,8 @@ class LiveWorkload:
             capacity_rps: requests per second that load 1.0 stands for.
             episode_s: length of the request stream.
             service: terms of service.
+            budget: pays for adaptation steps; None: they are unlimited. What a step costs is what a profile
+                measured: a card's counter ticks too slowly to charge single ones.
             clock: seconds that only grow; the runner's.
             sleep: waits for seconds of `clock`.
 
@@ -134,7 +104,7 @@ class LiveWorkload:
         self._deadline_s = np.array(service.deadline_s, np.float64)  # [2]
         self._max_wait_s = np.array(service.max_wait_s, np.float64)  # [2]
         self._expire_after_s = np.array(service.expire_after_s, np.float64)  # [2]
-        self._clock, self._sleep = clock, sleep
+        self._budget, self._clock, self._sleep = budget, clock, sleep
         self._resumed = 0.0  # reading of `clock` at which the service's clock was 0
         self._stream: RequestStream | None = None
 
@@ -166,10 +136,13 @@ class LiveWorkload:
         self._next = np.zeros(2, np.int64)  # number of the next request to launch
         self._head = np.zeros(2, np.int64)
         self._arrived = np.zeros(2, np.int64)
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[InFlight] = deque()
         self._expected_s: dict[Knobs, float] = {}  # device time of the last full batch
         self._started_s = self._free_at_s = 0.0
         self._time_s = self._end_s = 0.0
+        self._paid_until = 0.0  # time that the budget has let pass
+        if self._budget is not None:
+            self._budget.energy.reset()
 
     def run(self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True) -> WorkStats:
         """Serve in real time; a batch still under way at the end counts as waiting.
@@ -182,7 +155,7 @@ class LiveWorkload:
         if self._stream is None:
             raise RuntimeError("the live workload has no request stream; call reset(seed) first")
         self._refuse(knobs)
-        tally = _Tally()
+        tally = Tally()
         shift = self._shift_at(self._end_s)
         self._end_s += duration_s
         self._resumed = self._clock() - self._time_s
@@ -192,7 +165,7 @@ class LiveWorkload:
             if now >= self._end_s:
                 break
             self._expire(now, tally)
-            wake = self._serve(now, knobs, serve_deferrable)
+            wake = self._serve(now, knobs, serve_deferrable, tally)
             if wake > now:
                 self._sleep(max(min(wake, self._end_s) - now, POLL_S))
         self._time_s = now
@@ -202,7 +175,7 @@ class LiveWorkload:
         """End the episode; the model stays as adapted until the next `reset`. May be called twice."""
         self._stream = None
 
-    def _serve(self, now: float, knobs: Knobs, serve_deferrable: bool) -> float:
+    def _serve(self, now: float, knobs: Knobs, serve_deferrable: bool, tally: Tally) -> float:
         """Launch a batch if one is due; returns when to look again, `now` after a launch."""
         arrivals = self._arrivals
         if self._in_flight:
@@ -230,8 +203,9 @@ class LiveWorkload:
             return now + POLL_S
         if not self._in_flight:
             self._started_s = now
-        batch = self.runner.launch(ranges, self._shift_at(now), knobs)
-        self._in_flight.append(_InFlight(batch, ranges, heads, knobs))
+        afforded = self._affordable(now, knobs.batch_size - room, knobs, tally)
+        batch = self.runner.launch(ranges, self._shift_at(now), afforded)
+        self._in_flight.append(InFlight(batch, ranges, heads, knobs))
         return now
 
     def _due(self, slot: int, now: float, batch_size: int, serve_deferrable: bool) -> float:
@@ -246,7 +220,7 @@ class LiveWorkload:
             due = min(due, oldest + self._max_wait_s[c])
         return next_launch(now - slot * SLOT_S, batch_size, queued, in_slot, arrived, due)
 
-    def _collect(self, tally: _Tally) -> None:
+    def _collect(self, tally: Tally) -> None:
         """Account for the batches that are done."""
         while self._in_flight and self._in_flight[0].batch.done():
             flight = self._in_flight.popleft()
@@ -258,40 +232,16 @@ class LiveWorkload:
             self._started_s = freed
             if flight.size == flight.knobs.batch_size:
                 self._expected_s[flight.knobs] = busy_s
-            self._account(flight, result, completion, tally)
+            tally.add(flight, result, completion, self._arrivals, self._deadline_s)
 
-    def _account(self, flight: _InFlight, result: BatchResult, completion: float, tally: _Tally) -> None:
-        position = 0
-        for c, (first, last) in enumerate(flight.ranges):
-            if last == first:
-                continue
-            arrivals = self._arrivals[c]
-            late = late_count(arrivals, first, last, completion, self._deadline_s[c])
-            record_latencies(arrivals, first, last, flight.heads[c], completion, tally.histogram)
-            tally.answered[c] += last - first
-            tally.late[c] += late
-            # A class's requests lie in order of arrival: the late ones are its first.
-            tally.good += int(result.correct[position + late : position + last - first].sum())
-            position += last - first
-        tally.correct += int(result.correct.sum())
-        tally.confidence += result.confidence_sum
-        tally.entropy += result.entropy_sum
-        tally.batches += 1
-        tally.fill += flight.size / flight.knobs.batch_size
-        tally.busy_s += result.answer_s + result.ttt_s
-        tally.ttt_busy_s += result.ttt_s
-        tally.ttt_steps += flight.knobs.ttt_steps if flight.size > 1 else 0
-        load = result.tokens_per_expert
-        tally.tokens_per_expert = load if tally.tokens_per_expert is None else tally.tokens_per_expert + load
-
-    def _expire(self, now: float, tally: _Tally) -> None:
+    def _expire(self, now: float, tally: Tally) -> None:
         for c in range(2):
             self._next[c], self._head[c], expired = expire(
                 self._arrivals[c], self._next[c], self._head[c], now, self._expire_after_s[c]
             )
             tally.expired[c] += expired
 
-    def _stats(self, now: float, shift: int, tally: _Tally) -> WorkStats:
+    def _stats(self, now: float, shift: int, tally: Tally) -> WorkStats:
         arrived = np.array([arrived_by(self._arrivals[c], now) for c in range(2)], np.int64)
         new, self._arrived = arrived - self._arrived, arrived
         waiting = arrived - self._next
@@ -301,35 +251,38 @@ class LiveWorkload:
             max(0.0, now - oldest_arrival(self._arrivals[c], self._next[c], self._head[c], now))
             for c in range(2)
         ]
-        answered = max(1, int(tally.answered.sum()))
-        load = tally.tokens_per_expert
         return WorkStats(
             arrived_interactive=float(new[0]),
             arrived_deferrable=float(new[1]),
-            answered_interactive=float(tally.answered[0]),
-            answered_deferrable=float(tally.answered[1]),
-            late_interactive=float(tally.late[0]),
-            late_deferrable=float(tally.late[1]),
-            expired_interactive=float(tally.expired[0]),
-            expired_deferrable=float(tally.expired[1]),
             waiting_interactive=float(waiting[0]),
             waiting_deferrable=float(waiting[1]),
             oldest_interactive_s=oldest[0],
             oldest_deferrable_s=oldest[1],
-            correct=float(tally.correct),
-            good=float(tally.good),
-            batches=float(tally.batches),
-            batch_fill=tally.fill / max(1, tally.batches),
-            busy_s=tally.busy_s,
-            ttt_busy_s=tally.ttt_busy_s,
-            ttt_steps=float(tally.ttt_steps),
-            confidence=tally.confidence / answered,
-            entropy=tally.entropy / answered,
-            load_imbalance=0.0 if load is None else float((load.std(axis=-1) / load.mean(axis=-1)).mean()),
             shift_id=float(shift),
-            latency_histogram=tally.histogram,
-            tokens_per_expert=load,
+            budget_share=self._budget_share(now),
+            **tally.stats(),
         )
+
+    def _affordable(self, now: float, size: int, knobs: Knobs, tally: Tally) -> Knobs:
+        """The knobs for a batch, less the adaptation steps that the budget cannot pay."""
+        if self._budget is None:
+            return knobs
+        serving_j, step_j = self._budget.batch_energy_j(size, knobs)
+        adapter = self.runner.adapter
+        # A batch too small to adapt to is left out by the adapter, and costs nothing.
+        asked = 0 if adapter is None or size < adapter.smallest_batch else knobs.ttt_steps
+        refused = asked - self._budget.energy.pay_steps(now - self._paid_until, serving_j, step_j, asked)
+        self._paid_until = now
+        tally.ttt_refused += refused
+        return replace(knobs, ttt_steps=knobs.ttt_steps - refused) if refused else knobs
+
+    def _budget_share(self, now: float) -> float:
+        """Let the budget's time pass until now; returns its share of a full bank."""
+        if self._budget is None:
+            return 1.0
+        self._budget.energy.earn(now - self._paid_until)
+        self._paid_until = now
+        return self._budget.energy.share
 
     def _refuse(self, knobs: Knobs) -> None:
         if knobs.sm_clock != 1.0:
@@ -380,5 +333,5 @@ class LiveWorkload:
         oldest_arrival(arrivals[0], self._next[0], self._head[0], SLOT_S)
         expire(arrivals[0], self._next[0], self._head[0], 0.0, self._expire_after_s[0])
         late_count(arrivals[0], 0, 1, SLOT_S, self._deadline_s[0])
-        record_latencies(arrivals[0], 0, 1, 0, SLOT_S, _Tally().histogram)
+        record_latencies(arrivals[0], 0, 1, 0, SLOT_S, Tally().histogram)
         slot_of(arrivals[0], 0, self._head[0])

@@ -23,11 +23,12 @@ import torch
 import tyro
 
 from moe import data
-from moe.config import Size, Task
+from moe.config import TTT_METHODS, Group, Method, Size, Task
 from moe.expert_cost import ExpertCost, measure_expert_cost
 from moe.hf_runner import SIZE as HF_SIZE
 from moe.hf_runner import HfRunner, checkpoint_identity, load_runner, measure_alike_experts
 from moe.meter import EnergyCounter, open_meter
+from moe.model import MoEModel
 from moe.profile_cost import (
     LEAST_VISITS,
     Cell,
@@ -51,7 +52,7 @@ from moe.profiles import HELD_OUT, Profile, ProfileError, level_index, save_prof
 from moe.runner import ADAPT_BATCH, Runner
 from moe.samples import DEFAULT_SHIFTS, SamplePool
 from moe.train import device_name
-from moe.ttt import STATISTICS_MOMENTUM
+from moe.ttt import METHODS, STATISTICS_MOMENTUM, Adapter
 from moe.weights import identity, load_model
 
 BATCH_SIZES: dict[tuple[str, str], tuple[int, ...]] = {
@@ -103,6 +104,10 @@ class Options:
     within_s: float | None = None
     """Time for everything once the model is loaded; default: 300 on a CPU, 180 on CUDA. Quality and two
     visits of every cell are measured however long they take."""
+    method: Method = "tent"
+    """How the vision model adapts. A language model is measured without adaptation."""
+    group: Group = "norms"
+    """What adapts."""
     samples: int | None = None
     """Samples per quality score, at most the whole pool; default: 1000 on a CPU, 4000 on CUDA."""
     seed: int = 0
@@ -119,6 +124,8 @@ class Options:
                 raise ValueError(f"{name} must be above 0, got {value}")
         if self.batch_sizes and min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes must be at least 1, got {self.batch_sizes}")
+        if self.method not in TTT_METHODS["vision"]:
+            raise ValueError(f"method must be one of {TTT_METHODS['vision']}, got {self.method!r}")
         if self.shifts and self.shifts[0] != "clean":
             raise ValueError(f'shifts must start with "clean", got {self.shifts}')
         for biases in (self.routing_biases, self.cost_biases):
@@ -143,7 +150,9 @@ def measure(options: Options) -> Profile:
     shifts = options.shifts or SHIFTS[options.task, size]
     if options.model is None:
         model = load_model(options.task, size, device)
-        runner = Runner(model, SamplePool(options.task, shifts, device), device)
+        runner = Runner(
+            model, SamplePool(options.task, shifts, device), device, adapter=_adapter(model, options)
+        )
     else:
         runner = load_runner(options.model, shifts, device)
     began = time.monotonic()
@@ -241,11 +250,20 @@ def measure(options: Options) -> Profile:
             "spread": _spread(cost),
             "idle_power_w": {"before": idle_before_w, "after": idle_after_w},
             "temperature_c": {"start": cold_c, "end_of_load": hot_c},
-            "adaptation": _long_run(quality.long) if adapts else None,
+            "adaptation": {"method": options.method, "group": options.group, **_long_run(quality.long)}
+            if adapts
+            else None,
             "data": data.describe(options.task),
             **({"checkpoint": str(options.model)} if options.model else {}),
         },
     )
+
+
+def _adapter(model: MoEModel, options: Options) -> Adapter | None:
+    """What is measured of adaptation: that of models with batch norms, whose states are known."""
+    if model.config.norm != "batch":
+        return None
+    return Adapter(model, METHODS[options.method][0](), options.group)
 
 
 def _expert_cost(runner: Runner, meter: EnergyCounter | None, seed: int) -> ExpertCost:

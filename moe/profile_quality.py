@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from moe import ttt
@@ -95,21 +96,21 @@ class Examiner:
         )
 
     def adapt(self, shift: int, steps: int) -> None:
-        """Take adaptation steps at the model's own expert count and without bias."""
-        runner = self._runner
+        """Take adaptation steps, unguarded, at the model's own expert count and without bias."""
+        runner, adapter = self._runner, _adapter_of(self._runner)
         for _ in range(steps):
             index = (torch.arange(ADAPT_BATCH, device=runner.device) + self._taken) % len(runner.samples)
             images, _ = runner.samples.take(shift, runner.order[index])
-            ttt.adapt(runner.model, runner.optimizer, images, self._own_k)
+            adapter.method(runner.model, adapter.state, images, adapter.settings, self._own_k)
             self._taken += ADAPT_BATCH
 
-    def save(self) -> ttt.Snapshot:
+    def save(self) -> ttt.Saved:
         """Copy the state of the adaptation."""
-        return ttt.snapshot(self._runner.model, self._runner.optimizer)
+        return _adapter_of(self._runner).snapshot()
 
-    def restore(self, saved: ttt.Snapshot) -> None:
+    def restore(self, saved: ttt.Saved) -> None:
         """Put a state back."""
-        ttt.restore(self._runner.model, self._runner.optimizer, saved)
+        _adapter_of(self._runner).restore(saved)
 
 
 def measure_quality(
@@ -180,18 +181,26 @@ def measure_quality(
     )
 
 
-def mix(first: ttt.Snapshot, second: ttt.Snapshot, second_share: float) -> ttt.Snapshot:
-    """State whose norms are the weighted mean of those of two states; the optimizer is the first's."""
-    norms = {
-        name: {
-            key: torch.lerp(value, second.norms[name][key], second_share)
-            if value.is_floating_point()
-            else value
-            for key, value in norm.items()
-        }
-        for name, norm in first.norms.items()
-    }
-    return ttt.Snapshot(norms=norms, optimizer=first.optimizer)
+def mix(first: ttt.Saved, second: ttt.Saved, second_share: float) -> ttt.Saved:
+    """State with the weighted mean of the parameters and statistics of two, and the rest of the first."""
+
+    def mean(ours: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+        return [
+            torch.lerp(our, other, second_share) if our.is_floating_point() else our
+            for our, other in zip(ours, others, strict=True)
+        ]
+
+    return replace(
+        first,
+        parameters=mean(first.parameters, second.parameters),
+        statistics=mean(first.statistics, second.statistics),
+    )
+
+
+def _adapter_of(runner: Runner) -> ttt.Adapter:
+    """Its adapter; `measure_quality` asks only where there is one."""
+    assert runner.adapter is not None
+    return runner.adapter
 
 
 def _play_sequence(

@@ -123,6 +123,13 @@ class Profile:
             )
         return self._at(self.energy_j, batch_size, expert_count, routing_bias)
 
+    def step_energy_at(self, batch_size: float, expert_count: int) -> float:
+        """Energy above idle of an adaptation step after a micro-batch, in joules, as the twin has it."""
+        if self.ttt_energy_j is None:
+            raise ProfileError(f"the profile of {self.device} holds no energies of adaptation steps")
+        k = level_index("expert_count", expert_count, self.expert_count)
+        return float(np.interp(batch_size, self.batch_size, self.ttt_energy_j[:, k]))
+
     def active_power_w(self, batch_size: float, expert_count: int, routing_bias: float = 0.0) -> float:
         """Mean power above idle while micro-batches of this kind run back to back."""
         energy = self.energy_at(batch_size, expert_count, routing_bias)
@@ -136,6 +143,12 @@ class Profile:
     def own_k(self) -> int:
         """Index of the model's own expert count, at which it adapted."""
         return level_index("expert_count", self.model["config"]["top_k"], self.expert_count)
+
+    @property
+    def adapted_by(self) -> tuple[str, str]:
+        """Method and group of the adaptation that was measured; older profiles do not say: TENT."""
+        adaptation = self.provenance.get("adaptation") or {}
+        return adaptation.get("method", "tent"), adaptation.get("group", "norms")
 
     def accuracy_interval(self) -> np.ndarray:
         """Ends of the 95% interval of `accuracy` (Wilson, JASA 22, 1927), [S, Q, K, R, 2]."""

@@ -77,6 +77,16 @@ class WorkStats:
     """Device time spent serving and adapting."""
     ttt_busy_s: float = 0.0
     ttt_steps: float = 0.0
+    """Adaptation steps taken and kept. With the refused and the left out ones: all that were asked for."""
+    ttt_refused: float = 0.0
+    """Adaptation steps that the energy budget could not pay."""
+    ttt_left_out: float = 0.0
+    """Adaptation steps that were not taken or not kept: poisoned, too small or unsuitable batches, and steps
+    undone. Live only: a profiled workload has no answers to judge."""
+    ttt_rolled_back: float = 0.0
+    """Returns of the model to an earlier state. Live only."""
+    budget_share: float = 1.0
+    """Joules that adaptation may spend at the end over a full bank (`moe.budget`); 1 where unlimited."""
     confidence: float = 0.0
     """Mean probability of the answer given, 0 when nothing was answered."""
     entropy: float = 0.0

@@ -50,8 +50,8 @@ _EXPERT_COUNT, _ROUTING_BIAS = KNOB_NAMES.index("expert_count"), KNOB_NAMES.inde
 
 @jit
 def _start(
-    rules, traffic, budget, spread, nominal, default_index, seed, arrivals, shift, budget_w, drift_c, weights,
-    server, devices, track, track_row, gpu, raw, raw_row, observation,
+    rules, traffic, budget, spread, nominal, default_index, fresh_purse, seed, arrivals, shift, budget_w,
+    drift_c, weights, purse, server, devices, track, track_row, gpu, raw, raw_row, observation,
 ):  # fmt: skip
     """Begin the episode of `seed` in one environment and write its first observation.
 
@@ -59,7 +59,7 @@ def _start(
     """
     fill_stream(traffic, seed, arrivals, shift)
     fill_power_budget(budget, seed, budget_w)
-    start_service(weights, server)
+    start_service(weights, purse, fresh_purse, server)
     start_devices(spread, seed, nominal, devices, drift_c, gpu)
     fill(track_row, 0.0)
     fill(raw_row, 0.0)
@@ -70,8 +70,8 @@ def _start(
 @numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
 def _advance_all(
     begin_all, tables, device_share, terms, levels, prices, quality_floor, steps,  # the service
-    rules, traffic, budget, spread, nominal, default_index,  # what is drawn from
-    seeds, episodes, arrivals, shift, budget_w, drift_c, weights, server, devices, track, track_rows,
+    rules, traffic, budget, spread, nominal, default_index, fresh_purse,  # what is drawn from
+    seeds, episodes, arrivals, shift, budget_w, drift_c, weights, purse, server, devices, track, track_rows,
     first_gpu, first_raw, first_raw_rows,  # the state
     index, work, gpu, raw, raw_rows, histogram, slot_energy, reward_terms, cost,  # the interval
     observation, final, reward, terminated, truncated,  # the result
@@ -89,8 +89,8 @@ def _advance_all(
             serve(
                 tables, terms[0], levels, index[i], arrivals[i], shift[i, second],
                 slowest_clock(own),
-                track[i].stage < rules[0].deferrable_below, weights[i], server[i], work[i], histogram[i],
-                slot_energy[i],
+                track[i].stage < rules[0].deferrable_below, weights[i], purse[i], server[i], work[i],
+                histogram[i], slot_energy[i],
             )  # fmt: skip
             terminated[i] = heat_devices(
                 own, device_share[index[i, _EXPERT_COUNT], index[i, _ROUTING_BIAS]], slot_energy[i],
@@ -108,9 +108,10 @@ def _advance_all(
                 episodes[i] += np.uint64(1)
         if ended:
             _start(
-                rules, traffic, budget, spread, nominal, default_index, derive(seeds[i], episodes[i]),
-                arrivals[i], shift[i], budget_w[i], drift_c[i], weights[i], server[i], devices[i], track[i],
-                 track_rows[i], first_gpu[i], first_raw[i], first_raw_rows[i], observation[i],
+                rules, traffic, budget, spread, nominal, default_index, fresh_purse,
+                derive(seeds[i], episodes[i]), arrivals[i], shift[i], budget_w[i], drift_c[i], weights[i],
+                purse[i], server[i], devices[i], track[i], track_rows[i], first_gpu[i],
+                first_raw[i], first_raw_rows[i], observation[i],
             )  # fmt: skip
 
 
@@ -177,6 +178,7 @@ class TwinBatch:
             spread_of(problem),
             nominal_devices(problem),
             np.array(problem.knobs.default_index, np.int64),
+            problem.purse,
         )
         self.devices = np.zeros((n, len(scenario.devices)), DEVICE_DTYPE)
         """Records of `DEVICE_DTYPE`, [n, D]."""
@@ -189,6 +191,7 @@ class TwinBatch:
             np.zeros((n, scenario.steps + notice + 1)),  # budget
             np.zeros((n, seconds)),  # drift of the inlet
             np.zeros((n, len(problem.profile.shifts) + 1)),  # adaptation
+            np.zeros((n, len(problem.purse))),  # what it may spend
             np.zeros(n, SERVER_DTYPE),
             self.devices,
             *_with_rows(np.zeros(n, TRACK_DTYPE)),

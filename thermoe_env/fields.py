@@ -68,6 +68,8 @@ FIELDS: tuple[Field, ...] = (
     Field("shift_indicator", "1", -0.2, 0.2, "confidence less its 20 s average: it moves when the inputs do"),
     Field("confidence_mean", "1", 0.4, 1.0, "mean confidence of the episode so far"),
     Field("ttt_effort", "1", 0.0, 1.0, "share of the last intervals with adaptation, 30 s average"),
+    Field("ttt_budget", "1", 0.0, 1.0, "energy that adaptation may spend over a full bank, 1 if unlimited"),
+    Field("ttt_refused_share", "1", 0.0, 1.0, "share of adaptation steps that the energy budget refused"),
     Field("load_imbalance", "1", 0.0, 3.0, "coefficient of variation of tokens per expert"),
     *(
         Field(f"{name}_level", "1", 0.0, 1.0, f"level of the knob {name}, 0 lowest to 1 highest")
@@ -115,7 +117,15 @@ def decode(observation: np.ndarray) -> dict[str, np.ndarray]:
 
     Returns:
         name -> [n] (or scalar array); clipped values read as the end of their range.
+
+    Raises:
+        ValueError: not as many fields as there are.
     """
+    if np.shape(observation)[-1:] != (len(FIELDS),):
+        raise ValueError(
+            f"an observation has {len(FIELDS)} fields, got shape {np.shape(observation)}; one recorded by a "
+            "version with other fields cannot be decoded, play the episode again"
+        )
     values = _LOW + (np.asarray(observation, np.float64) + 1.0) * 0.5 * _SPAN
     return {name: values[..., i] for i, name in enumerate(FIELD_NAMES)}
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe.budget import share_of
 from moe.queueing import jit
 from thermoe_env.knobs import KNOB_NAMES
 from thermoe_env.physics import approach, decay
@@ -57,6 +58,8 @@ class Rules(NamedTuple):
     keep_20s: float
     keep_30s: float
     level_share: np.ndarray  # [knobs], one over the highest level
+    first_budget_share: float
+    """What adaptation may spend at the start, over a full bank."""
 
 
 def as_record(values: NamedTuple) -> np.ndarray:
@@ -89,6 +92,7 @@ def rules_of(problem: Problem) -> np.ndarray:
         round(s.power_budget.notice_s / s.interval_s), problem.twin.max_clock_mhz,
         decay(s.interval_s, 5.0), decay(s.interval_s, 20.0), decay(s.interval_s, 30.0),
         np.array([1.0 / max(1.0, len(problem.knobs.levels[name]) - 1) for name in KNOB_NAMES]),
+        share_of(problem.purse),
     )  # fmt: skip
     return as_record(rules)
 
@@ -129,6 +133,7 @@ def begin(rules, track, gpu, budget_w, index, raw):
     raw.power_w, raw.power_slow_w = gpu.power_w, gpu.power_w
     raw.sm_clock_share = gpu.sm_clock_mhz / rules.max_clock_mhz
     look_ahead(rules, budget_w, int(track.step), raw)
+    raw.ttt_budget = rules.first_budget_share
     _knob_fields(rules, index, raw)
     raw.time_left = 1.0
 
@@ -212,6 +217,8 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw,
     raw.shift_indicator = indicator
     raw.confidence_mean = track.confidence_sum / max(1.0, track.answered_sum)
     raw.ttt_effort = track.ttt_effort
+    raw.ttt_budget = work.budget_share
+    raw.ttt_refused_share = work.ttt_refused / max(1.0, work.ttt_refused + work.ttt_steps + work.ttt_left_out)
     raw.load_imbalance = work.load_imbalance
     track.temp_c = gpu.temp_c
     track.step = step + 1

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from moe.adaptation import tabulate
+from moe.budget import UNLIMITED, EnergyBudget, StepBudget, open_purse
 from moe.placement import Placement, PlacementError
 from moe.profiles import Profile, ProfileError, level_index, load_profile, refuse_beyond
+from moe.workload import Knobs
 from thermoe_env.calibration import TwinParams, load_twin
 from thermoe_env.errors import ScenarioError
 from thermoe_env.knobs import KnobTable
@@ -81,6 +83,7 @@ class Problem:
             raise ScenarioError(
                 f"traffic.shifts {scenario.traffic.shifts} exceed the profile's {named.shifts}"
             )
+        _check_adaptation(scenario, work)
         placement = _placement(scenario, named)
         twin = load_twin(config_path("twin", scenario.twin, ".yaml"))
         if profile is not None and profile is not named:
@@ -101,17 +104,62 @@ class Problem:
     @cached_property
     def reference_power_w(self) -> float:
         """Power of the standard service on all devices at load 1.0, the unit of energy prices."""
-        static = self.scenario.static
-        batch = static.batch_size * self.batch_scale
         idle = self.power_profile.idle_power_w
         assert idle is not None
-        active = self.power_profile.active_power_w(batch, static.expert_count, static.routing_bias)
-        return len(self.scenario.devices) * idle + active
+        return len(self.scenario.devices) * idle + self.serving_power_w
+
+    @cached_property
+    def serving_power_w(self) -> float:
+        """Power above idle of the standard service at load 1.0."""
+        static = self.scenario.static
+        batch = static.batch_size * self.batch_scale
+        return self.power_profile.active_power_w(batch, static.expert_count, static.routing_bias)
 
     @cached_property
     def batch_scale(self) -> float:
         """Batch size on the power profile that stands for a batch of 1 on the working one."""
         return float(self.power_profile.batch_size[-1] / self.profile.batch_size[-1])
+
+    @cached_property
+    def metered_profile(self) -> Profile:
+        """The working profile; where it holds no energies, with those modelled from the power profile.
+
+        Its work then takes what the power profile's card draws while as busy with work of the same kind.
+        """
+        own, power = self.profile, self.power_profile
+        if own.energy_j is not None:
+            return own
+        watts = np.array(
+            [
+                [
+                    [power.active_power_w(n * self.batch_scale, int(k), r) for r in own.cost_bias]
+                    for k in own.expert_count
+                ]
+                for n in own.batch_size
+            ]
+        )  # [N, K, R]
+        adapting = None if own.ttt_latency_s is None else own.ttt_latency_s * watts[:, :, 0]
+        return replace(
+            own, energy_j=own.latency_s * watts, idle_power_w=power.idle_power_w, ttt_energy_j=adapting
+        )
+
+    @cached_property
+    def purse(self) -> np.ndarray:
+        """What adaptation may spend at an episode's start, see `moe.budget`."""
+        budget = self.scenario.adaptation.budget
+        if budget is None:
+            return UNLIMITED
+        return open_purse(**asdict(budget), full_serving_w=self.serving_power_w)
+
+    def step_budget(self) -> StepBudget | None:
+        """The same for a live service, with what its work costs at full clock; None where unlimited."""
+        profile = self.metered_profile
+
+        def batch_energy_j(size: int, knobs: Knobs) -> tuple[float, float]:
+            serving_j = profile.energy_at(size, knobs.expert_count, knobs.routing_bias)
+            return serving_j, profile.step_energy_at(size, knobs.expert_count)
+
+        return StepBudget(EnergyBudget.of(self.purse), batch_energy_j) if len(self.purse) else None
 
     @cached_property
     def quality_floor(self) -> np.ndarray:
@@ -187,6 +235,8 @@ class Problem:
 
         if p.energy_j is None:
             raise ProfileError(f"the profile of {p.device} holds no energies, so no twin can run on it")
+        if p.ttt_latency_s is not None:
+            _refuse_another_method(self.scenario, p, "the twin knows no other adaptation")
         share = p.expert_share * p.expert_share.shape[-1]  # [K, R, L, E], 1 = even
         imbalance = share.std(axis=-1).mean(axis=-1)  # [K, R]
         answers = tabulate(p.quality(), p.mixture, p.own_k)
@@ -203,6 +253,32 @@ class Problem:
             answers.answer_mixed,
             p.adapt_rate or 0.0,
             at_bias(imbalance, p.routing_bias, 1),
+        )
+
+
+def _check_adaptation(scenario: Scenario, profile: Profile) -> None:
+    """Refuse a budget that the profile cannot charge.
+
+    Raises:
+        ScenarioError: names what the profile measured.
+    """
+    if scenario.adaptation.budget is None:
+        return
+    if profile.ttt_latency_s is None:
+        raise ScenarioError(
+            f"adaptation.budget has nothing to pay for: the profile of {profile.device} measured no "
+            f"adaptation of task {profile.task!r}, so ttt_steps has the level 0 "
+            "alone; leave the budget out (null)"
+        )
+    _refuse_another_method(scenario, profile, "a budget charges what was measured")
+
+
+def _refuse_another_method(scenario: Scenario, profile: Profile, why: str) -> None:
+    wanted = scenario.adaptation.method, scenario.adaptation.group
+    if wanted != profile.adapted_by:
+        raise ScenarioError(
+            f"adaptation by {wanted} is wanted, the profile of {profile.device} was measured with "
+            f"{profile.adapted_by}, and {why}; name that one, or play live without a budget"
         )
 
 

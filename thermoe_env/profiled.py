@@ -20,9 +20,11 @@ from moe.batching import (
     taken_by,
     trigger_period,
 )
+from moe.budget import earn, pay_steps, share_of
 from moe.queueing import (
     SLOT_S,
     arrived_in_slot,
+    copy_row,
     expire,
     inlined,
     jit,
@@ -92,8 +94,8 @@ def batch_cost(cost, n):
 
 @jit
 def serve(
-    tables, terms, levels, index, arrivals, shift, clock, serve_deferrable, weights, server, work, histogram,
-    slot_energy,
+    tables, terms, levels, index, arrivals, shift, clock, serve_deferrable, weights, purse, server, work,
+    histogram, slot_energy,
 ):  # fmt: skip
     """Serve one interval of the request stream at the profile's cost.
 
@@ -107,6 +109,7 @@ def serve(
         clock: clock fraction that throttling leaves.
         serve_deferrable: whether deferrable requests are served.
         weights: float64 [S + 1], the adaptation; updated.
+        purse: what adaptation may spend (`moe.budget`); updated.
         server: record of `SERVER_DTYPE`; updated.
         work: record of `WORK_DTYPE`; filled.
         histogram: int64 [bins], added to; without bins no latencies are recorded.
@@ -124,6 +127,7 @@ def serve(
     first_slot = server.slot
     end_slot = first_slot + terms.slots
     served_0, served_1, late_0, late_1, expired_0, expired_1, batches = 0, 0, 0, 0, 0, 0, 0
+    budgeted, all_steps, refused = purse.shape[0] > 0, 0, 0
     busy, ttt_busy, correct, good, confidence, entropy = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     quality, adapted = (0.0, 0.0, 0.0), True
     for slot in range(first_slot, end_slot):
@@ -140,7 +144,7 @@ def serve(
         tail -= inside
         busy += inside
         energy = inside * tail_power
-        launched, now = 0, free_in
+        launched, stepped, now, paid_until = 0, 0, free_in, 0.0
         while now < SLOT_S:
             queued_0, queued_1 = arrivals_0[slot] - next_0, 0
             if serve_deferrable:
@@ -162,11 +166,20 @@ def serve(
                 now = start + 1e-9
                 continue
             latency, joules, ttt_latency, ttt_joules = batch_cost(cost, first)
-            needs = (latency + ttt_steps * ttt_latency) * stretch
+            steps, alone = ttt_steps, budgeted and ttt_steps > 0  # each batch is then paid for on its own
+            if alone:
+                steps = pay_steps(
+                    purse, start - paid_until, joules * energy_factor, ttt_joules * energy_factor, ttt_steps
+                )
+                paid_until = start
+                refused += ttt_steps - steps
+            needs = (latency + steps * ttt_latency) * stretch
             launches, period = 1, needs * slower
             full, crowded = first == batch_size, first_0 == batch_size
             rate_0, rate_1 = in_slot_0 / SLOT_S, in_slot_1 / SLOT_S
-            if crowded or (full and rate_0 * period <= batch_size):
+            if alone:
+                pass
+            elif crowded or (full and rate_0 * period <= batch_size):
                 waiting, rate = queued_0 + arrived_in_slot(in_slot_0, start), rate_0
                 if not crowded:
                     waiting += queued_1 + arrived_in_slot(in_slot_1, start)
@@ -190,9 +203,14 @@ def serve(
                     mean = min((taken_0 + taken_1) / launches, 1.0 * batch_size)
                     latency, joules, ttt_latency, ttt_joules = batch_cost(cost, max(1.0, mean))
                     # The period was set by the first batch: the mean one may not overlap with the next.
-                    needs = min((latency + ttt_steps * ttt_latency) * stretch, period * pace)
-            latency, ttt_latency = latency * stretch, ttt_steps * ttt_latency * stretch
-            joules = (joules + ttt_steps * ttt_joules) * energy_factor
+                    needs = min((latency + steps * ttt_latency) * stretch, period * pace)
+            if budgeted and not alone:
+                for number in range(launches):
+                    at = start + number * period
+                    pay_steps(purse, at - paid_until, joules * energy_factor, 0.0, 0)
+                    paid_until = at
+            latency, ttt_latency = latency * stretch, steps * ttt_latency * stretch
+            joules = (joules + steps * ttt_joules) * energy_factor
             if crowded:
                 group_late_0 = late_in_backlog(
                     arrivals_0, slot, next_0, head_0, taken_0, start, period, launches, latency,
@@ -230,6 +248,7 @@ def serve(
             confidence += quality[1] * taken
             entropy += quality[2] * taken
             launched += launches
+            stepped += launches * steps
             ttt_busy += launches * ttt_latency
             # All batches but the last end within the slot.
             inside = min(needs, SLOT_S - last)
@@ -240,9 +259,12 @@ def serve(
         free_in = max(0.0, now - SLOT_S)
         slot_energy[slot - first_slot] = energy
         batches += launched
-        adapted = launched * ttt_steps > 0
+        all_steps += stepped
+        adapted = stepped > 0
         if adapted:
-            adapt(weights, shift, launched * ttt_steps, tables.adapt_rate)
+            adapt(weights, shift, stepped, tables.adapt_rate)
+        if budgeted:
+            earn(purse, SLOT_S - paid_until, 0.0)
     oldest_0, head_0 = oldest_in_slot(arrivals_0, next_0, head_0, end_slot - 1)
     oldest_1, head_1 = oldest_in_slot(arrivals_1, next_1, head_1, end_slot - 1)
     server.next_0, server.next_1, server.head_0, server.head_1 = next_0, next_1, head_0, head_1
@@ -259,7 +281,9 @@ def serve(
     work.oldest_deferrable_s = max(0.0, SLOT_S - oldest_1)
     work.correct, work.good, work.batches = correct, good, batches
     work.batch_fill = served / (max(1, batches) * batch_size)
-    work.busy_s, work.ttt_busy_s, work.ttt_steps = busy, ttt_busy, batches * ttt_steps
+    work.busy_s, work.ttt_busy_s, work.ttt_steps = busy, ttt_busy, all_steps
+    work.ttt_refused, work.budget_share = refused, share_of(purse)
+    work.ttt_left_out, work.ttt_rolled_back = 0.0, 0.0
     work.confidence, work.entropy = confidence / max(1, served), entropy / max(1, served)
     work.load_imbalance = tables.load_imbalance[experts, bias] if served > 0 else 0.0
     work.sm_clock = clock
@@ -283,9 +307,10 @@ def _record_group(
 
 
 @jit
-def start_service(weights, server):
+def start_service(weights, purse, fresh_purse, server):
     """Set one server to an idle device with an empty queue and an unadapted model, at time 0."""
     start_unadapted(weights)
+    copy_row(purse, fresh_purse)
     server.slot = server.next_0 = server.next_1 = server.head_0 = server.head_1 = 0
     server.free_in_s = server.tail_s = server.tail_power_w = 0.0
 
@@ -300,20 +325,20 @@ def terms_of(problem: Problem) -> np.ndarray:
 @jit
 def _serve_one(
     cost, answer_pure, answer_mixed, adapt_rate, load_imbalance, terms, levels, index, arrivals, shift_id,
-    clock, serve_deferrable, weights, server, work, histogram, slot_energy,
+    clock, serve_deferrable, weights, purse, server, work, histogram, slot_energy,
 ):  # fmt: skip
     """`serve` for arrays of one record and the parts of `Tables`: they cross into compiled code cheaper."""
     tables = Tables(cost, answer_pure, answer_mixed, adapt_rate, load_imbalance)
     shift = shift_id[int(server[0].slot * SLOT_S)]
     serve(
-        tables, terms[0], levels, index, arrivals, shift, clock, serve_deferrable, weights, server[0],
-        work[0], histogram, slot_energy,
+        tables, terms[0], levels, index, arrivals, shift, clock, serve_deferrable, weights, purse,
+        server[0], work[0], histogram, slot_energy,
     )  # fmt: skip
 
 
 @jit
-def _start_one(weights, server):
-    start_service(weights, server[0])
+def _start_one(weights, purse, fresh_purse, server):
+    start_service(weights, purse, fresh_purse, server[0])
 
 
 class ProfiledWorkload:
@@ -329,6 +354,7 @@ class ProfiledWorkload:
         self._known: dict[Knobs, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         """Level indices, int64 [knobs]; tokens per expert of an answer, [L, E]; `device_share`, [D]."""
         self._weights = np.zeros(len(problem.profile.shifts) + 1)
+        self._purse = problem.purse.copy()
         self._server = np.zeros(1, SERVER_DTYPE)
         self._work = np.zeros(1, WORK_DTYPE)
         self._work_row = self._work.view(np.float64)
@@ -340,7 +366,7 @@ class ProfiledWorkload:
         self._stream: RequestStream = draw_stream(
             scenario.traffic, seed, scenario.episode_s + 1, self._problem.capacity_rps
         )
-        _start_one(self._weights, self._server)
+        _start_one(self._weights, self._purse, self._problem.purse, self._server)
 
     def run(self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True) -> WorkStats:
         """Serve one interval. `duration_s` must be the scenario's interval."""
@@ -358,8 +384,8 @@ class ProfiledWorkload:
         slot_energy = np.empty(self._slots)
         _serve_one(
             *self._tables, self._terms, problem.knobs.level_table, index, self._stream.arrivals,
-            self._stream.shift_id, self._clock(), serve_deferrable, self._weights, self._server, self._work,
-            histogram, slot_energy,
+            self._stream.shift_id, self._clock(), serve_deferrable, self._weights, self._purse, self._server,
+            self._work, histogram, slot_energy,
         )  # fmt: skip
         values: dict[str, Any] = dict(zip(STAT_NAMES, self._work_row.tolist(), strict=True))
         answered = values["answered_interactive"] + values["answered_deferrable"]

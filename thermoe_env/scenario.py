@@ -6,12 +6,14 @@ states the rest. Unknown keys are refused, so a misspelt one cannot vanish.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 
+from moe.config import GROUPS, TTT_METHODS, Group, Method
 from moe.traffic import TrafficConfig
 from moe.workload import Knobs
 from thermoe_env.errors import ScenarioError
@@ -19,6 +21,7 @@ from thermoe_env.knobs import KNOB_NAMES
 
 _STRICT: dict[str, Any] = {"extra": "forbid"}
 LARGEST_INLET_OFFSET_C = 30.0
+MOST_BANK_WINDOWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +154,54 @@ class DeviceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepBudgetConfig:
+    """Energy that adaptation may spend: a fraction of what serving takes, banked for a while."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    fraction: float = 0.1
+    """Joules earned per joule of serving, both above idle."""
+    window_s: float = 10.0
+    bank_windows: int = 3
+    """Past windows whose rest can still be spent."""
+
+    def __post_init__(self) -> None:
+        for name in ("fraction", "window_s"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"adaptation.budget.{name} must be positive and finite, got {getattr(self, name)}; "
+                    "leave the budget out (null) for unlimited adaptation, set ttt_steps to 0 for none"
+                )
+        if not 0 <= self.bank_windows <= MOST_BANK_WINDOWS:
+            raise ValueError(
+                f"adaptation.budget.bank_windows must lie in [0, {MOST_BANK_WINDOWS}], got "
+                f"{self.bank_windows}; make windows longer to bank for longer"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptationConfig:
+    """How the model adapts where `ttt_steps` asks it to (`moe.ttt`)."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    method: Method = "tent"
+    """The twin plays the one that its profile was measured with, which is `tent` on the norms."""
+    group: Group = "norms"
+    """Parameters that adapt."""
+    guard: bool = True
+    """Whether guards watch over the steps of a live model."""
+    budget: StepBudgetConfig | None = None
+    """None: unlimited."""
+
+    def __post_init__(self) -> None:
+        known = tuple(method for methods in TTT_METHODS.values() for method in methods)
+        for name, value, choices in (("method", self.method, known), ("group", self.group, GROUPS)):
+            if value not in choices:
+                raise ValueError(f"adaptation.{name} must be one of {choices}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scenario:
     """One control problem, for the twin and for a live device alike."""
 
@@ -175,12 +226,14 @@ class Scenario:
     reward: RewardWeights = field(default_factory=RewardWeights)
     feasible: Feasibility = field(default_factory=Feasibility)
     randomize: Randomize = field(default_factory=Randomize)
+    adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     devices: tuple[DeviceConfig, ...] = (DeviceConfig(),)
     """Devices of the calibrated kind among which the experts are placed; the power budget is that of all. The
     observation's powers end at 800 W, a power or budget above reads as that."""
 
     def __post_init__(self) -> None:
         self._check_devices()
+        self._check_adaptation()
         unknown = [name for name in self.knobs if name not in KNOB_NAMES]
         if unknown or not self.knobs or len(set(self.knobs)) < len(self.knobs):
             raise ValueError(f"knobs must be different ones of {KNOB_NAMES}, got {self.knobs}")
@@ -200,6 +253,15 @@ class Scenario:
             raise ValueError(
                 f"with several devices each must say which experts it holds, devices {without} do not; "
                 "give `experts` ([] for a device that only idles)"
+            )
+
+    def _check_adaptation(self) -> None:
+        """Check that the method is for the task; the section left out names none."""
+        fitting = TTT_METHODS.get(self.task, ())
+        if self.adaptation != AdaptationConfig() and self.adaptation.method not in fitting:
+            raise ValueError(
+                f"adaptation.method {self.adaptation.method!r} is not for task {self.task!r}; use one of "
+                f"{fitting}"
             )
 
     @property
@@ -279,6 +341,8 @@ def _explain(path: Path, error: Any) -> str:
         ("reward",): RewardWeights,
         ("feasible",): Feasibility,
         ("randomize",): Randomize,
+        ("adaptation",): AdaptationConfig,
+        ("adaptation", "budget"): StepBudgetConfig,
         ("devices",): DeviceConfig,
         ("static",): Knobs,
     }
@@ -289,6 +353,6 @@ def _explain(path: Path, error: Any) -> str:
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             # The number of a list's entry is not part of its section's name.
             section = sections[tuple(part for part in item["loc"][:-1] if isinstance(part, str))]
-            known = f"; known keys: {sorted(section.__dataclass_fields__)}"
+            known = f"; known keys: {sorted(f.name for f in fields(section))}"
         lines.append(f"  {where}: {item['msg']}{known}")
     return "\n".join(lines)

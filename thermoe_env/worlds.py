@@ -153,6 +153,7 @@ def _runner(problem: Problem, device: str, checkpoint: Checkpoint | None) -> Run
     from moe.hf_runner import load_runner
     from moe.runner import Runner
     from moe.samples import SamplePool
+    from moe.ttt import METHODS, Adapter, GuardSettings
     from moe.weights import check_profile, load_model
 
     profile = problem.profile
@@ -161,7 +162,13 @@ def _runner(problem: Problem, device: str, checkpoint: Checkpoint | None) -> Run
     check_profile(profile)
     model = load_model(profile.task, profile.size, device)
     model.expert_cost.copy_(torch.from_numpy(profile.expert_cost))  # what the tables go by
-    return Runner(model, SamplePool(profile.task, profile.shifts, device), device)
+    samples = SamplePool(profile.task, profile.shifts, device)
+    if profile.ttt_latency_s is None:
+        return Runner(model, samples, device)
+    wanted = problem.scenario.adaptation
+    settings, _ = METHODS[wanted.method]
+    guard = GuardSettings() if wanted.guard else None
+    return Runner(model, samples, device, adapter=Adapter(model, settings(), wanted.group, guard))
 
 
 def _live(scenario: Scenario, checkpoint: Checkpoint | None) -> World:
@@ -187,8 +194,9 @@ def _live(scenario: Scenario, checkpoint: Checkpoint | None) -> World:
     try:
         runner = _runner(problem, "cuda" if on_gpu else "cpu", checkpoint)
         live = LiveWorkload(
-            runner, scenario.traffic, problem.capacity_rps, scenario.episode_s + 1, scenario.service
-        )
+            runner, scenario.traffic, problem.capacity_rps, scenario.episode_s + 1, scenario.service,
+            budget=problem.step_budget(),
+        )  # fmt: skip
         levels = problem.knobs.levels
         live.warm_up(
             [int(b) for b in levels["batch_size"]],

@@ -1,9 +1,11 @@
-"""Test-time training: the service's path, further methods with their state, and guards.
+"""Test-time training: methods with their state, guards, and the adapter that a service holds.
 
-`service` is what the runner uses. `methods` are functions of one shape over `state`, of a group of parameters
-(`groups`). `guards` watch over them. When to adapt, and for how much energy: `moe.gates`, `moe.budget`.
+`methods` are functions of one shape over `state`, of a group of parameters (`groups`); `service` is the step
+of the default one. `guards` watch over them, and `adapter` puts all of it together for one model. When to
+adapt, and for how much energy: `moe.gates`, `moe.budget`.
 """
 
+from moe.ttt.adapter import METHODS, Adapter
 from moe.ttt.groups import GROUPS, Group, collect_params
 from moe.ttt.guards import Guard, GuardCounters, GuardSettings
 from moe.ttt.methods import (
@@ -19,12 +21,7 @@ from moe.ttt.service import (
     LEARNING_RATE,
     STATISTICS_MOMENTUM,
     AdaptationDiverged,
-    Snapshot,
     adapt,
-    configure,
-    make_optimizer,
-    restore,
-    snapshot,
 )
 from moe.ttt.state import (
     AdaptationState,
@@ -40,9 +37,11 @@ from moe.ttt.state import (
 __all__ = [
     "GROUPS",
     "LEARNING_RATE",
+    "METHODS",
     "STATISTICS_MOMENTUM",
     "AdaptationDiverged",
     "AdaptationState",
+    "Adapter",
     "BatchStatistics",
     "DynamicEvaluation",
     "Eata",
@@ -52,20 +51,15 @@ __all__ = [
     "GuardSettings",
     "Sar",
     "Saved",
-    "Snapshot",
     "Step",
     "Tent",
     "adapt",
     "batch_statistics",
     "collect_params",
-    "configure",
     "dynamic_evaluation",
     "eata",
     "fisher_anchor",
-    "make_optimizer",
-    "restore",
     "sar",
-    "snapshot",
     "start",
     "tent",
 ]

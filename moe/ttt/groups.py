@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from moe.config import GROUPS, Group
 from moe.model import BatchNorm, Block, RmsNorm
 from moe.router import Router
-
-Group = Literal["norms", "router", "expert_norms", "last_block"]
-GROUPS: tuple[Group, ...] = get_args(Group)
 
 
 def collect_params(model: nn.Module, group: Group = "norms") -> tuple[list[nn.Parameter], list[str]]:

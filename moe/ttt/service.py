@@ -1,4 +1,4 @@
-"""The service's test-time training: entropy minimisation (TENT: Wang et al., ICLR 2021).
+"""The step that a service takes unless told otherwise: entropy minimisation (TENT: Wang et al., ICLR 2021).
 
 Only the norms adapt (arXiv 2006.10726, section 3). Each step moves their running statistics toward the
 batch's and takes one gradient step of their gains and offsets on the mean entropy of the batch's own
@@ -9,15 +9,11 @@ without adaptation costs one forward pass.
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from moe.model import MoEModel
-from moe.ttt.groups import batch_norms, batch_statistics_in_force, collect_params
+from moe.ttt.groups import batch_statistics_in_force
 
 LEARNING_RATE = 1e-3
 """Small, because a service takes thousands of steps. A hundred steps at a hundred times this rate did not
@@ -31,44 +27,14 @@ class AdaptationDiverged(RuntimeError):
     """The entropy of the answers stopped being a finite number."""
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Everything that adaptation changes; see ``snapshot``."""
-
-    norms: dict[str, dict[str, Tensor]]
-    optimizer: dict[str, Any]
-
-
-def configure(model: MoEModel) -> MoEModel:
-    """Freeze everything but the gains and offsets of the norms, leave eval mode on, and return the model.
-
-    Raises:
-        ValueError: The model has no batch norms to adapt.
-    """
-    if model.config.norm != "batch":
-        raise ValueError(
-            f"adaptation needs a model with norm 'batch', got {model.config.norm!r} ({model.config.task})"
-        )
-    model.requires_grad_(False).eval()
-    for _, norm in batch_norms(model):
-        norm.requires_grad_(True)
-        norm.momentum = STATISTICS_MOMENTUM
-    return model
-
-
-def make_optimizer(model: MoEModel) -> torch.optim.Optimizer:
-    """Return the optimizer of a configured model."""
-    return torch.optim.SGD(collect_params(model)[0], lr=LEARNING_RATE, momentum=0.9)
-
-
 def adapt(
     model: MoEModel, optimizer: torch.optim.Optimizer, images: Tensor, top_k: int, routing_bias: float = 0.0
 ) -> Tensor:
     """Take one adaptation step on a batch without labels.
 
     Args:
-        model: Configured model.
-        optimizer: Its optimizer.
+        model: Model that `moe.ttt.start` prepared.
+        optimizer: Of its state.
         images: uint8, at least 2.  # [B, 28, 28]
         top_k: Experts per token.
         routing_bias: Pull to cheap experts.
@@ -87,19 +53,3 @@ def adapt(
     entropy.backward()
     optimizer.step()
     return entropy.detach()
-
-
-def snapshot(model: MoEModel, optimizer: torch.optim.Optimizer) -> Snapshot:
-    """Copy the norms (parameters and running statistics) and the optimizer's state."""
-    norms = {
-        name: {key: value.clone() for key, value in norm.state_dict().items()}
-        for name, norm in batch_norms(model)
-    }
-    return Snapshot(norms=norms, optimizer=copy.deepcopy(optimizer.state_dict()))
-
-
-def restore(model: MoEModel, optimizer: torch.optim.Optimizer, saved: Snapshot) -> None:
-    """Put a snapshot back, bit for bit."""
-    for name, norm in batch_norms(model):
-        norm.load_state_dict(saved.norms[name])
-    optimizer.load_state_dict(copy.deepcopy(saved.optimizer))

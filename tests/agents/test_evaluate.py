@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,6 +266,24 @@ def test_damaged_zip_is_refused_by_name(
     (tmp_path / "best_model.zip").write_bytes(content)
     (tmp_path / "config.yaml").write_text("algo: ppo\n")
     with pytest.raises(ModelFileError, match=r"best_model\.zip"):
+        load_policy(tmp_path, problem)
+
+
+def test_model_of_other_observations_is_refused(run_folder: Path, problem: Problem, tmp_path: Path) -> None:
+    """As one trained before a field was added."""
+    with (
+        zipfile.ZipFile(run_folder / "best_model.zip") as whole,
+        zipfile.ZipFile(tmp_path / "best_model.zip", "w") as old,
+    ):
+        for part in whole.namelist():
+            content = whole.read(part)
+            if part == "data":
+                data = json.loads(content)
+                data["observation_space"]["_shape"] = [len(FIELDS) - 2]
+                content = json.dumps(data).encode()
+            old.writestr(part, content)
+    (tmp_path / "config.yaml").write_text("algo: ppo\n")
+    with pytest.raises(ModelFileError, match=rf"this version has {len(FIELDS)} fields: train it again"):
         load_policy(tmp_path, problem)
 
 

@@ -143,6 +143,24 @@ def test_recordings_come_back_as_they_were(scenario: str, tmp_path: Path) -> Non
     assert (tmp_path / "a.npz").read_bytes() == before
 
 
+def test_recordings_of_before_the_budget_read_as_unlimited(scenario: str, tmp_path: Path) -> None:
+    """The fields of the work that came later are at their defaults; any other that is missing is refused."""
+    problem = Problem.of(load_scenario(scenario, episode_s=20))
+    played = play_twin(problem, make_policy("random", problem), [7], "random")
+    later = {"ttt_refused", "ttt_left_out", "ttt_rolled_back", "budget_share"}
+    names = [name for name in played.work.dtype.names or () if name not in later]
+    save_recordings(tmp_path / "old.npz", [dataclasses.replace(played, work=played.work[names])], {})
+    (found,), _ = load_recordings(tmp_path / "old.npz")
+    assert found.work.dtype == played.work.dtype
+    np.testing.assert_array_equal(found.work, played.work)
+    assert found.work["budget_share"].min() == 1.0 and found.work["ttt_refused"].max() == 0.0
+    save_recordings(tmp_path / "cut.npz", [dataclasses.replace(played, work=played.work[names[1:]])], {})
+    with pytest.raises(ValueError, match=r"cut\.npz holds no recordings.*arrived_interactive"):
+        load_recordings(tmp_path / "cut.npz")
+    with pytest.raises(ValueError, match="play the episode again"):
+        dataclasses.replace(played, observation=played.observation[..., 2:]).field("load")
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_a_folder_is_taken_up_where_it_ended(
     scenario: str, tmp_path: Path, card: list, monkeypatch: pytest.MonkeyPatch

@@ -65,29 +65,31 @@ def test_weights_are_those_of_running_averages(sequence, rate):
     assert weights.min() >= 0.0 and weights.sum() == pytest.approx(1.0)
 
 
+NO_ANSWERS = torch.empty(0)  # only a guard looks at them
+
+
 def test_the_statistics_of_a_real_norm_are_the_weighted_mean():
     config = ModelConfig(
         task="vision", d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, expert_widths=(16,) * 4,
         top_k=2, top_k_choices=(1, 2), norm="batch", n_classes=10,
     )  # fmt: skip
-    model = ttt.configure(initialise(MoEModel(config), torch.Generator().manual_seed(0)))
-    optimizer = ttt.make_optimizer(model)
+    model = initialise(MoEModel(config), torch.Generator().manual_seed(0))
+    adapter = ttt.Adapter(model, guard=None)
     images = torch.randint(0, 256, (2, 32, 28, 28), generator=torch.Generator().manual_seed(1)).byte()
     images[1] //= 3
     norm: Any = next(module for module in model.modules() if isinstance(module, BatchNorm))
-    unadapted = ttt.snapshot(model, optimizer)
     pure = [norm.running_var.clone()]
     for shift in range(2):
-        ttt.restore(model, optimizer, unadapted)
+        adapter.reset()
         for _ in range(120):
-            ttt.adapt(model, optimizer, images[shift], 2)
+            adapter.adapt(images[shift], NO_ANSWERS, 1, 2)
         pure.append(norm.running_var.clone())
-    ttt.restore(model, optimizer, unadapted)
+    adapter.reset()
     weights = np.empty(3)
     start_unadapted(weights)
     for shift, steps in ((0, 3), (1, 2), (0, 1)):
         for _ in range(steps):
-            ttt.adapt(model, optimizer, images[shift], 2)
+            adapter.adapt(images[shift], NO_ANSWERS, 1, 2)
         adapt(weights, shift, steps, ttt.STATISTICS_MOMENTUM)
         expected = sum(float(w) * var for w, var in zip(weights, pure, strict=True))
         torch.testing.assert_close(norm.running_var, expected, rtol=1e-4, atol=1e-6)

@@ -125,17 +125,27 @@ def test_quality_tables_agree_with_the_bare_model(runner, monkeypatch):
 
 
 def test_a_mixture_of_states_is_the_mean_of_their_norms(runner):
-    first = ttt.snapshot(runner.model, runner.optimizer)
-    runner.adapt(runner.samples.inputs[1, :32], Knobs(expert_count=2, ttt_steps=3))
-    second = ttt.snapshot(runner.model, runner.optimizer)
-    mixed = profile_quality.mix(first, second, 0.25)
-    for name, norm in mixed.norms.items():
-        for key in ("running_mean", "running_var", "weight"):
-            expected = 0.75 * first.norms[name][key] + 0.25 * second.norms[name][key]
-            torch.testing.assert_close(norm[key], expected)
+    adapter, images = runner.adapter, runner.samples.inputs[1, :32]
+    first = adapter.snapshot()
+    answers = runner.answer(images, 2, 0.0).logits
+    assert runner.adapt(images, answers, Knobs(expert_count=2, ttt_steps=3)) == 3
+    second = adapter.snapshot()
+    adapter.restore(profile_quality.mix(first, second, 0.25))
+    moved = 0
+    states = (adapter_tensors(saved) for saved in (adapter.snapshot(), first, second))
+    for mixed, ours, others in zip(*states, strict=True):
+        torch.testing.assert_close(mixed, 0.75 * ours + 0.25 * others)
+        moved += not torch.equal(ours, others)
+    assert moved > len(adapter.state.parameters)
     for part, end in ((0.0, first), (1.0, second)):
-        for name, norm in profile_quality.mix(first, second, part).norms.items():
-            assert torch.equal(norm["running_var"], end.norms[name]["running_var"])
+        ends = profile_quality.mix(first, second, part)
+        assert all(
+            torch.equal(a, b) for a, b in zip(adapter_tensors(ends), adapter_tensors(end), strict=True)
+        )
+
+
+def adapter_tensors(saved: ttt.Saved) -> list[torch.Tensor]:
+    return [tensor for tensor in [*saved.parameters, *saved.statistics] if tensor.is_floating_point()]
 
 
 def test_every_cell_is_visited_in_random_order_and_the_model_stays_as_it_was(runner):

@@ -17,25 +17,24 @@ from moe.weights import load_model
 
 @pytest.fixture
 def model() -> MoEModel:
-    model = initialise(MoEModel(model_config("vision", "tiny")), torch.Generator().manual_seed(0))
-    return ttt.configure(model)
+    return initialise(MoEModel(model_config("vision", "tiny")), torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def optimizer(model: MoEModel) -> torch.optim.Optimizer:
+    return ttt.start(model, ttt.Tent()).descent
 
 
 def images(seed: int, n: int = 32) -> torch.Tensor:
     return torch.randint(256, (n, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def whole_state(model: MoEModel, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    buffers = [state["momentum_buffer"] for state in optimizer.state_dict()["state"].values()]
-    return [tensor.clone() for tensor in [*model.state_dict().values(), *buffers] if tensor is not None]
-
-
-def test_only_norms_adapt_and_serving_stays_in_eval_mode(model):
+def test_only_norms_adapt_and_serving_stays_in_eval_mode(model, optimizer):
     parameters, names = ttt.collect_params(model)
     assert 0 < len(parameters) < len(list(model.parameters()))
     assert all("norm" in name for name in names)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    entropy = ttt.adapt(model, ttt.make_optimizer(model), images(1), top_k=4)
+    entropy = ttt.adapt(model, optimizer, images(1), top_k=4)
     assert 0 <= entropy.item() <= 1
     assert not entropy.requires_grad
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -44,19 +43,19 @@ def test_only_norms_adapt_and_serving_stays_in_eval_mode(model):
     assert not any(module.training for module in model.modules())
 
 
-def test_statistics_move_toward_the_batch_by_the_momentum(model):
+def test_statistics_move_toward_the_batch_by_the_momentum(model, optimizer):
     """The first norm sees the embedded images, so its running mean can be computed by hand."""
     norm, batch = model.blocks[0].attention_norm, images(2)
     old = norm.running_mean.clone()
     tokens = model.embed_inputs(batch).flatten(0, 1)  # [T, D]
-    ttt.adapt(model, ttt.make_optimizer(model), batch, top_k=2)
+    ttt.adapt(model, optimizer, batch, top_k=2)
     momentum = ttt.STATISTICS_MOMENTUM
     torch.testing.assert_close(norm.running_mean, (1 - momentum) * old + momentum * tokens.mean(0))
 
 
-def test_adapt_is_tent_bit_for_bit(model):
+def test_adapt_is_tent_bit_for_bit(model, optimizer):
     """The method written out once more: batch statistics, mean entropy, SGD with momentum."""
-    other, optimizer = copy.deepcopy(model), ttt.make_optimizer(model)
+    other = copy.deepcopy(model)
     norms = [module for module in other.modules() if isinstance(module, BatchNorm)]
     weights = [weight for norm in norms for weight in (norm.weight, norm.bias)]
     velocity: list[torch.Tensor] = []
@@ -78,8 +77,8 @@ def test_adapt_is_tent_bit_for_bit(model):
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
-def test_the_method_tent_takes_the_service_s_steps(model):
-    other, optimizer = copy.deepcopy(model), ttt.make_optimizer(model)
+def test_the_method_tent_takes_the_service_s_steps(model, optimizer):
+    other = copy.deepcopy(model)
     settings = ttt.Tent()
     state = ttt.start(other, settings)
     for step in range(3):
@@ -89,40 +88,14 @@ def test_the_method_tent_takes_the_service_s_steps(model):
         assert torch.equal(tensor, other.state_dict()[name]), name
 
 
-def test_restore_is_bit_exact_and_may_be_repeated(model):
-    optimizer = ttt.make_optimizer(model)
-    ttt.adapt(model, optimizer, images(3), top_k=4)  # the optimizer has momentum to restore
-    saved, expected = ttt.snapshot(model, optimizer), whole_state(model, optimizer)
-    after = []
-    for _ in range(2):
-        for step in range(3):
-            ttt.adapt(model, optimizer, images(10 + step), top_k=(2, 4, 8)[step])
-        after.append(whole_state(model, optimizer))
-        ttt.restore(model, optimizer, saved)
-        assert all(torch.equal(a, b) for a, b in zip(whole_state(model, optimizer), expected, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(after[0], expected, strict=True))
-
-
-def test_a_fresh_snapshot_forgets_the_optimizer_s_momentum(model):
-    optimizer = ttt.make_optimizer(model)
-    saved = ttt.snapshot(model, optimizer)
-    fresh = copy.deepcopy(optimizer.state_dict())
-    ttt.adapt(model, optimizer, images(4), top_k=1)
-    ttt.restore(model, optimizer, saved)
-    assert optimizer.state_dict() == fresh
-
-
-def test_repeated_steps_on_one_batch_lower_its_entropy(model):
+def test_repeated_steps_on_one_batch_lower_its_entropy(model, optimizer):
     with torch.no_grad():
         model.head.weight.mul_(100)  # an untrained head answers evenly, where the entropy is flat
-    optimizer = ttt.make_optimizer(model)
     entropies = [ttt.adapt(model, optimizer, images(5), top_k=8).item() for _ in range(15)]
     assert entropies[-1] < entropies[0] - 0.005
 
 
-def test_an_entropy_that_is_no_number_stops_before_the_step(model):
-    optimizer = ttt.make_optimizer(model)
+def test_an_entropy_that_is_no_number_stops_before_the_step(model, optimizer):
     with torch.no_grad():
         model.head.weight.fill_(torch.nan)
     before = [parameter.clone() for parameter in ttt.collect_params(model)[0]]
@@ -132,15 +105,10 @@ def test_an_entropy_that_is_no_number_stops_before_the_step(model):
     assert not any(module.training for module in model.modules())
 
 
-def test_a_model_without_batch_norms_is_refused():
-    with pytest.raises(ValueError, match="norm 'batch'"):
-        ttt.configure(MoEModel(model_config("language", "tiny")))
-
-
 def test_adaptation_recovers_accuracy_under_a_severe_shift():
     """Stream and scored images are disjoint; labels are used for scoring only."""
-    model = ttt.configure(load_model("vision", "tiny", "cpu"))
-    optimizer = ttt.make_optimizer(model)
+    model = load_model("vision", "tiny", "cpu")
+    optimizer = ttt.start(model, ttt.Tent()).descent
     clean, labels = load_vision("test", full=False)
     order = torch.randperm(len(clean), generator=torch.Generator().manual_seed(0))
     shifted = corrupt(clean[order], "contrast", 5, torch.Generator().manual_seed(0))
