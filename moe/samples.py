@@ -71,6 +71,43 @@ class SamplePool:
         return self.inputs[shift].index_select(0, index), self.targets[shift].index_select(0, index)
 
 
+class TextPool(SamplePool):
+    """Text in its order, for streams: each chunk follows the one before it, and its target begins the next.
+
+    N is the number of whole chunks of the shortest text among the shifts.
+    """
+
+    def __init__(
+        self,
+        shifts: Sequence[str],
+        device: torch.device | str,
+        split: data.Split = "test",
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        """Cut the texts of a split.
+
+        Args:
+            shifts: Names of language shifts.
+            device: Where the pool lives.
+            split: What the texts are of, see `moe.data.Split`.
+            chunk_bytes: Length of a chunk; at most the context of the model that is to read all of it.
+
+        Raises:
+            ValueError: A shift or split is unknown, or a text is shorter than a chunk.
+        """
+        self.task, self.shifts = "language", tuple(shifts)
+        texts = [text_of_shift(shift, split) for shift in self.shifts]
+        shortest = min(len(text) for text in texts)
+        if not 1 <= chunk_bytes < shortest:
+            raise ValueError(
+                f"chunk_bytes must be within 1..{shortest - 1}, the shortest text, got {chunk_bytes}"
+            )
+        end = (shortest - 1) // chunk_bytes * chunk_bytes
+        self.inputs = torch.stack([text[:end].view(-1, chunk_bytes) for text in texts]).to(device)
+        self.targets = torch.stack([text[chunk_bytes : end + 1 : chunk_bytes] for text in texts])
+        self.targets = self.targets.long().to(device)
+
+
 def _vision_shift(shift: str, device: torch.device, split: data.Split) -> tuple[Tensor, Tensor]:
     images, labels = (tensor.to(device) for tensor in data.load_vision(split))  # [N, 28, 28], [N]
     if shift == "clean":
