@@ -7,14 +7,15 @@
 from moe.ttt.groups import GROUPS, Group, collect_params
 from moe.ttt.guards import Guard, GuardCounters, GuardSettings
 from moe.ttt.methods import (
-    Step,
     batch_statistics,
     dynamic_evaluation,
     eata,
     fisher_anchor,
+    gradient_rms,
     sar,
     tent,
 )
+from moe.ttt.rotation import rotation
 from moe.ttt.service import (
     LEARNING_RATE,
     STATISTICS_MOMENTUM,
@@ -31,11 +32,14 @@ from moe.ttt.state import (
     BatchStatistics,
     DynamicEvaluation,
     Eata,
+    RmsDynamicEvaluation,
+    Rotation,
     Sar,
     Saved,
     Tent,
     start,
 )
+from moe.ttt.steps import Step
 
 __all__ = [
     "GROUPS",
@@ -50,6 +54,8 @@ __all__ = [
     "Guard",
     "GuardCounters",
     "GuardSettings",
+    "RmsDynamicEvaluation",
+    "Rotation",
     "Sar",
     "Saved",
     "Snapshot",
@@ -62,8 +68,10 @@ __all__ = [
     "dynamic_evaluation",
     "eata",
     "fisher_anchor",
+    "gradient_rms",
     "make_optimizer",
     "restore",
+    "rotation",
     "sar",
     "snapshot",
     "start",
