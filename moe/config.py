@@ -10,7 +10,7 @@ Task = Literal["vision", "language"]
 Size = Literal["tiny", "base"]
 Norm = Literal["batch", "group", "layer", "rms"]
 ZeroComputation = Literal["zero", "copy", "constant"]
-Method = Literal["batch_statistics", "tent", "eata", "sar", "dynamic_evaluation"]
+Method = Literal["batch_statistics", "tent", "eata", "sar", "rotation", "dynamic_evaluation"]
 Group = Literal["norms", "router", "expert_norms", "last_block"]
 TASKS: tuple[Task, ...] = ("vision", "language")
 SIZES: tuple[Size, ...] = ("tiny", "base")
@@ -18,7 +18,7 @@ NORMS: tuple[Norm, ...] = ("batch", "group", "layer", "rms")
 ZERO_COMPUTATIONS: tuple[ZeroComputation, ...] = ("zero", "copy", "constant")
 
 TTT_METHODS: dict[str, tuple[Method, ...]] = {
-    "vision": ("batch_statistics", "tent", "eata", "sar"),
+    "vision": ("batch_statistics", "tent", "eata", "sar", "rotation"),
     "language": ("dynamic_evaluation",),
 }
 """Methods of test-time training by task, see `moe.ttt`."""
@@ -54,6 +54,8 @@ class ModelConfig:
         patch_size: Edge of a square image patch in pixels (vision).
         context_length: Longest byte sequence (language).
         n_classes: Width of the output: classes, or 256 byte values.
+        rotation_head: Whether a second head tells by how many quarters an image is turned (TTT,
+            arXiv 1909.13231, section 2), for test-time training by `moe.ttt.rotation` (vision).
 
     Raises:
         ValueError: A rule between the fields is broken.
@@ -74,6 +76,7 @@ class ModelConfig:
     patch_size: int = 7
     context_length: int = 128
     n_classes: int
+    rotation_head: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a shape that could not run."""
@@ -85,6 +88,8 @@ class ModelConfig:
             raise ValueError(
                 f"norm {self.norm!r} mixes a token with later ones; use 'layer' or 'rms' for task 'language'"
             )
+        if self.rotation_head and self.task == "language":
+            raise ValueError("rotation_head is for images: leave it False for task 'language'")
         for name in (
             "d_model",
             "n_layers",
@@ -145,8 +150,13 @@ class ModelConfig:
         return (IMAGE_SIZE // self.patch_size) ** 2 if self.task == "vision" else self.context_length
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON types."""
+        """Return the fields as plain JSON types; ``rotation_head`` only where there is one.
+
+        So the records and hashes of models made before there was such a head stay what they are.
+        """
         values = dataclasses.asdict(self)
+        if not self.rotation_head:
+            del values["rotation_head"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
@@ -156,6 +166,7 @@ class ModelConfig:
         Raises:
             ValueError: A field is unknown or missing, or a rule is broken.
         """
+        values = {"rotation_head": False} | values
         known = {field.name for field in dataclasses.fields(cls)}
         if set(values) != known:
             unknown, missing = sorted(set(values) - known), sorted(known - set(values))

@@ -28,7 +28,9 @@ from moe.stdlib_text import language_bytes
 
 Task = Literal["vision", "language"]
 Domain = Literal["prose", "code"]
-Split = Literal["train", "test"]
+Split = Literal["train", "validation", "test"]
+"""``validation`` is the end of ``train``, as long as ``test``, to choose settings of test-time training by.
+The shipped models were trained on all of ``train``: they know its images and prose, but no code at all."""
 
 VISION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -61,7 +63,7 @@ def load_vision(split: Split, full: bool | None = None) -> tuple[Tensor, Tensor]
     subset (10,000 and 5,000) holds official train images in ``train`` and official test images in ``test``.
 
     Args:
-        split: ``"train"`` or ``"test"``.
+        split: One of `Split`.
         full: True for the complete set, False for the shipped subset, None for the complete set where found.
 
     Returns:
@@ -80,7 +82,11 @@ def load_vision(split: Split, full: bool | None = None) -> tuple[Tensor, Tensor]
             f"set {FULL_FOLDER_VARIABLE} to a folder with its four *-ubyte.gz files, or use the shipped "
             "subset (full=False)"
         )
-    images, labels = _read_subset(split) if folder is None else _read_full(folder, split)
+    stored: Split = "train" if split == "validation" else split
+    images, labels = _read_subset(stored) if folder is None else _read_full(folder, stored)
+    if split == "validation":
+        length = len(load_vision("test", full)[0])
+        images, labels = images[-length:], labels[-length:]
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))  # [N, 28, 28], [N]
 
 
@@ -92,7 +98,7 @@ def load_language(domain: Domain, split: Split) -> Tensor:
 
     Args:
         domain: ``"prose"`` or ``"code"``.
-        split: ``"train"`` or ``"test"``; ``test`` is at most 256 KiB.
+        split: One of `Split`; ``test`` is at most 256 KiB.
 
     Returns:
         Byte values, uint8 ``[n]``, in an order that depends on the files' names only.
@@ -103,7 +109,12 @@ def load_language(domain: Domain, split: Split) -> Tensor:
     """
     _check("domain", domain, Domain)
     _check("split", split, Split)
-    return torch.frombuffer(bytearray(language_bytes()[domain, split]), dtype=torch.uint8)  # [n]
+    texts = language_bytes()
+    if split == "validation":
+        text = texts[domain, "train"][-len(texts[domain, "test"]) :]
+    else:
+        text = texts[domain, split]
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)  # [n]
 
 
 def data_digest(task: Task, full: bool | None = None) -> str:
@@ -159,7 +170,7 @@ def _parts(task: Task, full: bool | None) -> dict[str, bytes]:
     _check("task", task, Task)
     if task == "language":
         return {f"{domain}/{split}": part for (domain, split), part in language_bytes().items()}
-    loaded = {split: load_vision(split, full) for split in get_args(Split)}
+    loaded = {split: load_vision(split, full) for split in SUBSET_SIZE}
     return {
         split: x.numpy().tobytes() + y.to(torch.uint8).numpy().tobytes() for split, (x, y) in loaded.items()
     }

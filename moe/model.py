@@ -31,10 +31,12 @@ class ModelOutput:
     Attributes:
         logits: Float32 logits, [B, C] for vision and [B, S, C] for language.
         routing: One decision per layer.
+        rotation_logits: Float32 logits of the quarter turns, [B, 4]; None without a rotation head.
     """
 
     logits: Tensor
     routing: tuple[Routing, ...]
+    rotation_logits: Tensor | None = None
 
     @property
     def predictions(self) -> Tensor:
@@ -202,6 +204,7 @@ class MoEModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = make_norm(config)
         self.head = Linear(config.d_model, config.n_classes)
+        self.rotation_head = Linear(config.d_model, 4) if config.rotation_head else None
         self.register_buffer("expert_cost", width_cost(config), persistent=False)
 
     def forward(
@@ -240,7 +243,8 @@ class MoEModel(nn.Module):
         x = self.norm(x)
         if config.task == "vision":
             x = x.mean(dim=1)  # [B, D]
-        return ModelOutput(logits=self.head(x).float(), routing=tuple(decisions))
+        turns = None if self.rotation_head is None else self.rotation_head(x).float()  # [B, 4]
+        return ModelOutput(logits=self.head(x).float(), routing=tuple(decisions), rotation_logits=turns)
 
     def embed_inputs(self, inputs: Tensor) -> Tensor:
         """Turn images or bytes into tokens, [B, S, D], of ``compute_dtype``."""
@@ -289,7 +293,7 @@ class MoEModel(nn.Module):
         attention += 2 * config.tokens_per_sample * inner
         mean_width = sum(config.expert_widths) / config.n_experts
         experts = config.d_model * (config.n_experts + 3 * top_k * mean_width)
-        ends = config.d_model * config.n_classes
+        ends = config.d_model * (config.n_classes + 4 * config.rotation_head)
         if config.task == "vision":
             ends = ends / config.tokens_per_sample + config.d_model * config.patch_size**2
         return 2 * (config.n_layers * (attention + experts) + ends)
@@ -342,4 +346,6 @@ def initialise(model: MoEModel, generator: torch.Generator) -> MoEModel:
         normal(model.embed.weight, config.patch_size**-1.0)  # pyright: ignore[reportArgumentType]
     normal(model.position, 0.1)
     normal(model.head.weight, 0.1 * config.d_model**-0.5)
+    if model.rotation_head is not None:  # last: the other weights are those of the model without
+        normal(model.rotation_head.weight, 0.1 * config.d_model**-0.5)
     return model

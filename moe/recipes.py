@@ -26,15 +26,19 @@ class Recipe:
     balance_rate: float = 1e-2
     """Step of the balance bias, where the config has one: ten times that of arXiv 2408.15664, section 4.2,
     since a training here is a thousand steps, not a hundred thousand."""
+    rotation_weight: float = 1.0
+    """Weight of the rotation head's loss, where the config has one; 1 as in arXiv 1909.13231, section 2."""
     energy_lambda: float = 0.0
     """Weight of the experts' energy in the loss, usefully 0 to 1; 0 leaves energy out."""
     energy_budget: float | None = None
     """Energy of the chosen experts at the model's own top-k, as a fraction of that of even routing."""
 
     def __post_init__(self) -> None:
-        """Refuse an energy term that means nothing."""
+        """Refuse a term of the loss that means nothing."""
         if not (math.isfinite(self.energy_lambda) and self.energy_lambda >= 0):
             raise ValueError(f"energy_lambda must be 0 or more, usefully 0..1, got {self.energy_lambda}")
+        if not (math.isfinite(self.rotation_weight) and self.rotation_weight > 0):
+            raise ValueError(f"rotation_weight must be above 0, got {self.rotation_weight}")
         budget = self.energy_budget
         if budget is not None and not (math.isfinite(budget) and budget > 0):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What the requests ask: a pool of test samples on the device, under every input shift.
+"""What the requests ask: a pool of samples on the device, under every input shift.
 
 One vision request is one image. One language request is one text chunk whose next byte is asked for.
 Shapes: S shifts, N samples of the pool, B samples of a batch.
@@ -30,7 +30,7 @@ TEXT_OF_SHIFT: dict[str, data.Domain] = {"clean": "prose", "code": "code"}
 
 
 class SamplePool:
-    """Test samples under every shift, ready on the device.
+    """Samples under every shift, ready on the device.
 
     Attributes:
         task: ``"vision"`` or ``"language"``.
@@ -39,23 +39,26 @@ class SamplePool:
         targets: Right answers, int64.  # [S, N]
     """
 
-    def __init__(self, task: str, shifts: Sequence[str], device: torch.device | str) -> None:
-        """Load the test split and shift it.
+    def __init__(
+        self, task: str, shifts: Sequence[str], device: torch.device | str, split: data.Split = "test"
+    ) -> None:
+        """Load a split and shift it.
 
         Args:
             task: ``"vision"`` or ``"language"``.
             shifts: Names: ``"clean"``; for vision ``KIND@SEVERITY`` (`moe.corruptions`), such as
                 ``"blur@5"``; for language ``"code"``.
             device: Where the pool lives.
+            split: What the samples are of; settings are chosen on ``"validation"``, see `moe.data.Split`.
 
         Raises:
-            ValueError: A task or shift is unknown.
+            ValueError: A task, shift or split is unknown.
         """
         if task not in DEFAULT_SHIFTS:
             raise ValueError(f"task must be one of {tuple(DEFAULT_SHIFTS)}, got {task!r}")
         self.task, self.shifts = task, tuple(shifts)
         make = _vision_shift if task == "vision" else _language_shift
-        parts = [make(shift, torch.device(device)) for shift in self.shifts]
+        parts = [make(shift, torch.device(device), split) for shift in self.shifts]
         self.inputs = torch.stack([inputs for inputs, _ in parts])  # [S, N, ...]
         self.targets = torch.stack([targets for _, targets in parts])  # [S, N]
 
@@ -68,8 +71,45 @@ class SamplePool:
         return self.inputs[shift].index_select(0, index), self.targets[shift].index_select(0, index)
 
 
-def _vision_shift(shift: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    images, labels = (tensor.to(device) for tensor in data.load_vision("test"))  # [N, 28, 28], [N]
+class TextPool(SamplePool):
+    """Text in its order, for streams: each chunk follows the one before it, and its target begins the next.
+
+    N is the number of whole chunks of the shortest text among the shifts.
+    """
+
+    def __init__(
+        self,
+        shifts: Sequence[str],
+        device: torch.device | str,
+        split: data.Split = "test",
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        """Cut the texts of a split.
+
+        Args:
+            shifts: Names of language shifts.
+            device: Where the pool lives.
+            split: What the texts are of, see `moe.data.Split`.
+            chunk_bytes: Length of a chunk; at most the context of the model that is to read all of it.
+
+        Raises:
+            ValueError: A shift or split is unknown, or a text is shorter than a chunk.
+        """
+        self.task, self.shifts = "language", tuple(shifts)
+        texts = [text_of_shift(shift, split) for shift in self.shifts]
+        shortest = min(len(text) for text in texts)
+        if not 1 <= chunk_bytes < shortest:
+            raise ValueError(
+                f"chunk_bytes must be within 1..{shortest - 1}, the shortest text, got {chunk_bytes}"
+            )
+        end = (shortest - 1) // chunk_bytes * chunk_bytes
+        self.inputs = torch.stack([text[:end].view(-1, chunk_bytes) for text in texts]).to(device)
+        self.targets = torch.stack([text[chunk_bytes : end + 1 : chunk_bytes] for text in texts])
+        self.targets = self.targets.long().to(device)
+
+
+def _vision_shift(shift: str, device: torch.device, split: data.Split) -> tuple[Tensor, Tensor]:
+    images, labels = (tensor.to(device) for tensor in data.load_vision(split))  # [N, 28, 28], [N]
     if shift == "clean":
         return images, labels
     kind, _, severity = shift.rpartition("@")
@@ -80,20 +120,20 @@ def _vision_shift(shift: str, device: torch.device) -> tuple[Tensor, Tensor]:
     return corrupt(images, kind, int(severity), generator), labels
 
 
-def _language_shift(shift: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    chunks, following = cut(text_of_shift(shift), CHUNK_BYTES)
+def _language_shift(shift: str, device: torch.device, split: data.Split) -> tuple[Tensor, Tensor]:
+    chunks, following = cut(text_of_shift(shift, split), CHUNK_BYTES)
     return chunks.to(device), following.long().to(device)
 
 
-def text_of_shift(shift: str) -> Tensor:
-    """The test text of a language shift as bytes, uint8 [n].
+def text_of_shift(shift: str, split: data.Split = "test") -> Tensor:
+    """The text of a language shift as bytes, uint8 [n].
 
     Raises:
-        ValueError: the shift is unknown.
+        ValueError: the shift or split is unknown.
     """
     if shift not in TEXT_OF_SHIFT:
         raise ValueError(f"a language shift is one of {tuple(TEXT_OF_SHIFT)}, got {shift!r}")
-    return data.load_language(TEXT_OF_SHIFT[shift], "test")
+    return data.load_language(TEXT_OF_SHIFT[shift], split)
 
 
 def cut(text: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,14 @@
 """Streams of shifted inputs for test-time training: which samples come when, and under which shift.
 
-A stream is a pure function of its config, the pool's labels and a seed. It is a sequence of steps; a step
-allows some shifts and is one pass over the pool, in which a sample comes at most once. The next step may show
-it again under its own shift, as the protocol of ImageNet-C does (Hendrycks and Dietterich, ICLR 2019).
+A stream is a pure function of its config, the pool's labels and a seed. It is a sequence of steps, each of
+which allows some shifts.
+
+Images: a step is one pass over the pool, in which a sample comes at most once. The next step may show it
+again under its own shift, as the protocol of ImageNet-C does (Hendrycks and Dietterich, ICLR 2019).
+
+Text: each row of the batches is a lane that reads on in its text from batch to batch, as dynamic evaluation
+needs it (Krause et al., ICML 2018). A lane that returns to a domain reads on where it left it, and no two
+read the same: no text comes twice in a stream.
 Shapes: M batches of a stream, B samples of a batch, N samples of the pool.
 """
 
@@ -18,7 +24,7 @@ from torch import Tensor
 
 from moe.config import TASKS, Task
 from moe.corruptions import KINDS, corrupt
-from moe.samples import TEXT_OF_SHIFT, SamplePool
+from moe.samples import TEXT_OF_SHIFT, SamplePool, TextPool
 
 Schedule = Literal["per_shift", "gradual", "recurring", "mixed", "label_correlated"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
@@ -49,8 +55,8 @@ class StreamConfig:
     batch_size: int = 64
     schedule: Schedule = "per_shift"
     """`per_shift`: each kind in turn. `gradual`: each kind at `GRADUAL_SEVERITIES`. `recurring`: the kinds
-    in turn, `cycles` times. `mixed`: every batch holds all kinds. `label_correlated`: each kind in turn,
-    like labels close together. Text takes `per_shift`, `recurring` and `mixed`."""
+    in turn, `cycles` times. `mixed`: every batch holds all kinds, of text each lane one. `label_correlated`:
+    each kind in turn, like labels close together. Text takes `per_shift`, `recurring` and `mixed`."""
     severity: int = 5
     """Severity of the corruptions, 1 to 5, but for `gradual`."""
     cycles: int = 2
@@ -78,6 +84,11 @@ class StreamConfig:
         if self.batch_size < 1 or self.cycles < 1:
             raise StreamError(
                 f"batch_size and cycles must be at least 1, got {self.batch_size}, {self.cycles}"
+            )
+        if self.task == "language" and self.schedule == "mixed" and self.batch_size < len(self.kinds):
+            raise StreamError(
+                f"each of {len(self.kinds)} kinds of mixed text needs a lane: batch_size must be at least as "
+                f"many, got {self.batch_size}"
             )
         if not 0.0 < self.concentration < np.inf:
             raise StreamError(f"concentration must be positive and finite, got {self.concentration}")
@@ -137,8 +148,9 @@ class ShiftStream:
 def draw_shifts(config: StreamConfig, labels: np.ndarray | Tensor, seed: int) -> ShiftStream:
     """Draw a stream.
 
-    Schedules of as many steps draw the same samples for a step from a seed; `label_correlated` only changes
-    their order within it, so that the labels of a step are those of an independent stream.
+    Schedules of as many steps draw the same images for a step from a seed; `label_correlated` only changes
+    their order within it, so that the labels of a step are those of an independent stream. Of text a seed
+    draws where the lanes begin.
 
     Args:
         config: What to draw.
@@ -147,11 +159,50 @@ def draw_shifts(config: StreamConfig, labels: np.ndarray | Tensor, seed: int) ->
         seed: Everything random follows from it, in [0, 2**63).
 
     Raises:
-        StreamError: A step needs more samples than the pool holds, or the seed is out of range.
+        StreamError: The pool holds too few samples, or the seed is out of range.
     """
     if not 0 <= seed < 2**63:
         raise StreamError(f"seed must lie in [0, 2**63), got {seed}")
     labels = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    draw = _draw_text if config.task == "language" else _draw_images
+    shifts = tuple(dict.fromkeys(shift for step in config.steps for shift in step))
+    shift_id, index = draw(config, shifts, labels, seed)
+    return ShiftStream(config, seed, shifts, shift_id, index)
+
+
+def _draw_text(
+    config: StreamConfig, shifts: tuple[str, ...], labels: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shift and the chunk of each row of each batch, [M, B] each."""
+    generator = np.random.default_rng(seed)
+    if config.schedule == "mixed":
+        of_lane = generator.permutation(np.arange(config.batch_size) % len(shifts))
+        shift_id = np.tile(of_lane, (config.batches, 1))
+    else:
+        of_step = np.array([shifts.index(shift) for (shift,) in config.steps])
+        shift_id = np.repeat(of_step[config.step_of_batch][:, None], config.batch_size, axis=1)
+    index = np.empty_like(shift_id)
+    for number, shift in enumerate(shifts):
+        reads = shift_id == number  # [M, B]
+        lanes = generator.permutation(np.flatnonzero(reads.any(axis=0)))
+        length = np.count_nonzero(reads[:, lanes[0]])
+        spare = len(labels) - len(lanes) * length
+        if spare < 0:
+            raise StreamError(
+                f"{len(lanes)} lanes of {length} chunks of {shift!r} need {len(lanes) * length} chunks, "
+                f"the pool holds {len(labels)}: ask for fewer batches than {config.batches}, smaller ones, "
+                "or a pool of shorter chunks"
+            )
+        starts = np.arange(len(lanes)) * length + np.sort(generator.integers(spare + 1, size=len(lanes)))
+        for lane, start in zip(lanes, starts, strict=True):
+            index[reads[:, lane], lane] = start + np.arange(length)
+    return shift_id, index
+
+
+def _draw_images(
+    config: StreamConfig, shifts: tuple[str, ...], labels: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the shift and the image of each row of each batch, [M, B] each."""
     lengths = np.bincount(config.step_of_batch)  # batches of each step
     size = config.batch_size
     if lengths.max() * size > len(labels):
@@ -160,7 +211,6 @@ def draw_shifts(config: StreamConfig, labels: np.ndarray | Tensor, seed: int) ->
             f"the pool holds {len(labels)}: ask for fewer batches than {config.batches}, or smaller ones"
         )
     samples, order, mixing = (np.random.default_rng([seed, purpose]) for purpose in range(3))
-    shifts = tuple(dict.fromkeys(shift for step in config.steps for shift in step))
     index, shift_id = [], []
     for allowed, length in zip(config.steps, lengths, strict=True):
         chosen = samples.permutation(len(labels))[: length * size]
@@ -170,7 +220,7 @@ def draw_shifts(config: StreamConfig, labels: np.ndarray | Tensor, seed: int) ->
         ids = np.array([shifts.index(shift) for shift in allowed])
         place = np.arange(length * size).reshape(length, size)
         shift_id.append(ids[mixing.permuted(place, axis=1) % len(ids)])  # as many of each as can be
-    return ShiftStream(config, seed, shifts, np.concatenate(shift_id), np.concatenate(index))
+    return np.concatenate(shift_id), np.concatenate(index)
 
 
 def _correlated(
@@ -202,20 +252,27 @@ def play(stream: ShiftStream, pool: SamplePool) -> Iterator[tuple[Tensor, Tensor
 
     Args:
         stream: What to play.
-        pool: Where the samples are: clean images, or text of every domain of the stream; as large as the
-            pool of the stream's labels.
+        pool: Where the samples are: clean images, or a `moe.samples.TextPool` of every domain of the
+            stream; as large as the pool of the stream's labels.
 
     Yields:
-        Inputs, uint8 [B, ...]; right answers, int64 [B]; and the name of the batch's shift, or `MIXED`.
+        Inputs, uint8 [B, ...]; right answers, int64 [B]; and the name of the batch's shift, or `MIXED`. A
+        row of text is itself the answers to all of its bytes but the last, whose answer is the right answer.
 
     Raises:
-        StreamError: The pool is of another task, lacks a shift, or is smaller than the stream's.
+        StreamError: The pool is of another task, lacks a shift, holds text out of order, or is smaller than
+            the stream's.
     """
     needed = {"clean" if "@" in shift else shift for shift in stream.shifts}
     if pool.task != stream.config.task or needed - set(pool.shifts):
         raise StreamError(
             f"a {stream.config.task} stream plays on a pool of {sorted(needed)}, got a {pool.task} pool of "
             f"{pool.shifts}"
+        )
+    if pool.task == "language" and not isinstance(pool, TextPool):
+        raise StreamError(
+            "a language stream reads on in its text: play it on a moe.samples.TextPool, got the scattered "
+            f"chunks of a {type(pool).__name__}"
         )
     if stream.index.max() >= len(pool):
         raise StreamError(

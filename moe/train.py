@@ -34,7 +34,16 @@ from moe.model import Block, ModelOutput, MoEModel, initialise
 from moe.recipes import RECIPES, Recipe
 from moe.router import Router, Routing
 from moe.statistics import tokens_per_expert
-from moe.variants import even, fixed_k, with_balance_bias, with_norm, with_zero_computation
+from moe.ttt.rotation import rotation_loss, turned
+from moe.ttt.steps import statistics_held
+from moe.variants import (
+    even,
+    fixed_k,
+    with_balance_bias,
+    with_norm,
+    with_rotation_head,
+    with_zero_computation,
+)
 
 CHECK_EVERY = 20  # steps between looks at the loss: each one makes the host wait for the device
 
@@ -103,15 +112,22 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, recipe))
     top_k_source = random.Random(seed)
     batches = _batches(config, recipe.batch_size, device, torch.Generator(device).manual_seed(seed + 1))
+    turns_source = torch.Generator(device).manual_seed(seed + 2)
     model.train()
     progress = tqdm(range(1, recipe.steps + 1), desc=f"train {config.task}", unit="step", mininterval=1.0)
     for step in progress:
         inputs, targets = next(batches)
-        output = model(inputs, top_k_source.choices(config.top_k_choices, k=config.n_layers))
+        top_k = top_k_source.choices(config.top_k_choices, k=config.n_layers)
+        optimizer.zero_grad(set_to_none=True)
+        if config.rotation_head:
+            turns = torch.randint(4, (len(inputs),), device=device, generator=turns_source)  # [B]
+            with statistics_held(model):  # the model serves upright images
+                turn_loss = rotation_loss(model(turned(inputs, turns), top_k), turns)
+                (recipe.rotation_weight * turn_loss).backward()
+        output = model(inputs, top_k)
         answer_loss, loss = _losses(output, targets, config, recipe, groups)
         if energy is not None:
             loss = loss + energy.loss(output.routing, [router.balance_bias for router in routers])
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -253,6 +269,8 @@ class Arguments:
     """Train for this number of experts per token alone."""
     norm: Norm | None = None
     """Normalisation; None means the shipped model's. Text takes layer or rms."""
+    rotation_head: bool = False
+    """A second head that tells how far an image is turned, for test-time training (arXiv 1909.13231)."""
     report: bool = False
     """Show quality, energy and load at every number of experts per token, trained or not, and save it."""
     out: Path = Path("runs/weights")
@@ -264,6 +282,7 @@ class Arguments:
         config = even(config) if self.even else config
         config = config if self.fixed_k is None else fixed_k(config, self.fixed_k)
         config = config if self.norm is None else with_norm(config, self.norm)
+        config = with_rotation_head(config) if self.rotation_head else config
         return with_balance_bias(config) if self.balance == "bias" else config
 
     def recipe(self) -> Recipe:
@@ -289,6 +308,7 @@ class Arguments:
         parts += [] if self.fixed_k is None else [f"k{self.fixed_k}"]
         norm = self.config().norm
         parts += [] if norm == model_config(self.task, self.size).norm else [norm]
+        parts += ["rotation"] if self.rotation_head else []
         parts += ["bias"] if self.balance == "bias" else []
         parts += [f"lambda{self.energy_lambda:g}"] if self.energy_lambda else []
         parts += [] if self.energy_budget is None else [f"budget{self.energy_budget:g}"]

@@ -46,6 +46,15 @@ def with_balance_bias(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, balance_bias=True)
 
 
+def with_rotation_head(config: ModelConfig) -> ModelConfig:
+    """Return the model with a second head that tells how far an image is turned (arXiv 1909.13231).
+
+    Raises:
+        ValueError: The model is not for images.
+    """
+    return dataclasses.replace(config, rotation_head=True)
+
+
 def with_norm(config: ModelConfig, norm: Norm) -> ModelConfig:
     """Return the model with another normalisation.
 

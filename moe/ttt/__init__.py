@@ -9,14 +9,15 @@ from moe.ttt.adapter import METHODS, Adapter
 from moe.ttt.groups import GROUPS, Group, collect_params
 from moe.ttt.guards import Guard, GuardCounters, GuardSettings
 from moe.ttt.methods import (
-    Step,
     batch_statistics,
     dynamic_evaluation,
     eata,
     fisher_anchor,
+    gradient_rms,
     sar,
     tent,
 )
+from moe.ttt.rotation import rotation
 from moe.ttt.service import (
     LEARNING_RATE,
     STATISTICS_MOMENTUM,
@@ -28,11 +29,14 @@ from moe.ttt.state import (
     BatchStatistics,
     DynamicEvaluation,
     Eata,
+    RmsDynamicEvaluation,
+    Rotation,
     Sar,
     Saved,
     Tent,
     start,
 )
+from moe.ttt.steps import Step
 
 __all__ = [
     "GROUPS",
@@ -49,6 +53,8 @@ __all__ = [
     "Guard",
     "GuardCounters",
     "GuardSettings",
+    "RmsDynamicEvaluation",
+    "Rotation",
     "Sar",
     "Saved",
     "Step",
@@ -59,6 +65,8 @@ __all__ = [
     "dynamic_evaluation",
     "eata",
     "fisher_anchor",
+    "gradient_rms",
+    "rotation",
     "sar",
     "start",
     "tent",

@@ -11,23 +11,27 @@ from moe.config import TTT_METHODS, Method
 from moe.model import MoEModel
 from moe.ttt.groups import Group
 from moe.ttt.guards import Guard, GuardCounters, GuardSettings
-from moe.ttt.methods import Step, batch_statistics, dynamic_evaluation, eata, sar, tent
+from moe.ttt.methods import batch_statistics, dynamic_evaluation, eata, sar, tent
+from moe.ttt.rotation import rotation
 from moe.ttt.state import (
     AdaptationState,
     BatchStatistics,
     DynamicEvaluation,
     Eata,
+    Rotation,
     Sar,
     Saved,
     Tent,
     start,
 )
+from moe.ttt.steps import Step
 
 METHODS: dict[Method, tuple[type[BatchStatistics], Callable[..., Step]]] = {
     "batch_statistics": (BatchStatistics, batch_statistics),
     "tent": (Tent, tent),
     "eata": (Eata, eata),
     "sar": (Sar, sar),
+    "rotation": (Rotation, rotation),
     "dynamic_evaluation": (DynamicEvaluation, dynamic_evaluation),
 }
 """Name -> (type of the settings, function). A type of settings picks its function."""

@@ -13,42 +13,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.model import ModelOutput, MoEModel
-from moe.ttt.groups import batch_statistics_in_force, running_statistics
-from moe.ttt.service import AdaptationDiverged, adapt
+from moe.ttt.groups import batch_statistics_in_force
+from moe.ttt.service import adapt
 from moe.ttt.state import (
     AdaptationState,
     BatchStatistics,
     DynamicEvaluation,
     Eata,
+    RmsDynamicEvaluation,
     Sar,
     Tent,
     require_batch_norms,
 )
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step did.
-
-    Attributes:
-        selected: Samples the step learned from; 0 means that it was skipped.
-        loss: Loss before the step, 0-dim on the device; None without a gradient step.
-        recovered: Whether `sar` went back to the start afterwards.
-    """
-
-    selected: int
-    loss: Tensor | None = None
-    recovered: bool = False
-
-
-SKIPPED = Step(selected=0)
+from moe.ttt.steps import (
+    SKIPPED,
+    Step,
+    check_batch,
+    check_finite,
+    descend,
+    look,
+    set_statistics,
+    smallest_batch,
+    statistics_held,
+    statistics_undone_on_error,
+)
 
 
 def batch_statistics(
@@ -66,9 +60,9 @@ def batch_statistics(
         AdaptationDiverged: An answer is not a number.
     """
     require_batch_norms(model)
-    _check_batch(model, inputs)
-    with torch.no_grad(), _statistics_undone_on_error(model), batch_statistics_in_force(model):
-        _check_finite(model(inputs, top_k, routing_bias).entropy.mean())
+    check_batch(model, inputs)
+    with torch.no_grad(), statistics_undone_on_error(model), batch_statistics_in_force(model):
+        check_finite(model(inputs, top_k, routing_bias).entropy.mean())
     return Step(selected=len(inputs))
 
 
@@ -86,9 +80,9 @@ def tent(
         ValueError: The task is not vision, or the batch is a single sample and the model has batch norms.
         AdaptationDiverged: The loss is not a number.
     """
-    _check_batch(model, inputs)
+    check_batch(model, inputs)
     top_k = model.config.top_k if top_k is None else top_k
-    with _statistics_undone_on_error(model):
+    with statistics_undone_on_error(model):
         loss = adapt(model, state.descent, inputs, top_k, routing_bias)
     return Step(selected=len(inputs), loss=loss)
 
@@ -111,16 +105,16 @@ def eata(
         ValueError: The task is not vision, or the batch is a single sample and the model has batch norms.
         AdaptationDiverged: The loss is not a number.
     """
-    _check_batch(model, inputs)
+    check_batch(model, inputs)
     with torch.no_grad():
-        output, moved = _look(model, inputs, top_k, routing_bias)
+        output, moved = look(model, inputs, top_k, routing_bias)
         probabilities = output.logits.softmax(dim=-1)  # [B, C]
         keep = _reliable(output, settings)  # [B]
         if "probabilities" in state.averages:
             cosine = F.cosine_similarity(state.averages["probabilities"][None], probabilities)  # [B]
             keep &= ~(cosine.abs() >= settings.redundancy_margin)
     kept = inputs[keep]
-    if len(kept) < _smallest_batch(model):
+    if len(kept) < smallest_batch(model):
         return SKIPPED
     log_c = math.log(model.config.n_classes)
 
@@ -130,10 +124,10 @@ def eata(
         loss = (weights * entropy).mean()
         return loss if state.fisher is None else loss + settings.anchor_strength * _distance(state)
 
-    with _statistics_held(model):
-        loss = _descend(model, state, kept, objective, top_k, routing_bias)
+    with statistics_held(model):
+        loss = descend(model, state, kept, objective, top_k, routing_bias)
     state.descent.step()
-    _set_statistics(model, moved)
+    set_statistics(model, moved)
     state.average("probabilities", probabilities[keep].mean(dim=0), settings.average_decay)
     return Step(selected=len(kept), loss=loss)
 
@@ -153,18 +147,12 @@ def fisher_anchor(
     Raises:
         ValueError: There is no batch.
     """
-    total = [torch.zeros_like(parameter) for parameter in state.parameters]
-    n_batches = 0
-    for inputs in clean:
-        with torch.enable_grad():
-            output = model(inputs, top_k, routing_bias)
-            loss = F.cross_entropy(output.logits, output.predictions)
-        gradients = torch.autograd.grad(loss, state.parameters, allow_unused=True, materialize_grads=True)
-        total = [sum_ + gradient.square() for sum_, gradient in zip(total, gradients, strict=True)]
-        n_batches += 1
-    if not n_batches:
-        raise ValueError("a Fisher anchor needs at least one clean batch, got none")
-    state.fisher = [sum_ / n_batches for sum_ in total]
+
+    def loss(inputs: Tensor) -> Tensor:
+        output = model(inputs, top_k, routing_bias)
+        return F.cross_entropy(output.logits, output.predictions)
+
+    state.fisher = _mean_squared_gradient(state, clean, loss)
 
 
 def sar(
@@ -187,13 +175,13 @@ def sar(
         ValueError: The task is not vision, or the batch is a single sample and the model has batch norms.
         AdaptationDiverged: A loss is not a number.
     """
-    _check_batch(model, inputs)
-    output, moved = _look(model, inputs, top_k, routing_bias)
+    check_batch(model, inputs)
+    output, moved = look(model, inputs, top_k, routing_bias)
     kept = inputs[_reliable(output, settings)]
-    if len(kept) < _smallest_batch(model):
+    if len(kept) < smallest_batch(model):
         return SKIPPED
-    with _statistics_held(model):
-        _descend(model, state, kept, lambda output: output.entropy.mean(), top_k, routing_bias)
+    with statistics_held(model):
+        descend(model, state, kept, lambda output: output.entropy.mean(), top_k, routing_bias)
         with _ascended(state.parameters, settings.rho):
             with torch.enable_grad(), batch_statistics_in_force(model):
                 output = model(kept, top_k, routing_bias)
@@ -201,12 +189,12 @@ def sar(
             state.descent.zero_grad(set_to_none=True)
             if len(entropy):
                 loss = entropy.mean()
-                _check_finite(loss)
+                check_finite(loss)
                 loss.backward()
     if not len(entropy):
         return SKIPPED
     state.descent.step()
-    _set_statistics(model, moved)
+    set_statistics(model, moved)
     loss = entropy.detach().mean()
     average = state.average("entropy", loss, settings.average_decay)
     recovered = bool(average * math.log(model.config.n_classes) < settings.recover_below_nats)
@@ -228,6 +216,10 @@ def dynamic_evaluation(
     One SGD step on the mean cross-entropy of the next byte, in nats, with a decay to the first parameters:
     theta <- theta - lr * gradient + decay * (theta_0 - theta). The caller scores the bytes before the step.
 
+    With `RmsDynamicEvaluation` each gradient is divided by rms + epsilon * mean(rms), and each decay is
+    multiplied by rms / mean(rms) but stays at most 1 (section 4; there epsilon is absolute). One learning
+    rate then does for batches of any size, since the measured rms shrinks as they grow.
+
     Args:
         model: Language model.
         state: Of `start`.
@@ -237,7 +229,7 @@ def dynamic_evaluation(
         routing_bias: Pull to cheap experts.
 
     Raises:
-        ValueError: The model is no language model, or there is no next byte.
+        ValueError: The model is no language model, there is no next byte, or the rms was not measured.
         AdaptationDiverged: The loss is not a number.
     """
     if model.config.task != "language":
@@ -247,50 +239,74 @@ def dynamic_evaluation(
             f"dynamic_evaluation needs rows of at least 2 bytes, got shape {tuple(inputs.shape)}"
         )
 
-    def objective(output: ModelOutput) -> Tensor:
-        return F.cross_entropy(output.logits[:, :-1].flatten(0, 1), inputs[:, 1:].flatten().long())
-
-    loss = _descend(model, state, inputs, objective, top_k, routing_bias)
+    pulls: list[float | Tensor] = [settings.decay] * len(state.parameters)
+    scales: list[float | Tensor] = [1.0] * len(state.parameters)
+    if isinstance(settings, RmsDynamicEvaluation):
+        if state.rms is None:
+            raise ValueError("the size of the gradients is unknown: call gradient_rms on training text first")
+        mean = torch.cat([rms.flatten() for rms in state.rms]).mean()
+        pulls = [(settings.decay * rms / mean).clamp(max=1) for rms in state.rms]
+        scales = [rms + settings.epsilon * mean for rms in state.rms]
+    loss = descend(model, state, inputs, lambda output: _next_byte_loss(output, inputs), top_k, routing_bias)
     with torch.no_grad():  # before the step, which does not depend on where it begins
-        for parameter, first in zip(state.parameters, state.source.parameters, strict=True):
-            parameter.lerp_(first, settings.decay)
+        rows = zip(state.parameters, state.source.parameters, pulls, scales, strict=True)
+        for parameter, first, pull, scale in rows:
+            parameter.lerp_(first, pull)
+            if parameter.grad is not None:
+                parameter.grad.div_(scale)
     state.descent.step()
     return Step(selected=len(inputs), loss=loss)
 
 
-def _descend(
+def gradient_rms(
     model: MoEModel,
     state: AdaptationState,
-    inputs: Tensor,
-    objective: Callable[[ModelOutput], Tensor],
-    top_k: int | None,
-    routing_bias: float,
-) -> Tensor:
-    """Run the adapting pass and leave the gradients with the parameters; returns the loss."""
-    with torch.enable_grad(), batch_statistics_in_force(model):
-        loss = objective(model(inputs, top_k, routing_bias))
-    _check_finite(loss)
-    state.descent.zero_grad(set_to_none=True)
-    loss.backward()
-    return loss.detach()
+    texts: Iterable[Tensor],
+    top_k: int | None = None,
+    routing_bias: float = 0.0,
+) -> None:
+    """Measure on training text how large each parameter's gradient is, for `RmsDynamicEvaluation`.
 
+    Root of the mean over the batches of the squared gradient (arXiv 1709.07432, section 4); the model is
+    left as it is, only ``state.rms`` is set.
 
-@torch.no_grad()
-def _look(
-    model: MoEModel, inputs: Tensor, top_k: int | None, routing_bias: float
-) -> tuple[ModelOutput, list[Tensor]]:
-    """Answer as the adapting pass would, but without a graph, and leave the running statistics.
+    Args:
+        model: Language model.
+        state: Of `start`.
+        texts: Bytes, in batches shaped like those to adapt to: noise shrinks with their size.  # [B, S] each
+        top_k: Experts per token; None means the config's.
+        routing_bias: Pull to cheap experts.
 
-    In eval mode nobody would be sure after a shift, nothing be selected, and the statistics never follow.
-
-    Returns:
-        The answers, and the running statistics as the whole batch moves them: sure samples alone would
-        bias them.
+    Raises:
+        ValueError: There is no batch.
     """
-    with _statistics_held(model):
-        with batch_statistics_in_force(model):
-            output = model(inputs, top_k, routing_bias)
-        return output, [buffer.clone() for buffer in running_statistics(model)]
+
+    def loss(inputs: Tensor) -> Tensor:
+        return _next_byte_loss(model(inputs, top_k, routing_bias), inputs)
+
+    state.rms = [square.sqrt() for square in _mean_squared_gradient(state, texts, loss)]
+
+
+def _next_byte_loss(output: ModelOutput, inputs: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the bytes that follow in the inputs, [B, S], in nats."""
+    return F.cross_entropy(output.logits[:, :-1].flatten(0, 1), inputs[:, 1:].flatten().long())
+
+
+def _mean_squared_gradient(
+    state: AdaptationState, batches: Iterable[Tensor], loss: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """Return the mean over the batches of the squared gradient of a loss, shaped as the parameters."""
+    total = [torch.zeros_like(parameter) for parameter in state.parameters]
+    n_batches = 0
+    for inputs in batches:
+        with torch.enable_grad():
+            value = loss(inputs)
+        gradients = torch.autograd.grad(value, state.parameters, allow_unused=True, materialize_grads=True)
+        total = [sum_ + gradient.square() for sum_, gradient in zip(total, gradients, strict=True)]
+        n_batches += 1
+    if not n_batches:
+        raise ValueError("gradients are measured on at least one batch of source data, got none")
+    return [sum_ / n_batches for sum_ in total]
 
 
 def _reliable(output: ModelOutput, settings: Eata | Sar) -> Tensor:
@@ -321,50 +337,3 @@ def _ascended(parameters: list[nn.Parameter], rho: float) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in zip(moving, first, strict=True):
                 parameter.copy_(value)
-
-
-@contextmanager
-def _statistics_held(model: MoEModel) -> Iterator[None]:
-    """Put the running statistics back behind the context."""
-    before = [buffer.clone() for buffer in running_statistics(model)]
-    try:
-        yield
-    finally:
-        _set_statistics(model, before)
-
-
-@contextmanager
-def _statistics_undone_on_error(model: MoEModel) -> Iterator[None]:
-    before = [buffer.clone() for buffer in running_statistics(model)]
-    try:
-        yield
-    except BaseException:
-        _set_statistics(model, before)
-        raise
-
-
-@torch.no_grad()
-def _set_statistics(model: MoEModel, statistics: list[Tensor]) -> None:
-    for buffer, value in zip(running_statistics(model), statistics, strict=True):
-        buffer.copy_(value)
-
-
-def _check_finite(loss: Tensor) -> None:
-    if not torch.isfinite(loss):
-        raise AdaptationDiverged(
-            f"the loss is {loss.item()}; the step was not taken, restore a snapshot to go on"
-        )
-
-
-def _smallest_batch(model: MoEModel) -> int:
-    return 2 if model.config.norm == "batch" else 1
-
-
-def _check_batch(model: MoEModel, inputs: Tensor) -> None:
-    if model.config.task != "vision":
-        raise ValueError(f"this method needs a model of task 'vision', got {model.config.task!r}")
-    if len(inputs) < _smallest_batch(model):
-        raise ValueError(
-            f"a model with norm {model.config.norm!r} adapts to batches of at least "
-            f"{_smallest_batch(model)}, got {len(inputs)}; gather more requests"
-        )

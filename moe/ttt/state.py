@@ -108,15 +108,22 @@ class Sar(Tent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rotation(Tent):
+    """Settings of `rotation`; the loss is in shares of log 4."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DynamicEvaluation(Tent):
     """Settings of `dynamic_evaluation`; the loss is in nats per byte.
+
+    The default learning rate is for norms, which a tenfold one ruins; the last block takes 1.
 
     Attributes:
         decay: Share of the way back to the first parameters in each step, 0 to below 1.
     """
 
     decay: float = 0.0
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-2
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
@@ -124,6 +131,27 @@ class DynamicEvaluation(Tent):
         super().__post_init__()
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be within 0 <= decay < 1, got {self.decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RmsDynamicEvaluation(DynamicEvaluation):
+    """Settings of `dynamic_evaluation` with gradients over their usual size, which `gradient_rms` measures.
+
+    The defaults are for the last block, which learns most and is the cheapest; norms take a rate of 1e-2.
+
+    Attributes:
+        epsilon: Added to that size, in units of its mean over the group: parameters that hardly have a
+            gradient before a shift would fly off after it.
+    """
+
+    epsilon: float = 1.0
+    learning_rate: float = 1.5e-3
+    decay: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        super().__post_init__()
+        _check_positive(self, "epsilon")
 
 
 @dataclass(frozen=True)
@@ -147,6 +175,7 @@ class AdaptationState:
         averages: Moving averages of the method by name, missing until there is one.
         source: The state at the start, for `reset`.
         fisher: Constant weight of each parameter's distance to the start, or none; see `fisher_anchor`.
+        rms: Constant root mean square of each parameter's gradient, or none; see `gradient_rms`.
     """
 
     parameters: list[nn.Parameter]
@@ -155,6 +184,7 @@ class AdaptationState:
     source: Saved
     averages: dict[str, Tensor] = field(default_factory=dict)
     fisher: list[Tensor] | None = None
+    rms: list[Tensor] | None = None
 
     @property
     def descent(self) -> torch.optim.Optimizer:

@@ -23,6 +23,7 @@ from moe import data
 from moe.corruptions import KINDS, corrupt
 from moe.data import VISION_CLASSES, data_digest, describe, load_language, load_vision
 from moe.errors import DataCorruptError, DataMissingError
+from moe.samples import SamplePool, text_of_shift
 from moe.stdlib_text import prose_and_code, source_files
 
 
@@ -64,6 +65,20 @@ def test_shipped_subset_is_balanced(split: data.Split, count: int) -> None:
 def test_subset_splits_share_no_image() -> None:
     train, test = (load_vision(split, full=False)[0].flatten(1) for split in ("train", "test"))
     assert not {row.tobytes() for row in train.numpy()} & {row.tobytes() for row in test.numpy()}
+
+
+def test_validation_is_the_end_of_train_as_long_as_test() -> None:
+    (images, labels), train = (load_vision(split, full=False) for split in ("validation", "train"))
+    assert torch.equal(images, train[0][5_000:]) and torch.equal(labels, train[1][5_000:])
+    for domain in ("prose", "code"):
+        part, whole, test = (load_language(domain, split) for split in ("validation", "train", "test"))
+        assert len(part) == len(test) and torch.equal(part, whole[-len(test) :])
+    pool = SamplePool("language", ("code",), "cpu", "validation")
+    assert bytes(pool.inputs[0, -1]) in bytes(part) and bytes(pool.inputs[0, -1]) not in bytes(test)
+    pool = SamplePool("vision", ("clean", "contrast@3"), "cpu", "validation")
+    assert torch.equal(pool.inputs[0], load_vision("validation")[0]) and len(pool) == len(pool.inputs[1])
+    with pytest.raises(ValueError, match="split must be one of"):
+        text_of_shift("clean", "holdout")  # pyright: ignore[reportArgumentType]
 
 
 def test_subset_is_cut_from_the_official_splits() -> None:

@@ -183,6 +183,23 @@ def test_initialisation_is_reproducible_and_complete():
         assert torch.equal(a, b), name
 
 
+def test_a_rotation_head_adds_its_weights_and_answers_and_no_more():
+    without, turning = make_model("vision"), make_model("vision", rotation_head=True)
+    plain, more = without.state_dict(), turning.state_dict()
+    assert more.pop("rotation_head.weight").shape == (4, 64)
+    assert list(more) == list(plain)
+    assert all(torch.equal(more[name], plain[name]) for name in plain)
+    images = random_inputs("vision", 3)
+    assert torch.equal(turning(images).logits, without(images).logits)
+    turns = turning(images).rotation_logits
+    assert without(images).rotation_logits is None and turns is not None
+    assert turns.shape == (3, 4) and turns.dtype == torch.float32
+    assert "rotation_head" not in without.config.to_dict()  # so hashes of it are what they were
+    for model in (without, turning):
+        assert ModelConfig.from_dict(model.config.to_dict()) == model.config
+    assert turning.flops_per_token(1) - without.flops_per_token(1) == 2 * 64 * 4 / 16
+
+
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
@@ -198,6 +215,7 @@ def test_initialisation_is_reproducible_and_complete():
         ({"task": "audio"}, "task"),
         ({"task": "language"}, "'batch' mixes a token with later ones"),
         ({"task": "language", "norm": "group"}, "'group' mixes a token with later ones"),
+        ({"task": "language", "norm": "rms", "rotation_head": True}, "rotation_head is for images"),
         ({"n_layers": 0}, "n_layers"),
     ],
 )

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe import data
+from moe.config import Task
 from moe.corruptions import KINDS, corrupt
-from moe.samples import SamplePool
+from moe.samples import CHUNK_BYTES, TEXT_OF_SHIFT, SamplePool, TextPool
 from moe.streams import SCHEDULES, STREAM_KINDS, ShiftStream, StreamConfig, StreamError, draw_shifts, play
 
 N, CLASSES = 600, 10
@@ -27,16 +28,17 @@ def make(**changes: Any) -> StreamConfig:
 
 
 @st.composite
-def configs(draw: Any) -> StreamConfig:
+def configs(draw: Any, task: Task = "vision") -> StreamConfig:
     """Streams that fit a pool of N samples."""
-    task = draw(st.sampled_from(["vision", "language"]))
     kinds = tuple(draw(st.lists(st.sampled_from(STREAM_KINDS[task]), min_size=1, max_size=4, unique=True)))
     allowed = SCHEDULES if task == "vision" else ("per_shift", "recurring", "mixed")
     cycles = draw(st.integers(1, 3))
     steps = len(kinds) * 9 * cycles  # at least as many as any schedule has
+    schedule = draw(st.sampled_from(allowed))
+    smallest = len(kinds) if (task, schedule) == ("language", "mixed") else 1
     return StreamConfig(
-        task=task, kinds=kinds, schedule=draw(st.sampled_from(allowed)), cycles=cycles,
-        batches=steps + draw(st.integers(0, 20)), batch_size=draw(st.integers(1, 10)),
+        task=task, kinds=kinds, schedule=schedule, cycles=cycles, batches=steps + draw(st.integers(0, 20)),
+        batch_size=draw(st.integers(smallest, 10 if task == "vision" else 8)),
         severity=draw(st.integers(1, 5)), concentration=draw(st.floats(1e-6, 1e6)),
     )  # fmt: skip
 
@@ -65,6 +67,38 @@ def test_a_stream_follows_its_schedule_and_shows_a_sample_once_a_pass(config, se
     again = draw_shifts(config, torch.from_numpy(LABELS), seed)
     assert (again.index == stream.index).all() and (again.shift_id == stream.shift_id).all()
     assert (draw_shifts(config, LABELS, seed ^ 1).index != stream.index).any()
+
+
+@given(config=configs("language"), seed=seeds)
+def test_lanes_of_text_read_on_and_share_nothing(config, seed):
+    stream = draw_shifts(config, LABELS, seed)
+    assert stream.index.shape == stream.shift_id.shape == (config.batches, config.batch_size)
+    seen = set()
+    for lane in range(config.batch_size):
+        assert len(set(stream.shift_id[:, lane])) == 1 or config.schedule != "mixed"
+        for shift in set(stream.shift_id[:, lane]):
+            chunks = stream.index[stream.shift_id[:, lane] == shift, lane]
+            assert (np.diff(chunks) == 1).all() and 0 <= chunks[0] and chunks[-1] < N
+            assert not seen & {(shift, chunk) for chunk in chunks}
+            seen |= {(shift, chunk) for chunk in chunks}
+    for batch, step in enumerate(config.step_of_batch):
+        names = {stream.shifts[shift] for shift in stream.shift_id[batch]}
+        assert names == set(config.steps[step])  # a mixed batch holds them all
+    if config.schedule == "mixed":
+        lanes = Counter(stream.shift_id[0].tolist())
+        assert max(lanes.values()) - min(lanes.values()) <= 1
+    again = draw_shifts(config, LABELS, seed)
+    assert (again.index == stream.index).all() and (again.shift_id == stream.shift_id).all()
+
+
+def test_seeds_begin_lanes_of_text_elsewhere():
+    config = make(task="language", kinds=("clean", "code"), batches=20, batch_size=10)
+    first, second = (draw_shifts(config, LABELS, seed).index for seed in (0, 1))
+    assert (first != second).all(axis=0).mean() > 0.8
+    full = dataclasses.replace(config, batches=120)
+    assert sorted(draw_shifts(full, LABELS, 0).index[:60].flat) == list(range(N))  # it just fits
+    with pytest.raises(StreamError, match="610 chunks, the pool holds 600"):
+        draw_shifts(dataclasses.replace(full, batches=121), LABELS, 0)
 
 
 @given(seed=seeds, concentration=st.floats(1e-3, 1e3), batches=st.integers(3, 90))
@@ -128,6 +162,7 @@ def test_the_shift_of_a_batch_has_a_name():
         ({"schedule": "random"}, "schedule must be one of"),
         ({"task": "language", "kinds": ("code",), "schedule": "gradual"}, "for images"),
         ({"task": "language", "kinds": ("code",), "schedule": "label_correlated"}, "for images"),
+        ({"task": "language", "kinds": ("clean", "code"), "schedule": "mixed", "batch_size": 1}, "a lane"),
         ({"severity": 0}, "severity"),
         ({"severity": 2.5}, "severity"),
         ({"batch_size": 0}, "batch_size"),
@@ -159,7 +194,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def text():
-    return SamplePool("language", ("clean", "code"), "cpu")
+    return TextPool(("clean", "code"), "cpu")
 
 
 def test_images_are_corrupted_as_they_are_played(images):
@@ -188,15 +223,35 @@ def test_playing_twice_gives_the_same_and_another_seed_other_noise(images, sched
     assert not torch.equal(next(play(other, images))[0], played[0][0])
 
 
-def test_text_turns_from_prose_to_code_midway(text):
-    config = make(task="language", kinds=("clean", "code"), batches=6, batch_size=8)
+@pytest.mark.parametrize("schedule", ["per_shift", "recurring", "mixed"])
+def test_each_lane_plays_one_stretch_of_each_text(text, schedule):
+    """Glued together, what a lane shows of a domain is found in that domain's file as one piece."""
+    config = make(task="language", kinds=("clean", "code"), schedule=schedule, batches=8, batch_size=5)
     stream = draw_shifts(config, text.targets[0], 0)
-    played = list(play(stream, text))
-    assert [shift for _, _, shift in played] == ["clean"] * 3 + ["code"] * 3
-    sources = [bytes(data.load_language(domain, "test").tolist()) for domain in ("prose", "code")]
-    for batch, (inputs, targets, _) in enumerate(played):
-        for row, target in zip(inputs.tolist(), targets.tolist(), strict=True):
-            assert bytes([*row, target]) in sources[batch // 3]
+    sources = {name: bytes(data.load_language(TEXT_OF_SHIFT[name], "test").tolist()) for name in text.shifts}
+    read: dict[tuple[int, str], bytes] = {}
+    for batch, (inputs, targets, shift) in enumerate(play(stream, text)):
+        assert inputs.shape == (5, CHUNK_BYTES) and targets.dtype == torch.int64
+        for lane, row in enumerate(inputs.tolist()):
+            name = stream.shifts[stream.shift_id[batch, lane]]
+            assert shift in (name, "mixed")
+            read[lane, name] = read.get((lane, name), b"") + bytes(row)
+            assert read[lane, name] + bytes([int(targets[lane])]) in sources[name]
+    assert sum(len(part) for part in read.values()) == 8 * 5 * CHUNK_BYTES
+
+
+def test_a_text_pool_is_the_text_in_its_order():
+    cases: tuple[tuple[data.Split, int], ...] = (("test", 64), ("validation", 100))
+    for split, length in cases:
+        pool = TextPool(("code", "clean"), "cpu", split, length)
+        texts = [data.load_language(domain, split) for domain in ("code", "prose")]
+        assert len(pool) == (min(len(text) for text in texts) - 1) // length
+        for shift, text in enumerate(texts):
+            assert torch.equal(pool.inputs[shift].flatten(), text[: len(pool) * length])
+            assert torch.equal(pool.targets[shift, :-1], pool.inputs[shift, 1:, 0].long())
+            assert pool.targets[shift, -1] == text[len(pool) * length]
+    with pytest.raises(ValueError, match="chunk_bytes must be within"):
+        TextPool(("clean",), "cpu", chunk_bytes=0)
 
 
 def test_a_pool_that_does_not_fit_is_refused(images, text):
@@ -205,7 +260,9 @@ def test_a_pool_that_does_not_fit_is_refused(images, text):
         play(stream, text)
     code = make(task="language", kinds=("code",), batches=2)
     with pytest.raises(StreamError, match="'code'"):
-        play(draw_shifts(code, text.targets[0], 0), SamplePool("language", ("clean",), "cpu"))
+        play(draw_shifts(code, text.targets[0], 0), TextPool(("clean",), "cpu"))
+    with pytest.raises(StreamError, match="scattered chunks of a SamplePool"):
+        play(draw_shifts(code, text.targets[0], 0), SamplePool("language", ("code",), "cpu"))
     with pytest.raises(StreamError, match="pool of more than"):
         play(draw_shifts(make(), np.zeros(10**6), 0), images)
 

@@ -19,7 +19,8 @@ from moe.losses import chosen_energy, load_balance_loss, router_z_loss
 from moe.model import MoEModel, initialise
 from moe.recipes import RECIPES, Recipe
 from moe.train import Arguments, TrainingDiverged, main, mirror, pick_device, train
-from moe.variants import with_norm
+from moe.ttt.rotation import rotation_loss, turned
+from moe.variants import with_norm, with_rotation_head
 from moe.weights import load_model, training_record, weights_path
 
 CPU = torch.device("cpu")
@@ -243,6 +244,35 @@ def test_images_are_learnt_with_every_norm_and_the_checkpoint_comes_back(stripes
     assert torch.equal(loaded.eval()(images).logits, model(images).logits)
     with pytest.raises(WeightsError, match="norm"):
         load_checkpoint(tmp_path / "model.safetensors", SMALL)
+
+
+def test_a_rotation_head_is_learnt_beside_the_answers(stripes, tmp_path):
+    """Stripes turned by half are those of the other class, so a loss of log 2 is the best there is."""
+    config = with_rotation_head(SMALL)
+    model, record = train(config, RECIPE, CPU)
+    assert record.quality["2"]["accuracy"] > 0.95
+    turns = torch.arange(600) % 4
+    loss = rotation_loss(model(turned(data.load_vision("test")[0], turns)), turns)
+    assert math.log(2) - 0.1 < loss < 1.1 < math.log(4)
+    save_checkpoint(model, record, tmp_path / "model.safetensors")
+    loaded, _ = load_checkpoint(tmp_path / "model.safetensors")
+    assert loaded.config == config
+    with pytest.raises(WeightsError, match="rotation_head"):
+        load_checkpoint(tmp_path / "model.safetensors", SMALL)
+    arguments = Arguments(task="vision", rotation_head=True)
+    assert arguments.path().stem == "vision-tiny-rotation" and arguments.config().rotation_head
+    with pytest.raises(ValueError, match="rotation_weight"):
+        dataclasses.replace(RECIPE, rotation_weight=0.0)
+
+
+def test_turned_images_move_no_statistics_in_training(stripes):
+    """After one step from the same start, since only the upright images count."""
+    recipe = dataclasses.replace(RECIPE, steps=1)
+    without, turning = (train(config, recipe, CPU)[0] for config in (SMALL, with_rotation_head(SMALL)))
+    buffers = dict(turning.named_buffers())
+    assert any("running_mean" in name for name in buffers)
+    assert all(torch.equal(value, buffers[name]) for name, value in without.named_buffers())
+    assert not torch.equal(without.position, turning.position)
 
 
 def test_mirroring_flips_some_images_and_harms_none():

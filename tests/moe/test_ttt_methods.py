@@ -12,24 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe import ttt
+from moe import data, ttt
 from moe.config import ModelConfig, model_config
 from moe.model import BatchNorm, MoEModel, initialise
+from moe.samples import TextPool
+from moe.streams import StreamConfig, draw_shifts, play
 from moe.ttt.methods import _ascended
+from moe.ttt.rotation import rotation_loss, turned
+from moe.variants import with_rotation_head
+from moe.weights import load_model
 
 VISION = model_config("vision", "tiny")
 RMS_VISION = ModelConfig.from_dict(VISION.to_dict() | {"norm": "rms"})
+TURNING = with_rotation_head(VISION)
 SETTINGS = {
     ttt.batch_statistics: ttt.BatchStatistics(),
     ttt.tent: ttt.Tent(learning_rate=0.05),
     ttt.eata: ttt.Eata(learning_rate=0.05, redundancy_margin=0.9),
     ttt.sar: ttt.Sar(learning_rate=0.05, recover_below_nats=0.0),
+    ttt.rotation: ttt.Rotation(learning_rate=0.05),
     ttt.dynamic_evaluation: ttt.DynamicEvaluation(learning_rate=0.05, momentum=0.9, decay=0.01),
 }
 CASES = [
     (ttt.batch_statistics, VISION, "norms"),
     *[(method, VISION, group) for method in (ttt.tent, ttt.eata, ttt.sar) for group in ("norms", "router")],
     (ttt.sar, RMS_VISION, "last_block"),
+    *[(ttt.rotation, config, "norms") for config in (TURNING, with_rotation_head(RMS_VISION))],
+    (ttt.rotation, TURNING, "last_block"),
     *[
         (ttt.dynamic_evaluation, model_config("language", "tiny"), g)
         for g in ("last_block", "norms", "router")
@@ -46,6 +55,8 @@ def make_model(config: ModelConfig) -> MoEModel:
         model.head.weight.mul_(
             {"vision-batch": 180, "vision-rms": 60, "language-rms": 5}[f"{config.task}-{config.norm}"]
         )
+        if model.rotation_head is not None:
+            model.rotation_head.weight.mul_(20)
     return model
 
 
@@ -141,6 +152,20 @@ class Reference:
         self.descend(away.gradient(h.mean() / math.log(10)))
         mean = h.detach().mean() / math.log(10)
         self.average = mean if self.average is None else 0.9 * self.average + 0.1 * mean
+
+    def rotation(self, inputs: Tensor) -> None:
+        """The turned images go through a copy of the model: only the upright ones move the statistics."""
+        other = copy.deepcopy(self)
+        self.adapting(inputs)
+        images = torch.stack([torch.rot90(image, turns) for turns in range(4) for image in inputs])
+        hidden = []
+        hook = other.model.head.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+        other.adapting(images)
+        hook.remove()
+        assert other.model.rotation_head is not None
+        log_p = (hidden[0] @ other.model.rotation_head.weight.T).log_softmax(-1)  # [4 B, 4]
+        right = torch.cat([log_p[turns * len(inputs) :][: len(inputs), turns] for turns in range(4)])
+        self.descend(other.gradient(-right.mean() / math.log(4)))
 
     def dynamic_evaluation(self, inputs: Tensor) -> None:
         log_p = self.adapting(inputs).log_softmax(-1)
@@ -312,7 +337,7 @@ def test_the_fisher_anchor_is_the_mean_squared_gradient_and_pulls_to_the_start()
         return sum(float((weight * (now.detach() - first) ** 2).sum()) for weight, now, first in pairs)
 
     assert moved(anchored=True) < moved(anchored=False)
-    with pytest.raises(ValueError, match="at least one clean batch"):
+    with pytest.raises(ValueError, match="at least one batch of source data"):
         ttt.fisher_anchor(model, state, [])
 
 
@@ -321,19 +346,103 @@ def test_answers_that_are_no_numbers_stop_the_step_with_all_as_before(method, co
     model, settings = make_model(config), SETTINGS[method]
     state = ttt.start(model, settings, group)
     method(model, state, make_inputs(config, 1), settings)
+    name = "rotation_head.weight" if method is ttt.rotation else "head.weight"
     with torch.no_grad():
-        model.head.weight.fill_(torch.nan)
+        model.get_parameter(name).fill_(torch.nan)
     before = whole_state(model, state)
     with pytest.raises(ttt.AdaptationDiverged, match="restore"):
         method(model, state, make_inputs(config, 2), settings)
     after = whole_state(model, state)
-    assert before.pop("head.weight").isnan().all() and after.pop("head.weight").isnan().all()
+    assert before.pop(name).isnan().all() and after.pop(name).isnan().all()
     assert_same(after, before)
+
+
+def test_dynamic_evaluation_over_the_rms_is_that_of_the_paper():
+    """Krause et al., section 4, written out: g / (rms + eps), and lambda * min(rms / mean, 1 / lambda)."""
+    config = model_config("language", "tiny")
+    model, settings = make_model(config), ttt.RmsDynamicEvaluation(learning_rate=0.01, decay=0.4, epsilon=0.5)
+    state = ttt.start(model, settings, "norms")
+    before = whole_state(model, state)
+    with pytest.raises(ValueError, match="gradient_rms"):
+        ttt.dynamic_evaluation(model, state, make_inputs(config, 1), settings)
+    ttt.gradient_rms(model, state, [make_inputs(config, seed) for seed in (7, 8)])
+    assert_same(whole_state(model, state), before)
+    weights = [p for name, p in model.named_parameters() if in_group(name, "norms")]
+
+    def gradient(inputs: Tensor) -> Tensor:
+        log_p = model(inputs).logits.log_softmax(-1)[:, :-1]
+        surprise = -log_p.gather(-1, inputs[:, 1:, None].long()).mean()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(surprise, weights)])
+
+    rms = ((gradient(make_inputs(config, 7)) ** 2 + gradient(make_inputs(config, 8)) ** 2) / 2).sqrt()
+    assert state.rms is not None
+    torch.testing.assert_close(torch.cat([part.flatten() for part in state.rms]), rms)
+    assert (rms / rms.mean()).max() > 1 / 0.4, "nothing is clipped: the test tests too little"
+    theta = first = torch.cat([weight.detach().flatten() for weight in weights])
+    for seed in (1, 2):
+        inputs = make_inputs(config, seed)
+        pull = 0.4 * (rms / rms.mean()).clamp(max=1 / 0.4)
+        theta = theta - 0.01 * gradient(inputs) / (rms + 0.5 * rms.mean()) + pull * (first - theta)
+        ttt.dynamic_evaluation(model, state, inputs, settings)
+        now = torch.cat([weight.detach().flatten() for weight in weights])
+        torch.testing.assert_close(now, theta, rtol=1e-5, atol=1e-6)
+    state.reset(model)
+    assert_same(whole_state(model, state), before)
+    with pytest.raises(ValueError, match="at least one batch"):
+        ttt.gradient_rms(model, state, [])
+
+
+def test_dynamic_evaluation_learns_the_shift_and_keeps_the_source():
+    """On the shipped model: continuous lanes, each chunk scored before it is learned from."""
+    settings = ttt.RmsDynamicEvaluation()
+    chunk = model_config("language", "tiny").context_length
+    source = data.load_language("prose", "train")[: 8 * 8 * chunk].view(8, 8, chunk)
+    pool = TextPool(("clean", "code"), "cpu", "validation", chunk)
+    gain = {}
+    for kind, batches in (("clean", 6), ("code", 24)):
+        model = load_model("language", "tiny", "cpu")
+        state = ttt.start(model, settings, "last_block")
+        ttt.gradient_rms(model, state, source)
+        frozen = load_model("language", "tiny", "cpu")
+        config = StreamConfig(task="language", kinds=(kind,), batches=batches, batch_size=8)
+        nats = torch.zeros(2)
+        for inputs, targets, _ in play(draw_shifts(config, pool.targets[0], 0), pool):
+            following = torch.cat([inputs[:, 1:], targets[:, None]], dim=1).long()  # [B, S]
+            with torch.no_grad():
+                logits = [each(inputs).logits.flatten(0, 1) for each in (model, frozen)]
+            nats += torch.stack([F.cross_entropy(each, following.flatten()) for each in logits])
+            ttt.dynamic_evaluation(model, state, inputs, settings)
+        gain[kind] = 1 - float(nats[0] / nats[1])
+    assert gain["code"] > 0.03 and gain["clean"] > -0.01  # a short stream: a longer one gains more
+
+
+def test_rotation_needs_a_head_and_says_how_to_get_one():
+    model = make_model(VISION)
+    state = ttt.start(model, ttt.Rotation())
+    before = whole_state(model, state)
+    with pytest.raises(ValueError, match="--rotation-head"):
+        ttt.rotation(model, state, make_inputs(VISION, 1), ttt.Rotation())
+    assert_same(whole_state(model, state), before)
+
+
+def test_the_loss_of_rotation_is_that_of_images_turned_by_hand():
+    model = make_model(TURNING)
+    images = make_inputs(TURNING, 3)
+    turns = torch.arange(24) % 4
+    by_hand = torch.stack([torch.rot90(image, int(n)) for image, n in zip(images, turns, strict=True)])
+    assert torch.equal(turned(images, turns), by_hand)
+    assert torch.equal(
+        turned(images[:1], torch.tensor([1]))[0, 27 - 5, 3], images[0, 3, 5]
+    )  # counter-clockwise
+    logits = model(by_hand).rotation_logits
+    assert logits is not None
+    expected = -torch.stack([row.log_softmax(0)[n] for row, n in zip(logits, turns, strict=True)]).mean()
+    torch.testing.assert_close(rotation_loss(model(by_hand), turns), expected)
 
 
 @pytest.mark.parametrize("group", ttt.GROUPS)
 def test_groups_hold_what_their_name_says(group):
-    for config in (VISION, RMS_VISION):
+    for config in (VISION, RMS_VISION, TURNING):
         model = make_model(config)
         parameters, names = ttt.collect_params(model, group)
         assert names == [name for name, _ in model.named_parameters() if in_group(name, group)]
@@ -341,14 +450,14 @@ def test_groups_hold_what_their_name_says(group):
         assert all(by_name[name] is parameter for name, parameter in zip(names, parameters, strict=True))
 
 
-@pytest.mark.parametrize("method", [ttt.batch_statistics, ttt.tent, ttt.eata, ttt.sar])
+@pytest.mark.parametrize("method", [ttt.batch_statistics, ttt.tent, ttt.eata, ttt.sar, ttt.rotation])
 def test_a_single_sample_has_no_batch_statistics(method):
-    model = make_model(VISION)
+    model = make_model(TURNING)
     state = ttt.start(model, SETTINGS[method])
     with pytest.raises(ValueError, match="at least 2, got 1"):
         method(model, state, make_inputs(VISION, 1, n=1), SETTINGS[method])
     if method is not ttt.batch_statistics:
-        model = make_model(RMS_VISION)  # each token is its own norm: one will do
+        model = make_model(with_rotation_head(RMS_VISION))  # each token is its own norm: one will do
         method(model, ttt.start(model, SETTINGS[method]), make_inputs(VISION, 1, n=1), SETTINGS[method])
 
 
@@ -383,6 +492,7 @@ def test_what_cannot_be_is_refused():
         (ttt.Sar, {"rho": 0.0}),
         (ttt.Sar, {"recover_below_nats": -0.1}),
         (ttt.DynamicEvaluation, {"decay": 1.0}),
+        (ttt.RmsDynamicEvaluation, {"epsilon": 0.0}),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(make, values):
