@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -175,7 +175,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
         if env is None:
             play = _play_twin(config, problem, policies)
         else:
-            play = _play_live(config, env, policies, console)
+            play = play_live_paired(env, policies, config.seed_list, console)
         try:
             for recording in play:
                 results.add(recording)
@@ -208,18 +208,34 @@ def _play_twin(config: EvaluateConfig, problem: Problem, policies: dict[str, Pol
         yield play_twin(problem, policy, config.seed_list, label)
 
 
-def _play_live(
-    config: EvaluateConfig, env: ThermalMoEEnv, policies: dict[str, Policy], console: Console
+def play_live_paired(
+    env: ThermalMoEEnv,
+    policies: dict[str, Policy],
+    seeds: Sequence[int],
+    console: Console,
+    played: Collection[tuple[str, int]] = (),
 ) -> Iterator[Recording]:
     """Seed by seed, the policies one after another on each, from the same temperature.
 
     The order rotates from seed to seed, so that what drifts in between favours nobody.
+
+    Args:
+        env: a live one.
+        policies: by label.
+        seeds: of the episodes.
+        console: told where an episode starts warmer than the first.
+        played: (label, seed) of episodes to leave out.
+
+    Raises:
+        ThermoeError, RuntimeError, KeyboardInterrupt: what cut an episode short, after it has been yielded.
     """
     start_c: float | None = None
     order = list(policies)
-    for number, seed in enumerate(config.seed_list):
+    for number, seed in enumerate(seeds):
         turn = number % len(order)
         for label in order[turn:] + order[:turn]:
+            if (label, seed) in played:
+                continue
             reached_c = _cool_down(env, seed, start_c, label, console)
             start_c = reached_c if start_c is None else start_c
             recording = play_live(env, policies[label], seed, label)
