@@ -57,20 +57,28 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if not self.live and (self.model is not None or self.profile is not None):
             raise ValueError("a checkpoint is served live: add --live, or leave --model and --profile out")
-        if self.seeds < 1 or self.seed < 0:
-            raise ValueError(
-                f"seeds must be at least 1 and seed not negative, got {self.seeds} and {self.seed}"
-            )
-        if self.seed < RESERVED_SEEDS.stop and self.seed + self.seeds > RESERVED_SEEDS.start:
-            raise ValueError(
-                f"seeds {RESERVED_SEEDS.start} to {RESERVED_SEEDS.stop - 1} choose models and constant "
-                f"actions and would flatter them: seed={self.seed} with seeds={self.seeds} touches them"
-            )
+        held_out_seeds(self.seed, self.seeds)
 
     @property
     def seed_list(self) -> list[int]:
         """Seeds of the episodes."""
-        return list(range(self.seed, self.seed + self.seeds))
+        return held_out_seeds(self.seed, self.seeds)
+
+
+def held_out_seeds(seed: int, count: int) -> list[int]:
+    """`count` seeds from `seed` on.
+
+    Raises:
+        ValueError: None or negative ones, or episodes that chose models or settings are among them.
+    """
+    if count < 1 or seed < 0:
+        raise ValueError(f"seeds must be at least 1 and seed not negative, got {count} and {seed}")
+    if seed < RESERVED_SEEDS.stop and seed + count > RESERVED_SEEDS.start:
+        raise ValueError(
+            f"seeds {RESERVED_SEEDS.start} to {RESERVED_SEEDS.stop - 1} choose models and constant "
+            f"actions and would flatter them: seed={seed} with seeds={count} touches them"
+        )
+    return list(range(seed, seed + count))
 
 
 @dataclass

@@ -66,15 +66,15 @@ class RuleConfig:
             raise ValueError("adapt_for_s, release_s and full_queue_s must not be negative")
 
 
-def load_settings(kind: type[T], path: str | Path) -> T:
-    """Read the settings of a rule: a name in configs/agents, or the path of a YAML file.
+def load_settings(kind: type[T], path: str | Path, folder: str = "agents") -> T:
+    """Read settings: a name in the folder of configs, or the path of a YAML file.
 
     Raises:
-        ScenarioError: an unknown or refused key.
+        ScenarioError: no such file, or an unknown or refused key.
     """
     from pydantic import TypeAdapter, ValidationError
 
-    file = config_path("agents", str(path), ".yaml")
+    file = config_path(folder, str(path), ".yaml")
     try:
         return TypeAdapter(kind).validate_python(yaml.safe_load(file.read_text()))
     except ValidationError as error:
