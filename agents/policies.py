@@ -105,8 +105,8 @@ POLICIES: dict[str, Callable[[Problem], Policy]] = {
     "random": _random,
     **{f"gate-{rule}": _gated(rule) for rule in GATES},
 }
-"""Policies by name: the standard MoE service, the best fixed setting, the staged rules, chance, and gates that
-decide over a base policy when to adapt."""
+"""Policies by name: the standard MoE service, the best fixed setting, the staged rules, chance, and gates
+that decide when a base policy adapts."""
 
 
 def make_policy(name: str, problem: Problem) -> Policy:

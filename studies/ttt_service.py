@@ -91,9 +91,9 @@ def main(arguments: Arguments, console: Console | None = None) -> list[Played]:
     """Play what is missing, write the report and print the table.
 
     Raises:
-        StudyError: an unknown variant, another world than asked for, or a folder with episodes of other settings.
+        StudyError: an unknown variant, another world than asked for, or episodes there of other settings.
         ValueError, ThermoeError, KeyboardInterrupt: as `agents.evaluation.evaluate`; live episodes are kept.
-    """  # fmt: skip
+    """
     console = console or wide_console()
     study = load_settings(Study, arguments.config, "studies")
     names = arguments.variants or tuple(study.variants)

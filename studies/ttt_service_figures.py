@@ -18,8 +18,8 @@ from studies.ttt_service_results import BASELINE, EXTRA, changes_of_shift
 from thermoe_env.knobs import KNOB_NAMES
 
 COLOURS = {
-    BASELINE: "#555555", "always": "#D55E00", "periodic": "#009E73", "entropy": "#CC79A7", "change": "#56B4E9",
-    "thermal": "#7A4FBF",
+    BASELINE: "#555555", "always": "#D55E00", "periodic": "#009E73", "entropy": "#CC79A7",
+    "change": "#56B4E9", "thermal": "#7A4FBF",
 }  # fmt: skip
 Episodes = Mapping[str, Mapping[int, Recording]]
 """Single episodes by policy and seed."""
@@ -56,7 +56,7 @@ def courses(episode: Recording) -> dict[str, np.ndarray]:
 
 
 def find_changes(episodes: Episodes) -> list[tuple[int, int]]:
-    """Changes of shift with room around them to be drawn: (seed, first interval), of the seeds that all share."""
+    """Changes of shift with room around them to be drawn, (seed, first interval); of the seeds all share."""
     first = next(iter(episodes.values()))
     seeds = sorted(set.intersection(*(set(own) for own in episodes.values())))
     return [
@@ -74,8 +74,8 @@ def around_shift(
 ) -> Figure:
     """Power, temperature and accuracy around changes of shift, policies overlaid.
 
-    The left column is one change, that after which the first policy lost most accuracy; the right one the mean
-    over all changes, with 95% intervals.
+    The left column is one change, that after which the first policy lost most accuracy; the right one the
+    mean over all changes, with 95% intervals.
 
     Args:
         episodes: what was played, in any world.
@@ -97,7 +97,8 @@ def around_shift(
     grid = figure.subplots(len(rows), 2, sharex=True, sharey="row", height_ratios=(3, 3, 3, 1.2))
     for (left, right), name in zip(grid, rows, strict=True):
         for policy, own in windows.items():
-            left.plot(time_s, own[name][chosen], color=colour[policy])
+            style = "steps-mid" if name == "adapting" else "default"
+            left.plot(time_s, own[name][chosen], color=colour[policy], drawstyle=style)
             _mean_course(right, time_s, own[name], colour[policy])
         left.set_ylabel(name)
         for axes in (left, right):
@@ -148,14 +149,14 @@ def overview(tables: Mapping[str, pd.DataFrame], titles: Mapping[str, str], wher
     grid = figure.subplots(len(tables), len(_PANELS), squeeze=False, sharex="col", height_ratios=ratios)
     colour = policy_colours(list(dict.fromkeys(name for table in tables.values() for name in table.policy)))
     for row, (variant, table) in zip(grid, tables.items(), strict=True):
-        for axes, (name, title, factor, _) in zip(row, _PANELS, strict=True):
+        for axes, (name, _, factor, _) in zip(row, _PANELS, strict=True):
             for y, values in enumerate(table.to_dict("records")):
                 _draw(axes, name, values, factor, y, colour[values["policy"]])
             axes.set_ylim(len(table) - 0.4, -0.6)
             axes.set_yticks(range(len(table)), list(table.policy) if axes is row[0] else [""] * len(table))
-            axes.set_title(title if row is grid[0] else "")
         row[0].set_ylabel(titles[variant])
-    for axes, (*_, least) in zip(grid[0], _PANELS, strict=True):
+    for axes, (_, title, _, least) in zip(grid[0], _PANELS, strict=True):
+        axes.set_title(title)
         if least is not None:
             axes.set_xlim(0.0, max(least, axes.get_xlim()[1]))
     figure.suptitle(f"Adaptation in the service, {where}; 95% intervals; light: energy of adapting")

@@ -157,17 +157,14 @@ def _markdown(
     results: Sequence[Played], scope: str, figures: Sequence[tuple[str, Path]], notes: Sequence[str]
 ) -> str:
     lines = [
-        "# When is adaptation worth its energy",
-        "",
-        f"Written by `python -m studies.ttt_service`. {scope}.",
-    ]
-    lines += [
-        "Means with 95% Student intervals over seeds; differences are paired by seed. Temperature limits are"
-    ]
-    lines += ["virtual: the scenario sets them, far below the hardware's.", "", *notes, ""]
+        "# When is adaptation worth its energy", "",
+        f"Written by `python -m studies.ttt_service`. {scope}. Means with 95% Student intervals over seeds;",
+        "differences are paired by seed. Temperature limits are virtual: the scenario sets them, far below the",
+        "hardware's.", "", *notes, "",
+    ]  # fmt: skip
     for result in results:
         lines += [f"## {_heading(result)}", "", *_rows(COLUMNS, result.table), ""]
-        others = result.table[result.table.policy != BASELINE]
+        others = result.table.loc[result.table.policy != BASELINE, :]
         lines += [f"Less `{BASELINE}`:", "", *_rows(DIFFERENCES, others), ""]
     lines += ["Columns:", "", *(f"* `{name}`: {meaning}" for name, meaning in INDICATORS.items())]
     lines += [f"* `{EXTRA}`: {EXTRA_MEANING}", ""]
@@ -179,34 +176,26 @@ def _rows(columns: Sequence[Column], table: pd.DataFrame) -> list[str]:
     """A table in Markdown."""
     lines = [f"| policy | {' | '.join(c.head for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row in table.to_dict("records"):
-        cells = [f"{value} ({interval})" if interval else value for value, interval in _texts(row, columns)]
-        lines.append(f"| {row['policy']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['policy']} | {' | '.join(_text(row, column) for column in columns)} |")
     return lines
 
 
 def _screen(table: pd.DataFrame) -> Table:
-    """The table for the screen, intervals below the values."""
+    """The table for the screen."""
     columns = [column for column in COLUMNS if column.on_screen]
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     shown.add_column("policy", no_wrap=True)
     for column in columns:
         shown.add_column(column.head, justify="right")
     for row in table.to_dict("records"):
-        cells = [f"{value}\n[dim]{interval}[/dim]" for value, interval in _texts(row, columns)]
-        shown.add_row(escape(row["policy"]), *cells)
+        shown.add_row(escape(row["policy"]), *(_text(row, column) for column in columns))
     return shown
 
 
-def _texts(row: dict[str, Any], columns: Sequence[Column]) -> list[tuple[str, str]]:
-    return [_text(row, column) for column in columns]
-
-
-def _text(row: dict[str, Any], column: Column) -> tuple[str, str]:
-    """Value and interval as shown."""
-    value, low, high = (row[f"{column.name}{end}"] * column.factor for end in ("", "_low", "_high"))
+def _text(row: dict[str, Any], column: Column) -> str:
+    """Mean and half the width of its interval, as shown."""
+    value, high = (row[f"{column.name}{end}"] * column.factor for end in ("", "_high"))
     if not math.isfinite(value):
-        return "-", ""
-    text = f"{value:.{column.digits}f}"
-    if not math.isfinite(low) or low == high:
-        return text, ""
-    return text, f"{low:.{column.digits}f} to {high:.{column.digits}f}"
+        return "-"
+    half = high - value
+    return f"{value:.{column.digits}f}" + (f" ±{half:.{column.digits}f}" if half > 0.0 else "")
