@@ -159,8 +159,8 @@ def _markdown(
     lines = [
         "# When is adaptation worth its energy", "",
         f"Written by `python -m studies.ttt_service`. {scope}. Means with 95% Student intervals over seeds;",
-        "differences are paired by seed. Temperature limits are virtual: the scenario sets them, far below the",
-        "hardware's.", "", *notes, "",
+        "differences are paired by seed. Temperature limits are virtual: the scenario sets them, far below",
+        "the hardware's.", "", *notes, "",
     ]  # fmt: skip
     for result in results:
         lines += [f"## {_heading(result)}", "", *_rows(COLUMNS, result.table), ""]

@@ -33,9 +33,7 @@ INDICATORS: dict[str, str] = {
 }
 """Indicators of an episode that are compared: name -> meaning, unit."""
 EXTRA = "j_per_additional_good"
-EXTRA_MEANING = (
-    f"energy above that of {BASELINE} over the good answers above its, J: what one more of them costs"
-)
+EXTRA_MEANING = f"energy above that of {BASELINE} over the good answers above its, J: the price of one more"
 
 
 def adapting_j(recording: Recording, problem: Problem) -> np.ndarray:
@@ -46,9 +44,9 @@ def adapting_j(recording: Recording, problem: Problem) -> np.ndarray:
     is the calibration's at the die's temperature, and is serving's: the device is on for the requests.
 
     An approximation: batches of an interval differ in size, some end in the next interval, and devices leak
-    differently. Over twin episodes it came within 0.5% of a replay without the steps' energy for policies that
-    adapt in long stretches, within 2.5% for single intervals. Where the working machine has no meter the share
-    is that of busy time, as the modelled device has it then (`thermoe_env.shadow`).
+    differently. Over twin episodes it came within 0.5% of a replay without the steps' energy for policies
+    that adapt in long stretches, within 2.5% for single intervals. Where the working machine has no meter
+    the share is that of busy time, as the modelled device has it then (`thermoe_env.shadow`).
     """
     work, twin = recording.work, problem.twin
     idle_w = len(problem.scenario.devices) * idle_power_w(
@@ -127,9 +125,11 @@ def compare(rows: pd.DataFrame, baseline: str = BASELINE) -> pd.DataFrame:
 
 
 def ratio_interval(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float]:
-    """Ratio of the means of paired values and its 95% interval by linearisation (Cochran, Sampling
-    Techniques, 3rd ed., chapter 6); NaN unless the interval of the denominator is above 0, where it means something.
-    """  # fmt: skip
+    """Ratio of the means of paired values and its 95% interval.
+
+    By linearisation (Cochran, Sampling Techniques, 3rd ed., chapter 6). NaN unless the interval of the
+    denominator is above 0: only then the ratio means something.
+    """
     if len(above) < 2 or not student_interval(below)[1] > 0.0:
         return math.nan, math.nan, math.nan
     ratio = above.mean() / below.mean()
@@ -161,9 +161,10 @@ def by_seed(recordings: Iterable[Recording]) -> dict[str, dict[int, Recording]]:
 
 
 def changes_of_shift(episode: Recording, before: int, after: int) -> list[int]:
-    """First intervals of a new input shift, of those that follow `before` intervals of the old one and are
-    the first of `after` of the new one.
-    """  # fmt: skip
+    """First intervals of new input shifts.
+
+    Only of those that follow `before` intervals of the old one and are the first of `after` of the new one.
+    """
     shift = episode.work["shift_id"][:, 0]
     edges = [0, *(np.flatnonzero(np.diff(shift)) + 1).tolist(), len(shift)]
     spans = zip(edges, edges[1:], edges[2:], strict=False)
