@@ -11,16 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from agents.figures import colours
 from agents.metrics import student_interval
 from agents.rollout import Recording
 from studies.ttt_service_results import BASELINE, EXTRA, changes_of_shift
 from thermoe_env.knobs import KNOB_NAMES
 
-COLOURS = {
+_COLOURS = {
     BASELINE: "#555555", "always": "#D55E00", "periodic": "#009E73", "entropy": "#CC79A7",
-    "change": "#56B4E9", "thermal": "#7A4FBF",
+    "change": "#56B4E9", "thermal": "#7A4FBF", "rule_based": "#0072B2",
 }  # fmt: skip
+_TRAINED = "#E69F00"
 Episodes = Mapping[str, Mapping[int, Recording]]
 """Single episodes by policy and seed."""
 BEFORE_S, AFTER_S = 8.0, 25.0
@@ -38,8 +38,7 @@ _PANELS: tuple[tuple[str, str, float, float | None], ...] = (
 
 def policy_colours(policies: Sequence[str]) -> dict[str, str]:
     """A colour per policy, the same in every figure."""
-    others = colours([name for name in policies if name not in COLOURS])
-    return {name: COLOURS.get(name) or others[name] for name in policies}
+    return {name: _COLOURS.get(name, _TRAINED) for name in policies}
 
 
 def courses(episode: Recording) -> dict[str, np.ndarray]:

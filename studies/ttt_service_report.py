@@ -72,10 +72,10 @@ class Column:
 COLUMNS = (
     Column("adapts %", "adapting_share", 100.0, 0),
     Column("error %", "error", 100.0),
-    Column("serving mJ/req", "serving_j_per_request", 1e3, 2),
-    Column("adapting mJ/req", "adapting_j_per_request", 1e3, 2),
-    Column("mJ/good", "j_per_good", 1e3, 2),
-    Column("mJ/add. good", EXTRA, 1e3, 2),
+    Column("serve mJ/req", "serving_j_per_request", 1e3, 2),
+    Column("adapt mJ/req", "adapting_j_per_request", 1e3, 2),
+    Column("mJ per good", "j_per_good", 1e3, 2),
+    Column("mJ per added good", EXTRA, 1e3, 2),
     Column("late %", "late_fraction", 100.0, 2),
     Column("peak °C", "peak_c"),
     Column("s above limit", "above_limit_s"),
@@ -181,14 +181,15 @@ def _rows(columns: Sequence[Column], table: pd.DataFrame) -> list[str]:
 
 
 def _screen(table: pd.DataFrame) -> Table:
-    """The table for the screen."""
+    """The table for the screen, where a line is too short for intervals beside the means."""
     columns = [column for column in COLUMNS if column.on_screen]
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     shown.add_column("policy", no_wrap=True)
     for column in columns:
         shown.add_column(column.head, justify="right")
     for row in table.to_dict("records"):
-        shown.add_row(escape(row["policy"]), *(_text(row, column) for column in columns))
+        texts = [_text(row, column).replace(" ±", "\n[dim]±") for column in columns]
+        shown.add_row(escape(row["policy"]), *texts)
     return shown
 
 
