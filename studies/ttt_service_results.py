@@ -53,7 +53,8 @@ def adapting_j(recording: Recording, problem: Problem) -> np.ndarray:
         twin.idle_power_w, twin.leakage_per_c, recording.gpu["temp_mean_c"], twin.idle_reference_c
     )
     if problem.profile.energy_j is None:
-        adapting, all_work = work["ttt_busy_s"], work["busy_s"]
+        # Between the answers of a batch and the device's being free a moment passes without adaptation too.
+        adapting, all_work = np.where(work["ttt_steps"] > 0, work["ttt_busy_s"], 0.0), work["busy_s"]
     else:
         serving, step = _modelled_j(recording, problem)
         adapting = work["ttt_steps"] * step

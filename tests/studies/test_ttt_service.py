@@ -206,7 +206,7 @@ def test_changes_of_shift_have_room_around_them(problem: Problem) -> None:
 SETTINGS: dict[str, Any] = {
     "variants": {
         "plain": {"title": "plain"},
-        "over-static": {"title": "over static", "base": "static", "overrides": {"limits": {"temperature_c": 60.0}}},
+        "over-static": {"title": "static", "base": "static", "overrides": {"limits": {"temperature_c": 60.0}}},
     }
 }  # fmt: skip
 
@@ -302,7 +302,7 @@ def test_live_episodes_are_kept_and_continued(
     twin = Problem.of(load_scenario("default", episode_s=12))
     for label, policy in policies_of(twin, "rule_based", None).items():
         expected = episode_rows(play_twin(twin, policy, [3000, 3001], label), twin)
-        own = result.rows[result.rows.policy == label]
+        own = result.rows.loc[result.rows.policy == label, :]
         pd.testing.assert_frame_equal(own.reset_index(drop=True), expected.reset_index(drop=True))
     with pytest.raises(StudyError, match="another scenario"):
         ttt_service.main(replace(arguments, duration=13), Console(quiet=True))
