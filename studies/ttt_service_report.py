@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from agents.figures import save_figure
+from agents.gating import GATES
 from agents.rollout import Recording
 from agents.runs import write_file
 from studies.ttt_service_figures import around_shift, find_changes, overview
@@ -29,6 +30,7 @@ from studies.ttt_service_results import (
     compare,
     episode_rows,
     plain,
+    price_steps,
 )
 from thermoe_env.problem import Problem
 
@@ -56,6 +58,11 @@ class Played:
     def table(self) -> pd.DataFrame:
         """Comparison of the policies."""
         return compare(self.rows)
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """What more good answers cost among the gates, which differ by adaptation alone."""
+        return price_steps(self.rows, list(GATES))
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ def write_report(results: Sequence[Played], folder: Path, notes: Sequence[str], 
             "base": result.base,
             "limit_c": result.problem.scenario.limits.temperature_c,
             "policies": plain(result.table),
+            "steps": plain(result.steps),
         }
         for result in results
     }
@@ -116,6 +124,7 @@ def write_report(results: Sequence[Played], folder: Path, notes: Sequence[str], 
     for result in results:
         console.print(_heading(result), highlight=False, style="bold")
         console.print(_screen(result.table))
+        console.print(_ladder(result), highlight=False)
     for note in notes:
         console.print(note, highlight=False)
     written = ["report.md", "results.json", "episodes.csv", *(path.name for _, path in figures)]
@@ -158,18 +167,27 @@ def _markdown(
 ) -> str:
     lines = [
         "# When is adaptation worth its energy", "",
-        f"Written by `python -m studies.ttt_service`. {scope}. Means with 95% Student intervals over seeds;",
-        "differences are paired by seed. Temperature limits are virtual: the scenario sets them, far below",
-        "the hardware's.", "", *notes, "",
+        f"Written by `python -m studies.ttt_service`. Numbers: {scope}.", "",
+        "Means with 95% Student intervals over seeds; differences are paired by seed. Temperature limits are",
+        "virtual: the scenario sets them, far below the hardware's.", "", *notes, "",
     ]  # fmt: skip
     for result in results:
         lines += [f"## {_heading(result)}", "", *_rows(COLUMNS, result.table), ""]
         others = result.table.loc[result.table.policy != BASELINE, :]
-        lines += [f"Less `{BASELINE}`:", "", *_rows(DIFFERENCES, others), ""]
+        lines += [f"Less `{BASELINE}`:", "", *_rows(DIFFERENCES, others), "", _ladder(result), ""]
     lines += ["Columns:", "", *(f"* `{name}`: {meaning}" for name, meaning in INDICATORS.items())]
     lines += [f"* `{EXTRA}`: {EXTRA_MEANING}", ""]
     lines += [f"![{caption}]({path.name})" for caption, path in figures]
     return "\n".join(lines) + "\n"
+
+
+def _ladder(result: Played) -> str:
+    """What more good answers cost, from gate to gate."""
+    steps = [
+        f"{step['before']} to {step['policy']} {_text(step, Column('', EXTRA, 1e3, 2))}"
+        for step in result.steps.to_dict("records")
+    ]
+    return f"mJ per added good answer, from gate to gate: {', '.join(steps) or 'no gate gives more'}."
 
 
 def _rows(columns: Sequence[Column], table: pd.DataFrame) -> list[str]:

@@ -32,6 +32,7 @@ from studies.ttt_service_results import (
     changes_of_shift,
     compare,
     episode_rows,
+    price_steps,
     ratio_interval,
 )
 from thermoe_env.batch import TwinBatch
@@ -185,6 +186,24 @@ def test_the_interval_of_a_ratio_covers_it_as_often_as_it_says() -> None:
     assert np.isnan(ratio_interval(np.ones(1), np.ones(1))).all()
 
 
+def test_the_steps_of_the_price_are_the_lower_hull() -> None:
+    """Of five policies two are worth their energy, the second only at a higher price."""
+    points = {
+        "never": (100.0, 50.0), "a": (110.0, 60.0), "dear": (130.0, 62.0), "b": (130.0, 70.0),
+        "worse": (140.0, 40.0), "extended": (106.0, 52.0),
+    }  # fmt: skip
+    rng = np.random.default_rng(2)
+    noise = rng.normal(0.0, 0.01, (len(points), 5, 2))
+    values = {
+        name: {seed: (*(np.array(point) + noise[i, seed]), 0.0) for seed in range(5)}
+        for i, (name, point) in enumerate(points.items())
+    }
+    steps = price_steps(table_of(values), list(points))
+    assert steps.before.tolist() == ["never", "a"] and steps.policy.tolist() == ["a", "b"]
+    np.testing.assert_allclose(steps[EXTRA], [1.0, 2.0], atol=0.01)
+    assert price_steps(table_of(values), ["never", "worse"]).empty
+
+
 def test_changes_of_shift_have_room_around_them(problem: Problem) -> None:
     heavy = Problem.of(load_scenario(problem.scenario, traffic={"shift_dwell_s": 8.0}))
     episodes = by_seed([play(heavy, "never")])["never"]
@@ -206,7 +225,7 @@ def test_changes_of_shift_have_room_around_them(problem: Problem) -> None:
 SETTINGS: dict[str, Any] = {
     "variants": {
         "plain": {"title": "plain"},
-        "over-static": {"title": "static", "base": "static", "overrides": {"limits": {"temperature_c": 60.0}}},
+        "over-static": {"title": "", "base": "static", "overrides": {"limits": {"temperature_c": 60.0}}},
     }
 }  # fmt: skip
 
