@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -57,20 +57,28 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if not self.live and (self.model is not None or self.profile is not None):
             raise ValueError("a checkpoint is served live: add --live, or leave --model and --profile out")
-        if self.seeds < 1 or self.seed < 0:
-            raise ValueError(
-                f"seeds must be at least 1 and seed not negative, got {self.seeds} and {self.seed}"
-            )
-        if self.seed < RESERVED_SEEDS.stop and self.seed + self.seeds > RESERVED_SEEDS.start:
-            raise ValueError(
-                f"seeds {RESERVED_SEEDS.start} to {RESERVED_SEEDS.stop - 1} choose models and constant "
-                f"actions and would flatter them: seed={self.seed} with seeds={self.seeds} touches them"
-            )
+        held_out_seeds(self.seed, self.seeds)
 
     @property
     def seed_list(self) -> list[int]:
         """Seeds of the episodes."""
-        return list(range(self.seed, self.seed + self.seeds))
+        return held_out_seeds(self.seed, self.seeds)
+
+
+def held_out_seeds(seed: int, count: int) -> list[int]:
+    """`count` seeds from `seed` on.
+
+    Raises:
+        ValueError: None or negative ones, or episodes that chose models or settings are among them.
+    """
+    if count < 1 or seed < 0:
+        raise ValueError(f"seeds must be at least 1 and seed not negative, got {count} and {seed}")
+    if seed < RESERVED_SEEDS.stop and seed + count > RESERVED_SEEDS.start:
+        raise ValueError(
+            f"seeds {RESERVED_SEEDS.start} to {RESERVED_SEEDS.stop - 1} choose models and constant "
+            f"actions and would flatter them: seed={seed} with seeds={count} touches them"
+        )
+    return list(range(seed, seed + count))
 
 
 @dataclass
@@ -175,7 +183,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
         if env is None:
             play = _play_twin(config, problem, policies)
         else:
-            play = _play_live(config, env, policies, console)
+            play = play_live_paired(env, policies, config.seed_list, console)
         try:
             for recording in play:
                 results.add(recording)
@@ -208,18 +216,34 @@ def _play_twin(config: EvaluateConfig, problem: Problem, policies: dict[str, Pol
         yield play_twin(problem, policy, config.seed_list, label)
 
 
-def _play_live(
-    config: EvaluateConfig, env: ThermalMoEEnv, policies: dict[str, Policy], console: Console
+def play_live_paired(
+    env: ThermalMoEEnv,
+    policies: dict[str, Policy],
+    seeds: Sequence[int],
+    console: Console,
+    played: Collection[tuple[str, int]] = (),
 ) -> Iterator[Recording]:
     """Seed by seed, the policies one after another on each, from the same temperature.
 
     The order rotates from seed to seed, so that what drifts in between favours nobody.
+
+    Args:
+        env: a live one.
+        policies: by label.
+        seeds: of the episodes.
+        console: told where an episode starts warmer than the first.
+        played: (label, seed) of episodes to leave out.
+
+    Raises:
+        ThermoeError, RuntimeError, KeyboardInterrupt: what cut an episode short, after it has been yielded.
     """
     start_c: float | None = None
     order = list(policies)
-    for number, seed in enumerate(config.seed_list):
+    for number, seed in enumerate(seeds):
         turn = number % len(order)
         for label in order[turn:] + order[:turn]:
+            if (label, seed) in played:
+                continue
             reached_c = _cool_down(env, seed, start_c, label, console)
             start_c = reached_c if start_c is None else start_c
             recording = play_live(env, policies[label], seed, label)

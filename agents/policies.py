@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from agents.gating import GATES, Gated, load_gate_config
 from thermoe_env.problem import Problem
 
 
@@ -89,13 +90,23 @@ def _random(problem: Problem) -> Policy:
     return RandomPolicy(problem.knobs.nvec)
 
 
+def _gated(rule: str) -> Callable[[Problem], Policy]:
+    def make(problem: Problem) -> Policy:
+        config = load_gate_config()
+        return Gated(problem, POLICIES[config.base](problem), rule, config)
+
+    return make
+
+
 POLICIES: dict[str, Callable[[Problem], Policy]] = {
     "static": _static,
     "best_constant": _best_constant,
     "rule_based": _rule_based,
     "random": _random,
+    **{f"gate-{rule}": _gated(rule) for rule in GATES},
 }
-"""Policies by name: the standard MoE service, the best fixed setting, the staged rules, chance."""
+"""Policies by name: the standard MoE service, the best fixed setting, the staged rules, chance, and gates
+that decide when a base policy adapts."""
 
 
 def make_policy(name: str, problem: Problem) -> Policy:

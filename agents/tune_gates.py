@@ -1,0 +1,71 @@
+"""Tune the settings of the gates in the twin: `python -m agents.tune_gates`.
+
+Each gate that has settings is searched alone, over the same base policy, as `agents.tune_rules` searches
+the rules: for the mean return on episodes that evaluation never plays. `thermal` takes the settings of
+`change`, so that the two differ by the heat alone. The result is a configs/agents/gates.yaml.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from agents.gating import GateConfig, Gated
+from agents.policies import POLICIES
+from agents.tune_rules import TUNING_SEEDS, mean_return, search, write_settings
+from thermoe_env.problem import Problem
+from thermoe_env.scenario import configs_dir, load_scenario
+
+BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
+    "periodic": {"every": (1, 60)},
+    "entropy": {"entropy_above": (0.0, 0.3)},
+    "change": {"drop_threshold": (0.001, 0.5), "drop_tolerance": (0.0, 0.03), "adapt_for": (1, 40)},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Search for the settings of the gates."""
+
+    scenario: str = "default"
+    trials: int = 60
+    """Settings to play per gate and setting that it has, each on all tuning seeds."""
+    seed: int = 0
+    out: Path | None = None
+    """Where to write; default the shipped configs/agents/gates.yaml."""
+
+
+def tune(config: TuneConfig) -> tuple[GateConfig, dict[str, float]]:
+    """Search; returns the best settings and each gate's mean return on the tuning seeds."""
+    problem = Problem.of(load_scenario(config.scenario))
+    found, returns = GateConfig(), {}
+    base = POLICIES[found.base](problem)
+    for rule, bounds in BOUNDS.items():
+
+        def value(settings: GateConfig, rule: str = rule) -> float:
+            return mean_return(problem, Gated(problem, base, rule, settings), TUNING_SEEDS)
+
+        trials = config.trials * len(bounds)
+        found, returns[rule] = search(found, bounds, value, trials, config.seed)
+    return found, returns
+
+
+def main() -> None:
+    """Tune and write."""
+    config = tyro.cli(TuneConfig, description=__doc__)
+    gates, returns = tune(config)
+    path = config.out or configs_dir() / "agents" / "gates.yaml"
+    shown = ", ".join(f"{rule} {value:.2f}" for rule, value in returns.items())
+    note = (
+        "Settings of the gates: the best of those tried by `python -m agents.tune_gates\n"
+        f"--scenario {config.scenario} --trials {config.trials} --seed {config.seed}`.\n"
+        f"Mean return on its tuning seeds: {shown}."
+    )
+    write_settings(path, note, gates)
+    print(f"mean return: {shown}; wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
