@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from agents.rules import NOTHING_ANSWERED, load_settings
-from moe.gates import Always, ConfidenceDrop, EntropyThreshold, Gate, Never, Observed, Periodic, WhenCool
+from moe.gates import Always, ConfidenceChange, EntropyThreshold, Gate, Never, Observed, Periodic, WhenCool
 from thermoe_env.fields import decode
 from thermoe_env.problem import Problem
 from thermoe_env.signals import STAGES
@@ -40,12 +40,12 @@ class GateConfig:
     """`periodic`: adapt in the first of so many intervals."""
     entropy_above: float = 0.1
     """`entropy`: adapt above this mean entropy."""
-    drop_threshold: float = 0.1
-    """`change`, `thermal`: sum of the shortfalls of confidence that is an alarm."""
-    drop_tolerance: float = 0.01
-    """`change`, `thermal`: shortfall of an interval that counts as none."""
+    change_threshold: float = 0.1
+    """`change`, `thermal`: sum of the deviations of confidence that is an alarm."""
+    change_tolerance: float = 0.01
+    """`change`, `thermal`: deviation of an interval that counts as none."""
     adapt_for: int = 3
-    """`change`, `thermal`: intervals to adapt in from an alarm on."""
+    """`change`, `thermal`: intervals to adapt in from the start, or an alarm, on."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -55,7 +55,7 @@ class GateConfig:
 
 
 def _change(config: GateConfig) -> Gate:
-    return ConfidenceDrop(config.drop_threshold, config.drop_tolerance, config.adapt_for)
+    return ConfidenceChange(config.change_threshold, config.change_tolerance, config.adapt_for)
 
 
 GATES: dict[str, Callable[[GateConfig], Gate]] = {
@@ -78,7 +78,7 @@ class Gated:
     """A base policy whose `ttt_steps` a gate decides. Memory: the base's, and one gate per environment.
 
     An interval without answers is not shown to the gate. What follows it, as what follows the start of an
-    episode, is what a new gate says to the surest answers: all but `always` and `periodic` do not adapt then.
+    episode, is what a new gate says to the surest answers: all but `never` and `entropy` adapt then.
     """
 
     def __init__(self, problem: Problem, base: Policy, rule: str, config: GateConfig) -> None:

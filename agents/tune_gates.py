@@ -21,7 +21,7 @@ from thermoe_env.scenario import configs_dir, load_scenario
 BOUNDS: dict[str, dict[str, tuple[float, float]]] = {
     "periodic": {"every": (1, 60)},
     "entropy": {"entropy_above": (0.0, 0.3)},
-    "change": {"drop_threshold": (0.001, 0.5), "drop_tolerance": (0.0, 0.03), "adapt_for": (1, 40)},
+    "change": {"change_threshold": (0.001, 0.5), "change_tolerance": (0.0, 0.03), "adapt_for": (1, 40)},
 }
 
 

@@ -78,16 +78,18 @@ class EntropyThreshold:
         return observed.entropy > self.above
 
 
-class ConfidenceDrop:
-    """Adapt for some batches once the confidence has dropped (Page-Hinkley test; Page, Biometrika 1954).
+class ConfidenceChange:
+    """Adapt for some batches from a change of confidence on (two-sided Page-Hinkley; Page, Biometrika 1954).
 
-    The shortfalls under the running mean, less a tolerance, are summed up; an alarm is a sum further than
-    `threshold` above its lowest value so far. After an alarm the test starts anew.
+    A drop is what a shift does to a model that knows nothing of it; a rise, as when a model adapted to other
+    inputs is confidently wrong, counts as well. The deviations from the running mean, less a tolerance, are
+    summed up on either side; an alarm is a sum further than `threshold` above its lowest value so far. After
+    an alarm the test starts anew. What comes first is new: the start counts as an alarm.
 
     Args:
-        threshold: Sum of shortfalls that is an alarm, positive.
-        tolerance: Shortfall of a batch that counts as none.
-        adapt_for: Batches to adapt to from the alarm on.
+        threshold: Sum of deviations that is an alarm, positive.
+        tolerance: Deviation of a batch that counts as none.
+        adapt_for: Batches to adapt to from the start, or an alarm, on.
     """
 
     def __init__(self, threshold: float = 0.5, tolerance: float = 0.02, adapt_for: int = 20) -> None:
@@ -97,16 +99,18 @@ class ConfidenceDrop:
                 f"{threshold}, {tolerance}, {adapt_for}"
             )
         self.threshold, self.tolerance, self.adapt_for = threshold, tolerance, adapt_for
-        self._to_adapt = 0
+        self._to_adapt = adapt_for
         self._restart()
 
     def decide(self, observed: Observed) -> bool:
         """Whether to adapt to the batch."""
         self._n += 1
         self._mean += (observed.confidence - self._mean) / self._n
-        self._sum += self._mean - observed.confidence - self.tolerance
-        self._lowest = min(self._lowest, self._sum)
-        if self._sum - self._lowest > self.threshold:
+        below = self._mean - observed.confidence
+        for side, deviation in enumerate((below, -below)):
+            self._sum[side] += deviation - self.tolerance
+            self._lowest[side] = min(self._lowest[side], self._sum[side])
+        if any(total - low > self.threshold for total, low in zip(self._sum, self._lowest, strict=True)):
             self._to_adapt = self.adapt_for
             self._restart()
         adapts = self._to_adapt > 0
@@ -114,7 +118,8 @@ class ConfidenceDrop:
         return adapts
 
     def _restart(self) -> None:
-        self._n, self._mean, self._sum, self._lowest = 0, 0.0, 0.0, 0.0
+        self._n, self._mean = 0, 0.0
+        self._sum, self._lowest = [0.0, 0.0], [0.0, 0.0]  # of drops, of rises
 
 
 class WhenCool:

@@ -29,7 +29,7 @@ from thermoe_env.signals import STAGES
 
 SEEDS = [3, 11, 2**40]
 TTT = KNOB_NAMES.index("ttt_steps")
-CONFIG = GateConfig(every=3, entropy_above=0.2, drop_threshold=0.1, drop_tolerance=0.01, adapt_for=2)
+CONFIG = GateConfig(every=3, entropy_above=0.2, change_threshold=0.1, change_tolerance=0.01, adapt_for=2)
 Seen = tuple[float, float, int]
 """Confidence, entropy, number of the stage; no confidence where nothing was answered."""
 
@@ -95,29 +95,36 @@ def test_a_batch_decides_as_one_gate_asked_in_order(
 
 def test_a_new_episode_starts_with_a_new_gate(problem: Problem) -> None:
     sure, unsure = (0.95, 0.05, 0), (0.6, 0.4, 0)
-    course = [sure, sure, unsure, sure, sure]  # the drop makes the gate adapt in two intervals
-    starts = np.zeros((5, 2), bool)
+    course = [
+        sure,
+        sure,
+        sure,
+        unsure,
+        sure,
+        sure,
+    ]  # start and drop make the gate adapt in two intervals each
+    starts = np.zeros((6, 2), bool)
     starts[0] = True
-    assert decisions(gated(problem, "change"), [course] * 2, starts).T.tolist() == [[0, 0, 1, 1, 0]] * 2
-    starts[3, 1] = True
+    assert decisions(gated(problem, "change"), [course] * 2, starts).T.tolist() == [[1, 1, 0, 1, 1, 0]] * 2
+    starts[4, 1] = True
     assert decisions(gated(problem, "change"), [course] * 2, starts).T.tolist() == [
-        [0, 0, 1, 1, 0],
-        [0, 0, 1, 0, 0],
+        [1, 1, 0, 1, 1, 0],
+        [1, 1, 0, 1, 1, 1],
     ]
     starts[1, 0] = True  # the first of every three intervals anew
     assert decisions(gated(problem, "periodic"), [course] * 2, starts).T.tolist() == [
-        [1, 1, 0, 0, 1],
-        [1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 0, 0, 1, 1, 0],
     ]
 
 
 def test_an_interval_without_answers_is_not_shown(problem: Problem) -> None:
     sure, nothing, unsure = (0.95, 0.05, 0), (0.0, 0.0, 0), (0.6, 0.4, 0)
-    course = [nothing, sure, nothing, sure, unsure, nothing, sure]
+    course = [nothing, sure, nothing, sure, sure, unsure, nothing, sure]
     # Nothing answered would look like the least confidence there is.
-    assert decisions(gated(problem, "change"), [course])[:, 0].tolist() == [0, 0, 0, 0, 1, 0, 1]
-    assert decisions(gated(problem, "entropy"), [course])[:, 0].tolist() == [0, 0, 0, 0, 1, 0, 0]
-    assert decisions(gated(problem, "periodic"), [course])[:, 0].tolist() == [1, 1, 1, 0, 0, 1, 1]
+    assert decisions(gated(problem, "change"), [course])[:, 0].tolist() == [1, 1, 1, 1, 0, 1, 1, 1]
+    assert decisions(gated(problem, "entropy"), [course])[:, 0].tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
+    assert decisions(gated(problem, "periodic"), [course])[:, 0].tolist() == [1, 1, 1, 0, 0, 1, 1, 0]
     assert decisions(gated(problem, "always"), [course]).all()
     assert not decisions(gated(problem, "never"), [course]).any()
 
@@ -154,7 +161,7 @@ def test_thermal_adapts_in_nominal_alone_and_only_where_change_would(
 ) -> None:
     changes = {"limits": {"temperature_c": limit_c}, "traffic": {"shift_dwell_s": 6.0}, "episode_s": 90}
     problem = Problem.of(load_scenario(problem.scenario, **changes))
-    config = replace(CONFIG, drop_threshold=0.001, drop_tolerance=0.0, adapt_for=5)
+    config = replace(CONFIG, change_threshold=0.001, change_tolerance=0.0, adapt_for=5)
     recording = play_twin(problem, Gated(problem, POLICIES[base](problem), "thermal", config), SEEDS)
     adapts = recording.index[..., TTT] > 0
     stage = recording.field("stage").round()
@@ -183,7 +190,7 @@ def test_every_gate_is_a_policy_by_name_with_the_shipped_settings(problem: Probl
     [
         ({"every": 0}, "every must be at least 1"),
         ({"entropy_above": 1.5}, "above must be within"),
-        ({"drop_threshold": 0.0}, "threshold must be positive"),
+        ({"change_threshold": 0.0}, "threshold must be positive"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"base": "gate-always"}, "rule_based"),
         ({"evry": 3}, "known keys"),
@@ -208,9 +215,9 @@ def test_a_problem_without_the_knob_is_refused(problem: Problem) -> None:
 
 def test_the_search_finds_a_maximum_and_keeps_whole_numbers() -> None:
     def value(config: GateConfig) -> float:
-        return -((config.adapt_for - 17) ** 2) - (100.0 * (config.drop_threshold - 0.3)) ** 2
+        return -((config.adapt_for - 17) ** 2) - (100.0 * (config.change_threshold - 0.3)) ** 2
 
     found, best = search(CONFIG, BOUNDS["change"], value, trials=600, seed=0)
     assert found.adapt_for == 17 and isinstance(found.adapt_for, int)
-    assert found.drop_threshold == pytest.approx(0.3, abs=0.02)
+    assert found.change_threshold == pytest.approx(0.3, abs=0.02)
     assert best == pytest.approx(value(found)) and found.every == CONFIG.every

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.gates import Always, ConfidenceDrop, EntropyThreshold, Never, Observed, Periodic, WhenCool
+from moe.gates import Always, ConfidenceChange, EntropyThreshold, Never, Observed, Periodic, WhenCool
 
 
 def seen(confidence: float = 0.9, entropy: float = 0.1, stage: str = "NOMINAL") -> Observed:
@@ -25,12 +25,13 @@ def test_the_plain_rules():
 @given(st.lists(st.floats(0, 1), max_size=60), st.floats(0.05, 2), st.floats(0, 0.2), st.integers(1, 5))
 def test_the_detector_is_the_page_hinkley_test(confidences, threshold, tolerance, adapt_for):
     """Against the definition, summed anew for every batch since the last alarm."""
-    detector, since, left = ConfidenceDrop(threshold, tolerance, adapt_for), [], 0
+    detector, since, left = ConfidenceChange(threshold, tolerance, adapt_for), [], adapt_for
     for confidence in confidences:
         since.append(confidence)
         means = np.cumsum(since) / np.arange(1, len(since) + 1)
-        sums = np.cumsum(means - since - tolerance)
-        rise = sums[-1] - min(0.0, sums.min())
+        deviations = np.stack([means - since, since - means])  # below and above
+        sums = np.cumsum(deviations - tolerance, axis=1)
+        rise = (sums[:, -1] - np.minimum(0.0, sums.min(axis=1))).max()
         if abs(rise - threshold) < 1e-9:
             return  # rounding decides
         if rise > threshold:
@@ -39,14 +40,15 @@ def test_the_detector_is_the_page_hinkley_test(confidences, threshold, tolerance
         left = max(left - 1, 0)
 
 
-def test_the_detector_sees_a_drop_and_no_noise():
+@pytest.mark.parametrize("before, after", [(0.9, 0.6), (0.6, 0.9)])
+def test_the_detector_sees_the_start_and_a_change_and_no_noise(before, after):
     rng = np.random.default_rng(0)
-    detector = ConfidenceDrop(threshold=0.5, tolerance=0.02, adapt_for=10)
-    steady = [detector.decide(seen(c)) for c in 0.9 + 0.03 * rng.standard_normal(300).clip(-3, 3)]
-    assert not any(steady)
-    dropped = [detector.decide(seen(c)) for c in 0.6 + 0.03 * rng.standard_normal(60)]
-    assert 0 < dropped.index(True) < 4
-    assert sum(dropped) == 10
+    detector = ConfidenceChange(threshold=0.5, tolerance=0.02, adapt_for=10)
+    steady = [detector.decide(seen(c)) for c in before + 0.03 * rng.standard_normal(300).clip(-3, 3)]
+    assert steady == [True] * 10 + [False] * 290
+    changed = [detector.decide(seen(c)) for c in after + 0.03 * rng.standard_normal(60)]
+    assert 0 < changed.index(True) < 4
+    assert sum(changed) == 10
 
 
 def test_heat_forbids_but_the_rule_behind_sees_every_batch():
@@ -60,9 +62,9 @@ def test_heat_forbids_but_the_rule_behind_sees_every_batch():
     [
         lambda: Periodic(0),
         lambda: EntropyThreshold(1.2),
-        lambda: ConfidenceDrop(threshold=0),
-        lambda: ConfidenceDrop(tolerance=math.nan),
-        lambda: ConfidenceDrop(adapt_for=0),
+        lambda: ConfidenceChange(threshold=0),
+        lambda: ConfidenceChange(tolerance=math.nan),
+        lambda: ConfidenceChange(adapt_for=0),
         lambda: seen(confidence=math.nan),
         lambda: seen(entropy=-0.1),
     ],
