@@ -153,13 +153,15 @@ class Problem:
 
     def step_budget(self) -> StepBudget | None:
         """The same for a live service, with what its work costs at full clock; None where unlimited."""
+        if not len(self.purse):
+            return None
         profile = self.metered_profile
 
         def batch_energy_j(size: int, knobs: Knobs) -> tuple[float, float]:
             serving_j = profile.energy_at(size, knobs.expert_count, knobs.routing_bias)
             return serving_j, profile.step_energy_at(size, knobs.expert_count)
 
-        return StepBudget(EnergyBudget.of(self.purse), batch_energy_j) if len(self.purse) else None
+        return StepBudget(EnergyBudget.of(self.purse), batch_energy_j)
 
     @cached_property
     def quality_floor(self) -> np.ndarray:
