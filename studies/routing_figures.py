@@ -17,8 +17,9 @@ from matplotlib.lines import Line2D
 from agents.figures import save_figure
 from moe.config import ModelConfig
 from moe.statistics import specialisation, specialisation_bias
+from studies.repeats import select
 from studies.routing_config import REFERENCE
-from studies.routing_results import CELL, COST_LABELS, Key, pareto_front, select
+from studies.routing_results import CELL, COST_LABELS, Key, pareto_front
 
 _GREYS = ("#333333", "#808080", "#B5B5B5")
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
