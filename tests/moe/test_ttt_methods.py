@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe import ttt
-from moe.config import ModelConfig, model_config
+from moe.config import NORMS, ModelConfig, model_config
 from moe.model import BatchNorm, MoEModel, initialise
 from moe.ttt.methods import _ascended
+from moe.variants import with_norm
 
 VISION = model_config("vision", "tiny")
 RMS_VISION = ModelConfig.from_dict(VISION.to_dict() | {"norm": "rms"})
@@ -333,8 +334,8 @@ def test_answers_that_are_no_numbers_stop_the_step_with_all_as_before(method, co
 
 @pytest.mark.parametrize("group", ttt.GROUPS)
 def test_groups_hold_what_their_name_says(group):
-    for config in (VISION, RMS_VISION):
-        model = make_model(config)
+    for norm in NORMS:
+        model = MoEModel(with_norm(VISION, norm))
         parameters, names = ttt.collect_params(model, group)
         assert names == [name for name, _ in model.named_parameters() if in_group(name, group)]
         by_name = dict(model.named_parameters())
