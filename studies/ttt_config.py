@@ -290,7 +290,9 @@ class Study:
             "streams": {name: dataclasses.asdict(self.stream_config(name, size)) for name in streams},
             "window_s": own.window_s,
             "adaptations": {
-                name: dataclasses.asdict(value) for name, value in self.adaptations_at(size).items()
+                name: dataclasses.asdict(adaptation)
+                for name, adaptation in self.adaptations_at(size).items()
+                if METHODS[adaptation.method].task == task
             },
             "gates": {name: dataclasses.asdict(value) for name, value in self.gates.items()},
             "anchor_batches": self.anchor_batches,
