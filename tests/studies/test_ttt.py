@@ -18,7 +18,7 @@ from moe import data
 from moe.config import model_config
 from moe.gates import Always
 from moe.model import MoEModel, initialise
-from moe.streams import StreamConfig, StreamError
+from moe.streams import StreamConfig, StreamError, draw_shifts
 from studies import ttt as study_command
 from studies.repeats import StudyError, load_repeats, select
 from studies.ttt import Arguments
@@ -245,7 +245,7 @@ def test_tables_follow_from_the_runs(repeats):
     assert row["adapt_ratio"] == pytest.approx(spent / tent["phase_s"]["serve"])
     by_step = only(shifts)
     assert list(by_step["shift"]) == ["contrast@5", "clean", "blur@5"]
-    assert by_step["gain"].mean() == pytest.approx(gained)
+    assert np.mean(by_step["gain"]) == pytest.approx(gained)
     kept = np.r_[0:3, 6:9]  # the corrupted batches
     own, before = (float(np.mean(np.array(r["quality_of_batch"])[kept])) for r in (tent, never))
     recovered = only(recovered_table(repeats, shifts))
@@ -270,6 +270,19 @@ def test_the_shipped_settings_are_complete():
     used = {study.adaptations[r.adaptation].method for t in ("vision", "language") for r in study.runs(t)
             if r.adaptation != "never"}  # fmt: skip
     assert used == set(METHODS)
+
+
+@pytest.mark.parametrize("size", ["tiny", "base"])
+def test_the_shipped_streams_fit_the_shipped_data(size):
+    study = load_study()
+    labels = data.load_vision("test", full=False)[1]
+    for name, stream in study.streams.items():
+        config = study.stream_config(name, size)
+        if stream.task == "vision":
+            assert len(draw_shifts(config, labels, 0)) == config.batches
+        else:
+            pool = DisjointText(model_config("language", size).context_length, CPU)
+            assert len(make_stream(config, pool, 0)) == config.batches
 
 
 def changed(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
