@@ -261,17 +261,17 @@ class Bench:
             with torch.enable_grad():
                 model(batch.inputs)
             clock.enter(HOST)
-            torch.cuda.synchronize()
+            clock.wait()
 
         def update() -> None:
             learner.learn(batch.inputs, logits)
-            torch.cuda.synchronize()
+            clock.wait()
 
         def judge() -> None:
             clock.enter(GUARD)
             guard.step(lambda *_: ttt.Step(selected=1), batch.inputs, logits, settings)
             clock.enter(HOST)
-            torch.cuda.synchronize()
+            clock.wait()
 
         def pause() -> None:
             learner.answer(batch.inputs, batch.targets)

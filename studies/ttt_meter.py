@@ -41,6 +41,11 @@ class PhaseClock:
         """End the phase before and begin another."""
         self._marks.append((phase, self._now()))
 
+    def wait(self) -> None:
+        """Let the host wait until the device is done, in the present phase."""
+        if self._cuda:
+            torch.cuda.synchronize()
+
     def stop(self) -> dict[str, float]:
         """End the last phase, wait for the device and return the seconds of all; the clock is then as new."""
         end = self._now()

@@ -71,6 +71,22 @@ def claims(
             f"TENT on batch norm brings back {_text(row, 'recovered', 100, '%')} of the accuracy that "
             f"corruptions cost, {_text(row, 'lost', 1, ' points')}, mean over the kinds of {row['stream']}."
         )
+    for row in _rows(by_norm, adaptation="tent", guarded=True, **ALWAYS):
+        (before,) = _rows(summary, stream=row["stream"], norm=row["norm"], adaptation=NEVER)
+        (after,) = _rows(summary, **{name: row[name] for name in RUN})
+        found.append(
+            f"Norm {row['norm']}: accuracy {_text(before, 'quality', 100, '%')} without adaptation, "
+            f"{_text(after, 'quality', 100, '%')} with TENT, for {_text(after, 'adapt_ratio', 100, '%')} of the "
+            "serving cost."
+        )
+    for shared, group in budget_curves(summary):
+        for gate in group["gate"].unique():
+            own = select(group, gate=gate).sort_values("budget").to_dict("records")
+            unit = " points" if shared["task"] == "vision" else "%"
+            steps = ", ".join(f"{_limit(row['budget'])}: {_text(row, 'gain', 1, unit, '+')}" for row in own)
+            found.append(
+                f"Gain of {shared['adaptation']} by budget on {shared['stream']}, gate {gate}: {steps}."
+            )
     for name in _correlated(repeats):
         for row in _rows(summary, task="vision", stream=name, **ALWAYS):
             watched = "guarded" if row["guarded"] else "unguarded"
@@ -190,16 +206,19 @@ def _budgets(summary: pd.DataFrame) -> list[str]:
     rows = []
     for shared, group in budget_curves(summary):
         for row in group.to_dict("records"):
-            limit = "no limit" if math.isinf(row["budget"]) else f"{100 * row['budget']:g}"
             rows.append((
-                shared["stream"], shared["adaptation"], row["gate"], limit, _text(row, "gain", 1, "", "+", 2),
+                shared["stream"], shared["adaptation"], row["gate"], _limit(row["budget"]), _text(row, "gain", 1, "", "+", 2),
                 _text(row, "adapt_ratio", 100), _text(row, "adapted_share", 100), _text(row, "refused"),
             ))  # fmt: skip
     heads = (
-        "stream", "adapts", "gate", "budget, % of serving", "gain (points, or % of bits)",
+        "stream", "adapts", "gate", "budget, of serving", "gain (points, or % of bits)",
         "adapting / serving, %", "batches learned, %", "steps refused",
     )  # fmt: skip
     return _table(heads, rows)
+
+
+def _limit(budget: float) -> str:
+    return "no limit" if math.isinf(budget) else f"{100 * budget:g}%"
 
 
 def _costs(summary: pd.DataFrame, factor: float, cost: str) -> list[str]:

@@ -10,8 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.meter import Tick, open_meter
+from moe.config import model_config
+from moe.meter import EnergyCounter, Tick, open_meter
+from moe.model import MoEModel, initialise
+from moe.streams import StreamConfig
+from studies.ttt_config import Run, load_study
+from studies.ttt_measure import Bench
 from studies.ttt_meter import HOST, PHASES, PhaseClock, energy_around, measure_power, solve_power
+from studies.ttt_streams import load_pool, make_stream
 
 POWER_W = dict(zip(PHASES, (600.0, 650.0, 500.0, 250.0, 150.0), strict=True))
 
@@ -96,14 +102,36 @@ def test_energy_around_leaves_out_the_rest_before_the_last_tick(monkeypatch):
     assert energy_j == pytest.approx(POWER_W["serve"] * 0.123)
 
 
-@pytest.mark.gpu
-def test_phases_add_up_to_the_counter_on_a_gpu(tmp_path):
-    from moe.config import model_config
-    from moe.model import MoEModel, initialise
-    from studies.ttt_config import Run, load_study
-    from studies.ttt_measure import Bench
-    from studies.ttt_streams import load_pool, make_stream
+class SteadyMeter(EnergyCounter):
+    """The counter of a device that always draws 100 W, read without delay."""
 
+    def __init__(self) -> None:
+        pass
+
+    def read(self) -> Tick:
+        now_s = time.perf_counter()
+        return Tick(100.0 * now_s, now_s)
+
+
+def test_all_energy_of_a_stream_is_found_in_its_phases():
+    """The metered path on a CPU: where power never changes, the phases add up to the counter."""
+    device, study = torch.device("cpu"), load_study()
+    model = initialise(MoEModel(model_config("vision", "tiny")), torch.Generator().manual_seed(0))
+    model.requires_grad_(False).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = StreamConfig(task="vision", kinds=("clean",), batches=12, batch_size=8)
+    streams = {"shifts": make_stream(config, load_pool("vision", 0, device), 0)}
+    bench = Bench(study, "tiny", model, streams, SteadyMeter(), "tent")
+    assert bench.power is not None and set(bench.power.power_w) == set(PHASES)
+    run = Run(stream="shifts", norm="batch", adaptation="tent", gate="always", budget=0.5, guarded=True)
+    result = bench.measure(run)
+    assert sum(result["phase_cost"].values()) == pytest.approx(result["counter_j"], rel=0.1)
+    assert 0 < sum(result["adapted"]) < 12 and 0.0 < result["price"]["serve"] < result["price"]["adapt"]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.gpu
+def test_phases_add_up_to_the_counter_on_a_gpu():
     device, study = torch.device("cuda"), load_study()
     with device:
         model = MoEModel(model_config("vision", "base"))
