@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -186,7 +186,7 @@ class Study:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     adaptations: dict[str, Adaptation]
-    gates: dict[str, GateSettings]
+    gates: dict[Task, dict[str, GateSettings]]
     streams: dict[str, Stream]
     grids: tuple[Grid, ...]
     anchor_batches: int
@@ -199,14 +199,10 @@ class Study:
 
     def __post_init__(self) -> None:
         for grid in self.grids:
-            for known, names in (
-                (self.streams, (grid.stream,)),
-                (self.adaptations, grid.adaptations),
-                (self.gates, grid.gates),
-            ):
-                if not set(names) <= set(known):
-                    raise ValueError(f"unknown {sorted(set(names) - set(known))}; known: {sorted(known)}")
+            _check_names("streams", (grid.stream,), self.streams)
             task = self.streams[grid.stream].task
+            _check_names("adaptations", grid.adaptations, self.adaptations)
+            _check_names(f"{task} gates", grid.gates, self.gates.get(task, {}))
             for name, norm in itertools.product(grid.adaptations, grid.norms):
                 method = METHODS[self.adaptations[name].method]
                 if method.task != task or norm not in method.norms:
@@ -216,8 +212,7 @@ class Study:
                         f"and norm {norm!r}"
                     )
         for size, own in self.sizes.items():
-            if not set(own.learning_rates) <= set(self.adaptations):
-                raise ValueError(f"learning_rates are of {tuple(self.adaptations)}, got {own.learning_rates}")
+            _check_names("adaptations", own.learning_rates, self.adaptations)
             self.adaptations_at(size)
             for name in self.streams:
                 self.stream_config(name, size)
@@ -294,12 +289,17 @@ class Study:
                 for name, adaptation in self.adaptations_at(size).items()
                 if METHODS[adaptation.method].task == task
             },
-            "gates": {name: dataclasses.asdict(value) for name, value in self.gates.items()},
+            "gates": {name: dataclasses.asdict(value) for name, value in self.gates.get(task, {}).items()},
             "anchor_batches": self.anchor_batches,
             "window_batches": self.window_batches,
             "bank_windows": self.bank_windows,
             "runs": [dataclasses.asdict(run) for run in self.runs(task)],
         }
+
+
+def _check_names(what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    if unknown := set(names) - set(known):
+        raise ValueError(f"unknown {what} {sorted(unknown)}; known: {sorted(known)}")
 
 
 def load_study(config: str = "ttt") -> Study:

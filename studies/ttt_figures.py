@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from agents.figures import save_figure
 from agents.metrics import student_interval
 from studies.repeats import select
+from studies.routing_figures import limits
 from studies.ttt_config import NEVER
 from studies.ttt_results import COST_LABELS, GAIN_LABELS, budget_curves
 
@@ -52,8 +53,8 @@ def budgets(summary: pd.DataFrame, unit: str, where: str) -> Figure:
     figure = Figure(figsize=(9.0, 3.4 * len(curves) + 1.0), layout="constrained")
     grid = figure.subplots(len(curves), 2, squeeze=False, sharey="row")
     for line, (shared, group) in zip(grid, curves, strict=True):
-        limits = sorted(budget for budget in group["budget"].unique() if not math.isinf(budget))
-        place = {0.0: 0.0} | {limit: i + 1.0 for i, limit in enumerate(limits)}
+        steps = sorted(budget for budget in group["budget"].unique() if not math.isinf(budget))
+        place = {0.0: 0.0} | {limit: i + 1.0 for i, limit in enumerate(steps)}
         place[math.inf] = len(place)
         for gate, colour in zip(group["gate"].unique(), _COLOURS, strict=False):
             own = select(group, gate=gate).sort_values("budget")
@@ -62,11 +63,12 @@ def budgets(summary: pd.DataFrame, unit: str, where: str) -> Figure:
             line[0].plot(x, y, marker="o", ms=3, color=colour, label=gate.replace("_", " "))
             line[0].fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
             line[1].plot([0.0, *(100 * own["adapt_ratio"])], y, marker="o", ms=3, color=colour)
-        line[0].set_xticks(list(place.values()), ["0", *(f"{100 * b:g}%" for b in limits), "no\nlimit"])
+        line[0].set_xticks(list(place.values()), ["0", *(f"{100 * b:g}%" for b in steps), "no\nlimit"])
         line[0].set_ylabel(GAIN_LABELS[shared["task"]])
         line[0].set_title(f"{shared['task']}: {shared['adaptation']} on stream {shared['stream']}")
         line[0].set_xlabel("budget, of the serving cost")
-        line[1].set_xlabel(f"spent on adaptation, % of the serving cost\n({COST_LABELS[unit]})")
+        line[1].set_xlabel(f"spent on adaptation, % of the serving cost\n{COST_LABELS[unit]}")
+        line[0].set_ylim(limits(np.array([0.0, *group["gain"]])))
         for axes in line:
             axes.axhline(0.0, color=_GREY, lw=0.8)
     handles, labels = grid[0][0].get_legend_handles_labels()
@@ -100,8 +102,11 @@ def norms(summary: pd.DataFrame, unit: str, where: str) -> Figure:
         right.plot([], [], marker, color="black", ms=5, label=f"{norm} norm")
     left.set_xticks(range(len(names)), [f"{norm} norm" for norm in names])
     left.set_ylabel("top-1 accuracy (%)")
+    left.set_ylim(0.0, limits(100 * own["quality"].to_numpy())[1])
     right.axhline(0.0, color=_GREY, lw=0.8)
-    right.set(xlabel=f"spent on adaptation, % of the serving cost\n({COST_LABELS[unit]})")
+    right.set_ylim(limits(own["gain"].to_numpy()))
+    right.set_xlim(left=0.0)
+    right.set(xlabel=f"spent on adaptation, % of the serving cost\n{COST_LABELS[unit]}")
     right.set_ylabel("accuracy gained (points)")
     figure.legend(loc="outside lower center", ncols=5)
     figure.suptitle(f"Norm against norm, stream {streams[0]}; models trained alike; 95% intervals\n{where}")
@@ -123,6 +128,7 @@ def guards(summary: pd.DataFrame, where: str) -> Figure:
             axes.bar(x, group["gain"], 0.37, color=colour, label=f"guards {'on' if guarded else 'off'}")
             _whiskers(axes, x, group, "gain", 1)
         axes.axhline(0.0, color="black", lw=0.8)
+        axes.set_ylim(limits(np.array([0.0, *own["gain"]])))
         axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
         axes.set(title=f"stream {stream}", ylabel="accuracy against not adapting (points)")
     handles, labels = grid[0].get_legend_handles_labels()
@@ -156,6 +162,7 @@ def _along(axes: Axes, task: str, stream: str, repeats: Sequence[dict[str, Any]]
     colours = [_GREY, *_COLOURS]
     shifts = repeats[0]["shifts"][stream]
     steps = [(shift, len(list(group))) for shift, group in itertools.groupby(shifts)]
+    means: list[np.ndarray] = []
     smooth = max(1, min(length for _, length in steps) // 4)
     for key, colour in zip(shown, colours, strict=False):
         lines = [
@@ -168,6 +175,7 @@ def _along(axes: Axes, task: str, stream: str, repeats: Sequence[dict[str, Any]]
         if task == "vision":
             lines = 100 * lines
         mean, low, high = np.array([student_interval(column) for column in lines.T]).T
+        means.append(mean)
         x = np.arange(len(mean))
         axes.plot(x, mean, color=colour, label=_label(key[0]))
         axes.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
@@ -181,6 +189,8 @@ def _along(axes: Axes, task: str, stream: str, repeats: Sequence[dict[str, Any]]
         axes.text(start, 0.99, name, transform=top, fontsize=6.5, va="top")
         start += length
     axes.set_xlim(-0.5, len(shifts) - 0.5)
+    low, high = limits(np.concatenate(means))
+    axes.set_ylim(max(low, 0.0), high)
     smoothing = f", mean of {smooth} batches" if smooth > 1 else ""
     axes.set_ylabel(f"{'top-1 accuracy (%)' if task == 'vision' else 'bits per byte'}")
     axes.set(title=f"{task}, {norm} norm, stream {stream}", xlabel=f"batch{smoothing}")

@@ -155,7 +155,7 @@ class Bench:
         price = self._price(run.adaptation, batches[0]) if limited else None
         adaptation = None if run == run.reference else self._adaptations[run.adaptation]
         learner = self._learner(adaptation, run.guarded)
-        gate = None if adaptation is None else self._study.gates[run.gate].make()
+        gate = None if adaptation is None else self._study.gates[self._model.config.task][run.gate].make()
         budget = None
         if limited:
             budget = EnergyBudget(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -76,8 +76,8 @@ class PhasePower:
     """
 
     power_w: dict[str, float]
-    seconds: list[list[float]] = field(default_factory=list)
-    energy_j: list[float] = field(default_factory=list)
+    seconds: list[list[float]]
+    energy_j: list[float]
 
 
 def measure_power(

@@ -76,8 +76,8 @@ def claims(
         (after,) = _rows(summary, **{name: row[name] for name in RUN})
         found.append(
             f"Norm {row['norm']}: accuracy {_text(before, 'quality', 100, '%')} without adaptation, "
-            f"{_text(after, 'quality', 100, '%')} with TENT, for {_text(after, 'adapt_ratio', 100, '%')} of the "
-            "serving cost."
+            f"{_text(after, 'quality', 100, '%')} with TENT, for {_text(after, 'adapt_ratio', 100, '%')} of "
+            "the serving cost."
         )
     for shared, group in budget_curves(summary):
         for gate in group["gate"].unique():
@@ -207,8 +207,9 @@ def _budgets(summary: pd.DataFrame) -> list[str]:
     for shared, group in budget_curves(summary):
         for row in group.to_dict("records"):
             rows.append((
-                shared["stream"], shared["adaptation"], row["gate"], _limit(row["budget"]), _text(row, "gain", 1, "", "+", 2),
-                _text(row, "adapt_ratio", 100), _text(row, "adapted_share", 100), _text(row, "refused"),
+                shared["stream"], shared["adaptation"], row["gate"], _limit(row["budget"]),
+                _text(row, "gain", 1, "", "+", 2), _text(row, "adapt_ratio", 100),
+                _text(row, "adapted_share", 100), _text(row, "refused"),
             ))  # fmt: skip
     heads = (
         "stream", "adapts", "gate", "budget, of serving", "gain (points, or % of bits)",
