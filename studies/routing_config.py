@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
-
 from moe.config import ModelConfig, Size, Task, ZeroComputation, model_config
-from moe.recipes import RECIPES, Recipe
+from moe.recipes import Recipe
 from moe.variants import even, fixed_k, with_zero_computation
-from thermoe_env.scenario import config_path
+from studies.repeats import load_settings, short_recipe
 
 Layout = Literal["even", "uneven", "zero-computation"]
 REFERENCE, BASE = "standard", "uneven"
 """Variants to compare with: the standard Mixture-of-Experts, and ours without a further loss."""
-WARMUP_SHARE = 0.25
-"""Most of a training that its warm-up may take: the study's trainings are short."""
-
-
-class StudyError(ValueError):
-    """Settings or results of a study cannot be used; the message names the file and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +105,8 @@ class Study:
 
     def recipe(self, name: str, task: Task, size: Size) -> Recipe:
         """How a variant is trained."""
-        recipe, steps = RECIPES[task, size], self.sizes[size].steps[task]
-        warmup_steps = min(recipe.warmup_steps, max(1, round(WARMUP_SHARE * steps)))
-        changes: dict[str, Any] = {"steps": steps, "warmup_steps": warmup_steps, **self.variants[name].recipe}
-        return dataclasses.replace(recipe, **changes)
+        steps = self.sizes[size].steps[task]
+        return short_recipe(task, size, steps, **self.variants[name].recipe)
 
     def biases(self, name: str) -> tuple[float, ...]:
         """Routing biases of a variant: none for experts of one width, whose equal cost changes nothing."""
@@ -150,14 +139,7 @@ def load_study(config: str = "routing", steps: int | None = None) -> Study:
     Raises:
         StudyError: The file is no YAML, or a key is unknown, missing or refused.
     """
-    from pydantic import TypeAdapter, ValidationError
-
-    file: Path = config_path("studies", config, ".yaml")
-    try:
-        study = TypeAdapter(Study).validate_python(yaml.safe_load(file.read_text()))
-    except (ValidationError, yaml.YAMLError) as error:
-        known = sorted(f.name for f in dataclasses.fields(Study))
-        raise StudyError(f"{file}: {error}\nknown keys: {known}") from error
+    study = load_settings(Study, config)
     if steps is None:
         return study
     sizes = {

@@ -17,8 +17,9 @@ from matplotlib.lines import Line2D
 from agents.figures import save_figure
 from moe.config import ModelConfig
 from moe.statistics import specialisation, specialisation_bias
+from studies.repeats import select
 from studies.routing_config import REFERENCE
-from studies.routing_results import CELL, COST_LABELS, Key, pareto_front, select
+from studies.routing_results import CELL, COST_LABELS, Key, pareto_front
 
 _GREYS = ("#333333", "#808080", "#B5B5B5")
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -98,8 +99,8 @@ def pareto(summary: pd.DataFrame, first: dict[str, dict[str, Any]], metric: str,
             front = pareto_front({key: c for key, c in cost.items() if key.variant == variant}, quality)
             line = [cost[key] for key in front], [quality[key] for key in front]
             axes.plot(*line, color=own_colour, lw=1.0, alpha=0.8)
-        axes.set_xlim(_limits(own[metric].to_numpy() * factor))
-        axes.set_ylim(_limits(own["accuracy"].to_numpy() * 100))
+        axes.set_xlim(limits(own[metric].to_numpy() * factor))
+        axes.set_ylim(limits(own["accuracy"].to_numpy() * 100))
         axes.set(title=task, xlabel=f"{COST_LABELS[metric]} ({unit})")
         axes.set_ylabel("top-1 accuracy (%)" if task == "vision" else "next-byte accuracy (%)")
     handles = [Line2D([], [], color=c, label=name) for name, c in colour.items()]
@@ -124,7 +125,7 @@ def _point(axes: Axes, row: dict[str, Any], metric: str, factor: float, colour: 
     axes.plot(x, y, marker, color=colour, mfc=fill, ms=5, mew=1.0)
 
 
-def _limits(means: np.ndarray) -> tuple[float, float]:
+def limits(means: np.ndarray) -> tuple[float, float]:
     """Ends of an axis that shows all means; wide intervals, as those of few repeats, may leave it."""
     low, high = means.min(), means.max()
     room = 0.25 * max(high - low, 0.1 * abs(high), 1e-9)
@@ -154,7 +155,7 @@ def bias(summary: pd.DataFrame, first: dict[str, Any], metric: str, where: str) 
             )
             axes.set_title(variant)
         line[0].set_ylabel(f"{label} ({unit})")
-        line[0].set_ylim(_limits(summary[name].to_numpy() * factor))
+        line[0].set_ylim(limits(summary[name].to_numpy() * factor))
     for axes in grid[-1]:
         axes.set_xlabel("routing bias")
     handles, labels = grid[0][0].get_legend_handles_labels()
@@ -195,7 +196,7 @@ def balance(routing: pd.DataFrame, first: dict[str, dict[str, Any]], where: str)
         column[-1].set_xlabel("routing bias")
     for axes, (name, label) in zip(grid[:, 0], rows.items(), strict=True):
         axes.set_ylabel(label)
-        axes.set_ylim(_limits(at_k[name].to_numpy()))
+        axes.set_ylim(limits(at_k[name].to_numpy()))
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     figure.suptitle(f"Use of the experts, {k} per token, means over layers; 95% intervals\n{where}")

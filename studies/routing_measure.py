@@ -7,7 +7,6 @@ does meanwhile meets all variants alike, and a ratio of two costs is of one pass
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +26,8 @@ from moe.profile_cost import Cell, Load, Visit, idle_power_w, visit
 from moe.runner import Runner
 from moe.samples import SamplePool
 from moe.statistics import BYTE_CLASSES, RoutingCounts
-from moe.train import device_name, fit, serving_dtype
+from moe.train import fit, serving_dtype
+from studies.repeats import provenance
 from studies.routing_config import Study
 
 CLASS_NAMES: dict[Task, tuple[str, ...]] = {"vision": data.VISION_CLASSES, "language": BYTE_CLASSES}
@@ -65,13 +65,7 @@ def run_repeat(study: Study, task: Task, size: Size, device: torch.device, seed:
     marks = list(clock.values())
     return {
         "settings": study.settings(task, size, device.type),
-        "task": task,
-        "size": size,
-        "seed": seed,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": device_name(device),
-        "torch": torch.__version__,
-        "data_sha256": data.data_digest(task),
+        **provenance(task, size, device, seed),
         "spent_s": dict(zip(list(clock)[1:], np.diff(marks).tolist(), strict=True)),
         "class_names": list(CLASS_NAMES[task]),
         "variants": records,

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agents.runs import write_file
+from studies.repeats import origin, range_text, select, summarize
 from studies.routing_figures import write_figures
 from studies.routing_results import (
     CELL,
@@ -27,8 +28,6 @@ from studies.routing_results import (
     claims,
     cost_metric,
     routing_table,
-    select,
-    summarize,
 )
 
 CLAIM_HEADS = ("task", "question", "reference", "ours", "saving", "quality, points", "expected")
@@ -69,14 +68,6 @@ def write_report(repeats: Sequence[dict[str, Any]], margin: float, folder: Path,
     console.print(f"wrote to {folder}: {', '.join(written)}", highlight=False)
 
 
-def origin(repeats: Sequence[dict[str, Any]]) -> str:
-    """Where the numbers come from: machines, size, and how many repeats of which task."""
-    machines = ", ".join(sorted({repeat["machine"] for repeat in repeats}))
-    tasks = pd.Series([repeat["task"] for repeat in repeats]).value_counts(sort=False)
-    counts = ", ".join(f"{task}: {n} repeat{'s' if n > 1 else ''}" for task, n in tasks.items())
-    return f"{machines}, {repeats[0]['size']} models, {counts}"
-
-
 def _plain(claim: Claim) -> dict[str, Any]:
     """Fields as JSON has them: no number is null."""
     values = dataclasses.asdict(claim)
@@ -100,7 +91,7 @@ def _markdown(
     lines += ["", "Without routing bias:", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in select(summary, routing_bias=0.0).to_dict("records"):
         ranges = [
-            _range(row[name], row[f"{name}_low"], row[f"{name}_high"], scale, "")
+            range_text(row[name], row[f"{name}_low"], row[f"{name}_high"], scale, "")
             for name, scale in ((metric, factor), ("accuracy", 100), ("latency_s", 1e3))
         ]
         lines.append(f"| {row['task']} | {row['variant']} | {row['expert_count']} | {' | '.join(ranges)} |")
@@ -108,8 +99,10 @@ def _markdown(
 
 
 def _claim_row(claim: Claim) -> list[str]:
-    saving = _range(claim.saving, claim.saving_low, claim.saving_high, 100, "%")
-    change = _range(claim.quality_change, claim.quality_change_low, claim.quality_change_high, 100, "", "+")
+    saving = range_text(claim.saving, claim.saving_low, claim.saving_high, 100, "%")
+    change = range_text(
+        claim.quality_change, claim.quality_change_low, claim.quality_change_high, 100, "", "+"
+    )
     verdict = "" if claim.met is None else f"≥ {claim.expected:.0%}: {'met' if claim.met else 'not met'}"
     return [claim.task, claim.question, _short(claim.reference), _short(claim.ours), saving, change, verdict]
 
@@ -128,10 +121,3 @@ def _short(side: str) -> str:
     """Settings of one side of a claim: the one there is, or how many."""
     settings = side.split("; ")
     return side if len(settings) == 1 else f"{len(settings)} settings"
-
-
-def _range(mean: float, low: float, high: float, factor: float, unit: str, sign: str = "") -> str:
-    if math.isnan(mean):
-        return "-"
-    text = f"{mean * factor:{sign}.1f}{unit}"
-    return text if math.isnan(low) else f"{text} ({low * factor:{sign}.1f} to {high * factor:{sign}.1f})"

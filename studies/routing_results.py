@@ -18,7 +18,8 @@ import torch
 
 from agents.metrics import student_interval
 from moe.statistics import class_entropy, load_entropy, load_imbalance, specialisation, specialisation_bias
-from studies.routing_config import REFERENCE, StudyError
+from studies.repeats import StudyError
+from studies.routing_config import REFERENCE
 
 CELL = ["task", "variant", "expert_count", "routing_bias"]
 ENERGY, TIME = "energy_j_per_token", "time_s_per_token"
@@ -106,27 +107,6 @@ def routing_table(repeats: Sequence[dict[str, Any]]) -> pd.DataFrame:
                     row |= {key: cell[key] for key in CELL[2:]} | {"inputs": kind}
                     means = (value.mean().item() for value in values)
                     rows.append(row | dict(zip(ROUTING_METRICS, means, strict=True)))
-    return pd.DataFrame(rows)
-
-
-def select(table: pd.DataFrame, **values: object) -> pd.DataFrame:
-    """Rows in which the named columns have the given values."""
-    chosen = np.ones(len(table), bool)
-    for name, value in values.items():
-        chosen &= (table[name] == value).to_numpy()
-    return table.iloc[np.flatnonzero(chosen)]
-
-
-def summarize(table: pd.DataFrame, by: list[str], metrics: Sequence[str]) -> pd.DataFrame:
-    """Mean over repeats of each metric that is there, with its interval in `_low` and `_high`."""
-    rows = []
-    present = [name for name in metrics if name in table]
-    for _, group in table.groupby(by, sort=False):
-        row: dict[str, Any] = {name: group[name].iloc[0] for name in by} | {"n": len(group)}
-        for name in present:
-            mean, low, high = student_interval(group[name].to_numpy())
-            row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
-        rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from moe.config import GROUPS, Group
-from moe.model import BatchNorm, Block, RmsNorm
+from moe.model import BatchNorm, Block, GroupNorm, LayerNorm, RmsNorm
 from moe.router import Router
 
 
@@ -58,7 +58,9 @@ def _modules(model: nn.Module, group: Group) -> list[nn.Module]:
     modules = list(model.modules())
     blocks = [module for module in modules if isinstance(module, Block)]
     if group == "norms":
-        return [module for module in modules if isinstance(module, BatchNorm | RmsNorm)]
+        return [
+            module for module in modules if isinstance(module, BatchNorm | GroupNorm | LayerNorm | RmsNorm)
+        ]
     if group == "router":
         return [module for module in modules if isinstance(module, Router)]
     return [block.moe_norm for block in blocks] if group == "expert_norms" else list(blocks[-1:])

@@ -23,10 +23,11 @@ from moe.model import MoEModel, initialise
 from moe.recipes import Recipe
 from moe.statistics import BYTE_CLASSES
 from studies import routing
-from studies.routing import Arguments, load_repeats
-from studies.routing_config import StudyError, load_study
+from studies.repeats import StudyError, load_repeats, summarize
+from studies.routing import Arguments
+from studies.routing_config import load_study
 from studies.routing_measure import load_inputs, score_cell
-from studies.routing_results import Key, cells_table, claims, pareto_front, summarize
+from studies.routing_results import Key, cells_table, claims, pareto_front
 
 SETTINGS: dict[str, Any] = {
     "variants": {

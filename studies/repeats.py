@@ -1,0 +1,181 @@
+"""Repeats of a study: one file per task, size and seed, and what is common to the tables made of them.
+
+A repeat is written when it is complete, and one that is there is not run again, so that a run may be cut and
+continued, and several processes, each with its own seeds and GPU, may write to one folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+
+from agents.metrics import student_interval
+from agents.runs import write_file
+from moe import data
+from moe.config import Size, Task
+from moe.recipes import RECIPES, Recipe
+from moe.train import device_name
+from thermoe_env.scenario import config_path
+
+WARMUP_SHARE = 0.25
+"""Most of a training that its warm-up may take: the studies' trainings are short."""
+
+_S = TypeVar("_S")
+
+
+class StudyError(ValueError):
+    """Settings or results of a study cannot be used; the message names the file and the reason."""
+
+
+def load_settings(kind: type[_S], config: str) -> _S:
+    """Read the settings of a study.
+
+    Args:
+        kind: Dataclass that holds them.
+        config: Name in configs/studies, or path of a YAML file.
+
+    Raises:
+        StudyError: The file is no YAML, or a key is unknown, missing or refused.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    file = config_path("studies", config, ".yaml")
+    try:
+        return TypeAdapter(kind).validate_python(yaml.safe_load(file.read_text()))
+    except (ValidationError, yaml.YAMLError) as error:
+        known = sorted(f.name for f in dataclasses.fields(kind))  # pyright: ignore[reportArgumentType]
+        raise StudyError(f"{file}: {error}\nknown keys: {known}") from error
+
+
+def short_recipe(task: Task, size: Size, steps: int, **changes: Any) -> Recipe:
+    """Return the recipe of a model, over fewer steps."""
+    recipe = RECIPES[task, size]
+    warmup_steps = min(recipe.warmup_steps, max(1, round(WARMUP_SHARE * steps)))
+    return dataclasses.replace(recipe, **{"steps": steps, "warmup_steps": warmup_steps, **changes})
+
+
+def provenance(task: Task, size: Size, device: torch.device, seed: int) -> dict[str, Any]:
+    """What every repeat says about where it comes from."""
+    return {
+        "task": task,
+        "size": size,
+        "seed": seed,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": device_name(device),
+        "torch": torch.__version__,
+        "data_sha256": data.data_digest(task),
+    }
+
+
+def ensure_repeat(
+    folder: Path,
+    task: Task,
+    size: Size,
+    seed: int,
+    settings: dict[str, Any],
+    run: Callable[[], dict[str, Any]],
+) -> Path:
+    """Run a repeat unless its file is there; returns the file.
+
+    Args:
+        folder: Where repeats are.
+        task: Part of its name.
+        size: Part of its name.
+        seed: Part of its name.
+        settings: All that must be the same for repeats to belong together; `run` puts it in `"settings"`.
+        run: Makes the repeat, plain JSON types, with `"spent_s"` by part.
+
+    Raises:
+        StudyError: The file is there, of other settings.
+    """
+    path = folder / f"{task}-{size}-seed{seed}.json"
+    if path.exists():
+        if read_repeat(path)["settings"] != json.loads(json.dumps(settings)):
+            raise StudyError(f"{path} was made with other settings: give another --out, or move it away")
+        print(f"{path} is there")
+        return path
+    start_s = time.perf_counter()
+    repeat = run()
+    write_file(path, json.dumps(repeat) + "\n")
+    parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in repeat["spent_s"].items())
+    print(f"wrote {path} after {time.perf_counter() - start_s:.0f} s ({parts})", flush=True)
+    return path
+
+
+def load_repeats(folder: Path, task: Task, size: Size) -> list[dict[str, Any]]:
+    """Read the repeats of a task, by seed.
+
+    Raises:
+        StudyError: A file is damaged, or of other settings than the others.
+    """
+    repeats = [read_repeat(path) for path in folder.glob(f"{task}-{size}-seed*.json")]
+    repeats.sort(key=lambda repeat: repeat["seed"])
+    for repeat in repeats[1:]:
+        if repeat["settings"] != repeats[0]["settings"]:
+            raise StudyError(
+                f"{folder}: the {task} repeats with seeds {repeats[0]['seed']} and {repeat['seed']} were "
+                "made with different settings; move those of one apart"
+            )
+    return repeats
+
+
+def read_repeat(path: Path) -> dict[str, Any]:
+    """Read one repeat.
+
+    Raises:
+        StudyError: The file is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise StudyError(f"{path} is no JSON ({error}); remove it to run it again") from error
+
+
+def origin(repeats: Sequence[dict[str, Any]]) -> str:
+    """Where the numbers come from: machines, size, and how many repeats of which task."""
+    machines = ", ".join(sorted({repeat["machine"] for repeat in repeats}))
+    tasks = pd.Series([repeat["task"] for repeat in repeats]).value_counts(sort=False)
+    counts = ", ".join(f"{task}: {n} repeat{'s' if n > 1 else ''}" for task, n in tasks.items())
+    return f"{machines}, {repeats[0]['size']} models, {counts}"
+
+
+def select(table: pd.DataFrame, **values: object) -> pd.DataFrame:
+    """Rows in which the named columns have the given values."""
+    chosen = np.ones(len(table), bool)
+    for name, value in values.items():
+        chosen &= (table[name] == value).to_numpy()
+    return table.iloc[np.flatnonzero(chosen)]
+
+
+def summarize(table: pd.DataFrame, by: list[str], metrics: Sequence[str]) -> pd.DataFrame:
+    """Mean over repeats of each metric that is there, with its interval in `_low` and `_high`."""
+    rows = []
+    present = [name for name in metrics if name in table]
+    for _, group in table.groupby(by, sort=False):
+        row: dict[str, Any] = {name: group[name].iloc[0] for name in by} | {"n": len(group)}
+        for name in present:
+            mean, low, high = student_interval(group[name].to_numpy())
+            row |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def range_text(
+    mean: float, low: float, high: float, factor: float = 1.0, unit: str = "", sign: str = "", digits: int = 1
+) -> str:
+    """A mean and its interval to read; "-" where there is no number."""
+    if math.isnan(mean):
+        return "-"
+    text, low_text, high_text = (f"{v * factor:{sign}.{digits}f}" for v in (mean, low, high))
+    return f"{text}{unit}" if math.isnan(low) else f"{text}{unit} ({low_text} to {high_text})"
