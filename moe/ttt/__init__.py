@@ -1,7 +1,8 @@
 """Test-time training: the service's path, further methods with their state, and guards.
 
-`service` is what the runner uses. `methods` are functions of one shape over `state`, of a group of parameters
-(`groups`). `guards` watch over them. When to adapt, and for how much energy: `moe.gates`, `moe.budget`.
+`service` is what the runner uses. `methods` and `rotation` are functions of one shape over `state`, of a
+group of parameters (`groups`), out of the parts in `steps`. `guards` watch over them. When to adapt, and for
+how much energy: `moe.gates`, `moe.budget`.
 """
 
 from moe.ttt.groups import GROUPS, Group, collect_params
