@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from moe.model import BatchNorm, Block, RmsNorm
+from moe.model import BatchNorm, Block, GroupNorm, LayerNorm, RmsNorm
 from moe.router import Router
 
 Group = Literal["norms", "router", "expert_norms", "last_block"]
@@ -61,7 +61,8 @@ def _modules(model: nn.Module, group: Group) -> list[nn.Module]:
     modules = list(model.modules())
     blocks = [module for module in modules if isinstance(module, Block)]
     if group == "norms":
-        return [module for module in modules if isinstance(module, BatchNorm | RmsNorm)]
+        kinds = BatchNorm | GroupNorm | LayerNorm | RmsNorm
+        return [module for module in modules if isinstance(module, kinds)]
     if group == "router":
         return [module for module in modules if isinstance(module, Router)]
     return [block.moe_norm for block in blocks] if group == "expert_norms" else list(blocks[-1:])

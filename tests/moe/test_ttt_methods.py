@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe import data, ttt
-from moe.config import ModelConfig, model_config
+from moe.config import NORMS, ModelConfig, model_config
 from moe.model import BatchNorm, MoEModel, initialise
 from moe.samples import TextPool
 from moe.streams import StreamConfig, draw_shifts, play
 from moe.ttt.methods import _ascended
 from moe.ttt.rotation import rotation_loss, turned
-from moe.variants import with_rotation_head
+from moe.variants import with_norm, with_rotation_head
 from moe.weights import load_model
 
 VISION = model_config("vision", "tiny")
@@ -442,8 +442,8 @@ def test_the_loss_of_rotation_is_that_of_images_turned_by_hand():
 
 @pytest.mark.parametrize("group", ttt.GROUPS)
 def test_groups_hold_what_their_name_says(group):
-    for config in (VISION, RMS_VISION, TURNING):
-        model = make_model(config)
+    for config in (*(with_norm(VISION, norm) for norm in NORMS), TURNING):
+        model = MoEModel(config)
         parameters, names = ttt.collect_params(model, group)
         assert names == [name for name, _ in model.named_parameters() if in_group(name, group)]
         by_name = dict(model.named_parameters())
