@@ -217,8 +217,8 @@ def dynamic_evaluation(
     theta <- theta - lr * gradient + decay * (theta_0 - theta). The caller scores the bytes before the step.
 
     With `RmsDynamicEvaluation` each gradient is divided by rms + epsilon * mean(rms), and each decay is
-    multiplied by rms / mean(rms) but stays at most 1 (section 4; there epsilon is absolute). One learning
-    rate then does for batches of any size, since the measured rms shrinks as they grow.
+    multiplied by rms / mean(rms) but stays at most 1 (section 4; there epsilon is absolute). The best
+    learning rate then depends less on the size of the batches, as the measured rms shrinks when they grow.
 
     Args:
         model: Language model.

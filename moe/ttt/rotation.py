@@ -17,16 +17,10 @@ from moe.model import ModelOutput, MoEModel
 from moe.ttt.state import AdaptationState, Rotation
 from moe.ttt.steps import Step, check_batch, descend, look, set_statistics, statistics_held
 
-NO_HEAD = (
-    "the model has no rotation head: train one with `python -m moe.train --task vision --rotation-head`, or "
-    "adapt by another method"
-)
-
 
 def turned(images: Tensor, turns: Tensor) -> Tensor:
     """Turn each square image, [B, H, H], counter-clockwise by its number of quarters, 0 to 3, [B]."""
-    every = torch.stack([images.rot90(quarters, (1, 2)) for quarters in range(4)])  # [4, B, H, H]
-    return every[turns, torch.arange(len(images), device=images.device)]
+    return _every_turn(images)[turns, torch.arange(len(images), device=images.device)]
 
 
 def rotation_loss(output: ModelOutput, turns: Tensor) -> Tensor:
@@ -55,16 +49,23 @@ def rotation(
     """
     check_batch(model, inputs)
     if model.rotation_head is None:
-        raise ValueError(NO_HEAD)
+        raise ValueError(
+            "the model has no rotation head: train one with `python -m moe.train --task vision "
+            "--rotation-head`, or adapt by another method"
+        )
     moved = look(model, inputs, top_k, routing_bias)[1] if model.config.norm == "batch" else []
     turns = torch.arange(4, device=inputs.device).repeat_interleave(len(inputs))  # [4 B]
-    every = turned(inputs.repeat(4, 1, 1), turns)  # [4 B, 28, 28]
 
     def objective(output: ModelOutput) -> Tensor:
         return rotation_loss(output, turns) / math.log(4)
 
     with statistics_held(model):
-        loss = descend(model, state, every, objective, top_k, routing_bias)
+        loss = descend(model, state, _every_turn(inputs).flatten(0, 1), objective, top_k, routing_bias)
     state.descent.step()
     set_statistics(model, moved)
     return Step(selected=len(inputs), loss=loss)
+
+
+def _every_turn(images: Tensor) -> Tensor:
+    """Turn all images, [B, H, H], by 0 to 3 quarters, [4, B, H, H]."""
+    return torch.stack([images.rot90(quarters, (1, 2)) for quarters in range(4)])

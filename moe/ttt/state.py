@@ -109,7 +109,9 @@ class Sar(Tent):
 
 @dataclass(frozen=True, kw_only=True)
 class Rotation(Tent):
-    """Settings of `rotation`; the loss is in shares of log 4."""
+    """Settings of `rotation`; the loss is in shares of log 4, and takes larger steps than an entropy."""
+
+    learning_rate: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
