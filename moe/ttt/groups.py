@@ -8,11 +8,12 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from moe.model import BatchNorm, Block, RmsNorm
+from moe.model import BatchNorm, Block, GroupNorm, LayerNorm, RmsNorm
 from moe.router import Router
 
 Group = Literal["norms", "router", "expert_norms", "last_block"]
 GROUPS: tuple[Group, ...] = get_args(Group)
+NORMS = (BatchNorm, GroupNorm, LayerNorm, RmsNorm)
 
 
 def collect_params(model: nn.Module, group: Group = "norms") -> tuple[list[nn.Parameter], list[str]]:
@@ -61,7 +62,7 @@ def _modules(model: nn.Module, group: Group) -> list[nn.Module]:
     modules = list(model.modules())
     blocks = [module for module in modules if isinstance(module, Block)]
     if group == "norms":
-        return [module for module in modules if isinstance(module, BatchNorm | RmsNorm)]
+        return [module for module in modules if isinstance(module, NORMS)]
     if group == "router":
         return [module for module in modules if isinstance(module, Router)]
     return [block.moe_norm for block in blocks] if group == "expert_norms" else list(blocks[-1:])

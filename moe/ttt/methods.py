@@ -113,7 +113,7 @@ def eata(
     """
     _check_batch(model, inputs)
     with torch.no_grad():
-        output, moved = _look(model, inputs, top_k, routing_bias)
+        output, moved = look(model, inputs, top_k, routing_bias)
         probabilities = output.logits.softmax(dim=-1)  # [B, C]
         keep = _reliable(output, settings)  # [B]
         if "probabilities" in state.averages:
@@ -188,7 +188,7 @@ def sar(
         AdaptationDiverged: A loss is not a number.
     """
     _check_batch(model, inputs)
-    output, moved = _look(model, inputs, top_k, routing_bias)
+    output, moved = look(model, inputs, top_k, routing_bias)
     kept = inputs[_reliable(output, settings)]
     if len(kept) < _smallest_batch(model):
         return SKIPPED
@@ -276,7 +276,7 @@ def _descend(
 
 
 @torch.no_grad()
-def _look(
+def look(
     model: MoEModel, inputs: Tensor, top_k: int | None, routing_bias: float
 ) -> tuple[ModelOutput, list[Tensor]]:
     """Answer as the adapting pass would, but without a graph, and leave the running statistics.

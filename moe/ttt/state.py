@@ -17,7 +17,11 @@ from torch import Tensor, nn
 
 from moe.model import MoEModel
 from moe.ttt.groups import Group, batch_norms, collect_params, running_statistics
-from moe.ttt.service import LEARNING_RATE, STATISTICS_MOMENTUM
+from moe.ttt.service import LEARNING_RATE
+
+FAST_STATISTICS_MOMENTUM = 0.5
+"""More than the service's: three batches catch up with a shift, not ten. The fewer batches a shift lasts, the
+more this recovers. Batches of few classes then do harm; a `moe.ttt.guards.Guard` leaves them out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,7 @@ class BatchStatistics:
         statistics_momentum: Share of the batch in the running statistics, 0 to 1.
     """
 
-    statistics_momentum: float = STATISTICS_MOMENTUM
+    statistics_momentum: float = FAST_STATISTICS_MOMENTUM
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""

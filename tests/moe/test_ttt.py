@@ -80,7 +80,7 @@ def test_adapt_is_tent_bit_for_bit(model):
 
 def test_the_method_tent_takes_the_service_s_steps(model):
     other, optimizer = copy.deepcopy(model), ttt.make_optimizer(model)
-    settings = ttt.Tent()
+    settings = ttt.Tent(statistics_momentum=ttt.STATISTICS_MOMENTUM)
     state = ttt.start(other, settings)
     for step in range(3):
         ttt.adapt(model, optimizer, images(step), 4, 0.2)

@@ -5,13 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from moe import ttt
 from moe.config import model_config
+from moe.corruptions import corrupt
 from moe.data import load_vision
 from moe.evaluate import evaluate_vision
 from moe.model import MoEModel, initialise
+from moe.samples import SamplePool
+from moe.streams import StreamConfig, draw_shifts, play
+from moe.ttt.guards import _spread
+from moe.variants import with_norm
 from moe.weights import load_model
 
 SETTINGS = ttt.Tent(learning_rate=1e-3)
@@ -215,3 +222,113 @@ def test_a_complete_collapse_is_told_within_the_probation(settings):
 def test_limits_that_mean_nothing_are_refused(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         ttt.GuardSettings(**values)
+
+
+SHIPPED = {
+    ttt.batch_statistics: ttt.BatchStatistics(),
+    ttt.tent: ttt.Tent(),
+    ttt.eata: ttt.Eata(),
+    ttt.sar: ttt.Sar(),
+}
+every_method = pytest.mark.parametrize("method", SHIPPED, ids=lambda method: method.__name__)
+
+
+@pytest.fixture(scope="module")
+def pool() -> SamplePool:
+    return SamplePool("vision", ("clean",), "cpu")
+
+
+def accuracy(stream: StreamConfig, pool: SamplePool, method: Any, limits: ttt.GuardSettings | None) -> float:
+    """Mean accuracy over a stream, each batch scored before it is learned from; None does not adapt."""
+    model, right = load_model("vision", "tiny", "cpu"), []
+    state = None if method is None else ttt.start(model, SHIPPED[method])
+    guard = None if state is None or limits is None else ttt.Guard(model, state, limits)
+    for inputs, targets, _ in play(draw_shifts(stream, pool.targets[0], 0), pool):
+        with torch.no_grad():
+            output = model(inputs)
+        right.append(float((output.predictions == targets).float().mean()))
+        if guard is not None:
+            guard.step(method, inputs, output.logits, SHIPPED[method])
+        elif state is not None:
+            method(model, state, inputs, SHIPPED[method])
+    return sum(right) / len(right)
+
+
+FEW_CLASSES = StreamConfig(
+    task="vision", kinds=("clean", "occlusion"), batches=20, schedule="label_correlated", concentration=0.01,
+    severity=1,
+)  # fmt: skip
+SHIFTS = StreamConfig(task="vision", kinds=("brightness", "gaussian_noise"), batches=20)
+
+
+@every_method
+def test_a_guard_keeps_label_correlated_batches_from_doing_harm(pool, method):
+    """A batch is of one or two classes. What adapts without a guard loses what it fits to the last batch."""
+    left_alone = accuracy(FEW_CLASSES, pool, None, None)
+    assert accuracy(FEW_CLASSES, pool, method, ttt.GuardSettings()) > left_alone - 0.02
+    if method is ttt.batch_statistics:
+        assert accuracy(FEW_CLASSES, pool, method, None) < left_alone - 0.04
+
+
+@every_method
+def test_a_guard_leaves_the_recovery_under_a_shift(pool, method):
+    left_alone, alone = accuracy(SHIFTS, pool, None, None), accuracy(SHIFTS, pool, method, None)
+    assert alone > left_alone + 0.25
+    assert accuracy(SHIFTS, pool, method, ttt.GuardSettings()) > alone - 0.05
+
+
+def guarded_shipped(limits: ttt.GuardSettings) -> tuple[MoEModel, ttt.Guard, ttt.AdaptationState]:
+    model = load_model("vision", "tiny", "cpu")
+    state = ttt.start(model, SHIPPED[ttt.batch_statistics])
+    return model, ttt.Guard(model, state, limits), state
+
+
+def learn(model: MoEModel, guard: ttt.Guard, inputs: Tensor) -> ttt.Step | None:
+    with torch.no_grad():
+        answers = model(inputs).logits
+    return guard.step(ttt.batch_statistics, inputs, answers, SHIPPED[ttt.batch_statistics])
+
+
+def test_a_batch_of_one_class_is_left_out_until_patience_ends(pool):
+    model, guard, state = guarded_shipped(ttt.GuardSettings(patience=3))
+    bags = pool.inputs[0][pool.targets[0] == 8]
+    before = whole_state(model, state)
+    taken = []
+    for first in range(0, 5 * 32, 32):
+        taken.append(learn(model, guard, bags[first : first + 32]) is not None)
+        assert same(whole_state(model, state), before) == (len(taken) < 4)
+    assert taken == [False, False, False, True, False]
+    assert guard.counters == ttt.GuardCounters(steps=1, concentrated=4)
+
+
+def test_few_classes_are_told_from_a_shift_under_which_the_model_names_few(pool):
+    model, guard, _ = guarded_shipped(ttt.GuardSettings(spread_limit=0.9))
+    shifted = corrupt(pool.inputs[0][:64], "brightness", 5, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        named = model(shifted).predictions.bincount(minlength=10)
+    assert named.max() > 32  # of 64: about as few as in the batch that is left out
+    assert learn(model, guard, shifted) is not None
+
+
+def test_what_has_no_running_statistics_costs_no_second_look():
+    model = initialise(
+        MoEModel(with_norm(model_config("vision", "tiny"), "layer")), torch.Generator().manual_seed(0)
+    )
+    guard = ttt.Guard(model, ttt.start(model, SETTINGS), ttt.GuardSettings(spread_limit=0.99))
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    one_class = torch.eye(10)[torch.full((16,), 3)]
+    assert guard.step(ttt.tent, images(0), one_class, SETTINGS) is not None
+    assert len(passes) == 1
+    assert guard.step(ttt.tent, images(0, n=1), one_class[:1], SETTINGS) is not None
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=200))
+def test_the_spread_of_answers_is_a_share_and_grows_with_their_classes(predictions):
+    counts = torch.bincount(torch.tensor(predictions), minlength=10).double()
+    spread = float(_spread(counts / counts.sum(), len(predictions)))
+    fewest = 1 / min(10, len(predictions))
+    assert fewest * (1 - 1e-9) <= spread
+    assert (spread < fewest * (1 + 1e-9)) == (len(set(predictions)) == 1)
+    even = float(_spread(torch.full((10,), 0.1, dtype=torch.float64), 1000))
+    assert even == pytest.approx(math.exp(9 / 2000))

@@ -16,9 +16,11 @@ from moe import ttt
 from moe.config import ModelConfig, model_config
 from moe.model import BatchNorm, MoEModel, initialise
 from moe.ttt.methods import _ascended
+from moe.variants import with_norm
 
 VISION = model_config("vision", "tiny")
-RMS_VISION = ModelConfig.from_dict(VISION.to_dict() | {"norm": "rms"})
+RMS_VISION, LAYER_VISION, GROUP_VISION = (with_norm(VISION, norm) for norm in ("rms", "layer", "group"))
+OF_ONE_SAMPLE = (RMS_VISION, LAYER_VISION, GROUP_VISION)  # norms of one sample, without running statistics
 SETTINGS = {
     ttt.batch_statistics: ttt.BatchStatistics(),
     ttt.tent: ttt.Tent(learning_rate=0.05),
@@ -29,6 +31,7 @@ SETTINGS = {
 CASES = [
     (ttt.batch_statistics, VISION, "norms"),
     *[(method, VISION, group) for method in (ttt.tent, ttt.eata, ttt.sar) for group in ("norms", "router")],
+    *[(method, config, "norms") for method in (ttt.tent, ttt.eata, ttt.sar) for config in OF_ONE_SAMPLE],
     (ttt.sar, RMS_VISION, "last_block"),
     *[
         (ttt.dynamic_evaluation, model_config("language", "tiny"), g)
@@ -43,9 +46,8 @@ def make_model(config: ModelConfig) -> MoEModel:
     """An untrained model with a sharp head, so that entropies differ, about the margin of 0.4."""
     model = initialise(MoEModel(config), torch.Generator().manual_seed(0)).eval()
     with torch.no_grad():
-        model.head.weight.mul_(
-            {"vision-batch": 180, "vision-rms": 60, "language-rms": 5}[f"{config.task}-{config.norm}"]
-        )
+        sharpness = {"batch": 180, "rms": 60, "layer": 60, "group": 60}
+        model.head.weight.mul_(sharpness[config.norm] if config.task == "vision" else 5)
     return model
 
 
@@ -333,7 +335,7 @@ def test_answers_that_are_no_numbers_stop_the_step_with_all_as_before(method, co
 
 @pytest.mark.parametrize("group", ttt.GROUPS)
 def test_groups_hold_what_their_name_says(group):
-    for config in (VISION, RMS_VISION):
+    for config in (VISION, *OF_ONE_SAMPLE):
         model = make_model(config)
         parameters, names = ttt.collect_params(model, group)
         assert names == [name for name, _ in model.named_parameters() if in_group(name, group)]
@@ -347,9 +349,20 @@ def test_a_single_sample_has_no_batch_statistics(method):
     state = ttt.start(model, SETTINGS[method])
     with pytest.raises(ValueError, match="at least 2, got 1"):
         method(model, state, make_inputs(VISION, 1, n=1), SETTINGS[method])
-    if method is not ttt.batch_statistics:
-        model = make_model(RMS_VISION)  # each token is its own norm: one will do
-        method(model, ttt.start(model, SETTINGS[method]), make_inputs(VISION, 1, n=1), SETTINGS[method])
+
+
+@pytest.mark.parametrize("config", OF_ONE_SAMPLE, ids=lambda config: config.norm)
+@pytest.mark.parametrize("method", [ttt.tent, ttt.eata, ttt.sar])
+def test_a_norm_of_one_sample_learns_from_one_sample(method, config):
+    model = make_model(config)
+    with torch.no_grad():
+        model.head.weight.mul_(2)  # sure enough of any image
+    state = ttt.start(model, SETTINGS[method])
+    image = make_inputs(config, 1, n=1)
+    before = float(model(image).entropy)
+    assert method(model, state, image, SETTINGS[method]).selected == 1
+    assert float(model(image).entropy) < before
+    assert not list(model.buffers()) or all("running" not in name for name, _ in model.named_buffers())
 
 
 def test_what_cannot_be_is_refused():
