@@ -8,10 +8,12 @@ has proven itself, which is one that was followed by `probation` steps without c
 start.
 
 That a batch holds few classes does not show in its answers alone. Under a shift the unadapted model names few
-classes, whatever comes, and the batch's own statistics spread any batch over all of them. What tells the two
-apart is doubt: normalised by its own statistics the model gets surer of a shifted batch, and less sure of a
-batch of few classes. Under severe shifts this errs, mostly toward not adapting. Batches left out are kept, and
-when several in a row make up for each other's classes, the model learns from a mixture of them.
+classes, whatever comes, and the batch's own statistics spread any batch over all of them. Two signs tell them
+apart. Normalised by its own statistics the model gets surer of a shifted batch, and less sure of a batch of
+few classes. And a shift of the inputs moves the statistics of the first norm more than those of the last, few
+classes the other way round. A batch is left out where few classes are named and both signs speak for few.
+Batches left out are kept, and when several in a row make up for each other's classes, the model learns from a
+mixture of them.
 
 Two things are not seen. A model that gets worse while its answers stay spread and in doubt takes labels to
 tell; where the requests are known to be balanced, a low `concentration_limit` sees it earlier. And the
@@ -33,8 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.model import MoEModel
-from moe.ttt.groups import running_statistics
+from moe.model import BatchNorm, MoEModel
+from moe.ttt.groups import batch_norms, running_statistics
 from moe.ttt.methods import Step, look
 from moe.ttt.service import AdaptationDiverged
 from moe.ttt.state import AdaptationState, Saved
@@ -72,7 +74,7 @@ class GuardSettings:
     outlier_z: float = 6.0
     warm_up: int = 8
     shift_after: int = 2
-    spread_limit: float = 0.35
+    spread_limit: float = 0.55
     gather: int = 8
     probation: int = 24
 
@@ -249,11 +251,13 @@ class Guard:
         )
 
     def _is_concentrated(self, batch: _Batch, inputs: Tensor, top_k: int | None, routing_bias: float) -> bool:
-        """Judge whether a batch holds few classes: few are named, and its own statistics add to the doubt."""
+        """Judge whether a batch holds few classes, by the three signs of the module's head."""
         if self._model.config.norm != "batch" or batch.numbers["spread"] >= self.settings.spread_limit:
             return False
-        output, _ = look(self._model, inputs, top_k, routing_bias)
-        return float(output.entropy.mean()) > batch.numbers["entropy"]
+        output, moved = look(self._model, inputs, top_k, routing_bias)
+        first, last = _moves(self._model, moved)
+        adapted_entropy, first_move, last_move = torch.stack([output.entropy.mean(), first, last]).tolist()
+        return adapted_entropy > batch.numbers["entropy"] and last_move > first_move
 
     def _gather(
         self, inputs: Tensor, answers: Tensor, top_k: int | None, routing_bias: float
@@ -330,3 +334,24 @@ def _spread(shares: Tensor, n_answers: int) -> Tensor:
     """
     entropy = torch.special.entr(shares).sum() + ((shares > 0).sum() - 1) / (2 * n_answers)
     return entropy.exp() / min(len(shares), n_answers)
+
+
+@torch.no_grad()
+def _moves(model: MoEModel, moved: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return how far the first and the last batch norm's statistics would move, 0-dim.
+
+    Mean over the channels of the Kullback-Leibler divergence of normal distributions, in nats.
+
+    Args:
+        model: Model with batch norms.
+        moved: The running statistics after the move, in the order of `running_statistics`.
+    """
+    norms = [norm for _, norm in batch_norms(model)]
+    per_norm = len(moved) // len(norms)
+
+    def divergence(norm: BatchNorm, mean: Tensor, variance: Tensor) -> Tensor:
+        assert norm.running_mean is not None and norm.running_var is not None
+        ratio = variance / norm.running_var
+        return (ratio + (mean - norm.running_mean) ** 2 / norm.running_var - 1 - ratio.log()).mean() / 2
+
+    return divergence(norms[0], *moved[:2]), divergence(norms[-1], *moved[-per_norm:][:2])

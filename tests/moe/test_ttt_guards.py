@@ -238,6 +238,12 @@ def pool() -> SamplePool:
     return SamplePool("vision", ("clean",), "cpu")
 
 
+@pytest.fixture(scope="module")
+def left_alone(pool) -> dict[str, float]:
+    """Accuracy of the model that does not adapt, by schedule."""
+    return {stream.schedule: accuracy(stream, pool, None, None) for stream in (FEW_CLASSES, SHIFTS)}
+
+
 def accuracy(stream: StreamConfig, pool: SamplePool, method: Any, limits: ttt.GuardSettings | None) -> float:
     """Mean accuracy over a stream, each batch scored before it is learned from; None does not adapt."""
     model, right = load_model("vision", "tiny", "cpu"), []
@@ -255,25 +261,29 @@ def accuracy(stream: StreamConfig, pool: SamplePool, method: Any, limits: ttt.Gu
 
 
 FEW_CLASSES = StreamConfig(
-    task="vision", kinds=("clean", "occlusion"), batches=20, schedule="label_correlated", concentration=0.01,
-    severity=1,
-)  # fmt: skip
-SHIFTS = StreamConfig(task="vision", kinds=("brightness", "gaussian_noise"), batches=20)
+    task="vision",
+    kinds=("clean",),
+    batches=24,
+    batch_size=32,
+    schedule="label_correlated",
+    concentration=0.01,
+)
+SHIFTS = StreamConfig(task="vision", kinds=("brightness", "fog"), batches=12, batch_size=32)
 
 
 @every_method
-def test_a_guard_keeps_label_correlated_batches_from_doing_harm(pool, method):
-    """A batch is of one or two classes. What adapts without a guard loses what it fits to the last batch."""
-    left_alone = accuracy(FEW_CLASSES, pool, None, None)
-    assert accuracy(FEW_CLASSES, pool, method, ttt.GuardSettings()) > left_alone - 0.02
+def test_a_guard_keeps_label_correlated_batches_from_doing_harm(pool, left_alone, method):
+    """A batch is of one class or a few. What adapts without a guard fits itself to the last one."""
+    before = left_alone["label_correlated"]
+    assert accuracy(FEW_CLASSES, pool, method, ttt.GuardSettings()) > before - 0.02
     if method is ttt.batch_statistics:
-        assert accuracy(FEW_CLASSES, pool, method, None) < left_alone - 0.04
+        assert accuracy(FEW_CLASSES, pool, method, None) < before - 0.08
 
 
 @every_method
-def test_a_guard_leaves_the_recovery_under_a_shift(pool, method):
-    left_alone, alone = accuracy(SHIFTS, pool, None, None), accuracy(SHIFTS, pool, method, None)
-    assert alone > left_alone + 0.25
+def test_a_guard_leaves_the_recovery_under_a_shift(pool, left_alone, method):
+    alone = accuracy(SHIFTS, pool, method, None)
+    assert alone > left_alone["per_shift"] + 0.15
     assert accuracy(SHIFTS, pool, method, ttt.GuardSettings()) > alone - 0.05
 
 
@@ -289,24 +299,22 @@ def learn(model: MoEModel, guard: ttt.Guard, inputs: Tensor) -> ttt.Step | None:
     return guard.step(ttt.batch_statistics, inputs, answers, SHIPPED[ttt.batch_statistics])
 
 
-def test_a_batch_of_one_class_is_left_out_until_patience_ends(pool):
-    model, guard, state = guarded_shipped(ttt.GuardSettings(patience=3))
-    bags = pool.inputs[0][pool.targets[0] == 8]
-    before = whole_state(model, state)
-    taken = []
-    for first in range(0, 5 * 32, 32):
-        taken.append(learn(model, guard, bags[first : first + 32]) is not None)
-        assert same(whole_state(model, state), before) == (len(taken) < 4)
-    assert taken == [False, False, False, True, False]
-    assert guard.counters == ttt.GuardCounters(steps=1, concentrated=4)
+def test_batches_of_one_class_are_left_out_until_they_make_up_a_mixture(pool):
+    model, guard, state = guarded_shipped(ttt.GuardSettings(gather=10))
+    before, images, labels = whole_state(model, state), pool.inputs[0], pool.targets[0]
+    for label in range(9):
+        assert learn(model, guard, images[labels == label][:32]) is None
+    assert guard.counters == ttt.GuardCounters(concentrated=9)
+    assert same(whole_state(model, state), before)
+    step = learn(model, guard, images[labels == 9][:32])
+    assert step == ttt.Step(selected=32)  # as large as a batch, of all ten
+    assert guard.counters == ttt.GuardCounters(concentrated=10, steps=1)
 
 
-def test_few_classes_are_told_from_a_shift_under_which_the_model_names_few(pool):
+@pytest.mark.parametrize("kind", ["brightness", "contrast", "fog", "pixelate"])
+def test_few_classes_are_told_from_a_shift_under_which_the_model_names_few(pool, kind):
     model, guard, _ = guarded_shipped(ttt.GuardSettings(spread_limit=0.9))
-    shifted = corrupt(pool.inputs[0][:64], "brightness", 5, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        named = model(shifted).predictions.bincount(minlength=10)
-    assert named.max() > 32  # of 64: about as few as in the batch that is left out
+    shifted = corrupt(pool.inputs[0][:64], kind, 5, torch.Generator().manual_seed(0))
     assert learn(model, guard, shifted) is not None
 
 
