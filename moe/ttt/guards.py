@@ -16,12 +16,13 @@ Batches left out are kept, and when several in a row make up for each other's cl
 mixture of them.
 
 Two things are not seen. A model that gets worse while its answers stay spread and in doubt takes labels to
-tell; where the requests are known to be balanced, a low `concentration_limit` sees it earlier. And the
-answers that are judged are those before the step, so that a collapse shows one batch later.
+tell: at a learning rate of 20 the shipped model falls from 92% to 27% in forty steps, within the default
+limits. Where the requests are known to be balanced, a low `concentration_limit` sees it. And the answers that
+are judged are those before the step, so that a collapse shows one batch later.
 
 The host waits twice per guarded step beyond the method's own waits: for five numbers of the batch, packed in
-one tensor, before the step, and for one flag after it. A batch whose answers name few classes costs one more
-forward pass and wait, on a model with batch norms.
+one tensor, before the step, and for one flag after it. On a model with batch norms, a batch whose answers
+name few classes costs one more forward pass and wait, and so does a mixture of them.
 """
 
 from __future__ import annotations
@@ -263,7 +264,7 @@ class Guard:
         self, inputs: Tensor, answers: Tensor, top_k: int | None, routing_bias: float
     ) -> Tensor | None:
         """Keep a batch of few classes; return a batch drawn evenly from those kept once it holds many."""
-        self._left_out.append((inputs, answers))
+        self._left_out.append((inputs.clone(), answers.clone()))  # callers may reuse their buffers
         n = self.settings.gather
         if len(self._left_out) < n:
             return None

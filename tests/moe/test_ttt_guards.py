@@ -247,15 +247,15 @@ def left_alone(pool) -> dict[str, float]:
 def accuracy(stream: StreamConfig, pool: SamplePool, method: Any, limits: ttt.GuardSettings | None) -> float:
     """Mean accuracy over a stream, each batch scored before it is learned from; None does not adapt."""
     model, right = load_model("vision", "tiny", "cpu"), []
-    state = None if method is None else ttt.start(model, SHIPPED[method])
-    guard = None if state is None or limits is None else ttt.Guard(model, state, limits)
+    state = ttt.start(model, SHIPPED.get(method, ttt.BatchStatistics()))
+    guard = None if limits is None else ttt.Guard(model, state, limits)
     for inputs, targets, _ in play(draw_shifts(stream, pool.targets[0], 0), pool):
         with torch.no_grad():
             output = model(inputs)
         right.append(float((output.predictions == targets).float().mean()))
-        if guard is not None:
+        if guard is not None and method is not None:
             guard.step(method, inputs, output.logits, SHIPPED[method])
-        elif state is not None:
+        elif method is not None:
             method(model, state, inputs, SHIPPED[method])
     return sum(right) / len(right)
 
