@@ -63,6 +63,7 @@ class GuardSettings:
             the last of them becomes the new baseline.
         spread_limit: Effective number of classes among a batch's answers, over the most there can be (classes
             or answers), below which a batch is looked at closer.
+        doubt_margin: Mean entropy over log C that the batch's own statistics must add for it to be left out.
         gather: Batches left out for holding few classes that are kept; a batch drawn evenly from them is
             learned from if it holds many.
         probation: Steps that a snapshot must be followed by before it counts as good; at least as many as
@@ -76,12 +77,13 @@ class GuardSettings:
     warm_up: int = 8
     shift_after: int = 2
     spread_limit: float = 0.55
+    doubt_margin: float = 0.05
     gather: int = 8
     probation: int = 24
 
     def __post_init__(self) -> None:
         """Refuse limits that mean nothing."""
-        for name in ("concentration_limit", "entropy_limit", "average_decay", "spread_limit"):
+        for name in ("concentration_limit", "entropy_limit", "average_decay", "spread_limit", "doubt_margin"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must be within 0 < {name} < 1, got {getattr(self, name)}")
         for name in ("warm_up", "shift_after", "gather", "probation"):
@@ -258,7 +260,8 @@ class Guard:
         output, moved = look(self._model, inputs, top_k, routing_bias)
         first, last = _moves(self._model, moved)
         adapted_entropy, first_move, last_move = torch.stack([output.entropy.mean(), first, last]).tolist()
-        return adapted_entropy > batch.numbers["entropy"] and last_move > first_move
+        doubt = adapted_entropy - batch.numbers["entropy"]
+        return doubt > self.settings.doubt_margin and last_move > first_move
 
     def _gather(
         self, inputs: Tensor, answers: Tensor, top_k: int | None, routing_bias: float
