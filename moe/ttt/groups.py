@@ -11,6 +11,8 @@ from moe.config import GROUPS, Group
 from moe.model import BatchNorm, Block, GroupNorm, LayerNorm, RmsNorm
 from moe.router import Router
 
+NORMS = (BatchNorm, GroupNorm, LayerNorm, RmsNorm)
+
 
 def collect_params(model: nn.Module, group: Group = "norms") -> tuple[list[nn.Parameter], list[str]]:
     """Return the parameters of a group, and their names, in the model's order.
@@ -58,9 +60,7 @@ def _modules(model: nn.Module, group: Group) -> list[nn.Module]:
     modules = list(model.modules())
     blocks = [module for module in modules if isinstance(module, Block)]
     if group == "norms":
-        return [
-            module for module in modules if isinstance(module, BatchNorm | GroupNorm | LayerNorm | RmsNorm)
-        ]
+        return [module for module in modules if isinstance(module, NORMS)]
     if group == "router":
         return [module for module in modules if isinstance(module, Router)]
     return [block.moe_norm for block in blocks] if group == "expert_norms" else list(blocks[-1:])

@@ -5,13 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from moe import ttt
 from moe.config import model_config
+from moe.corruptions import corrupt
 from moe.data import load_vision
 from moe.evaluate import evaluate_vision
 from moe.model import MoEModel, initialise
+from moe.samples import SamplePool
+from moe.streams import StreamConfig, draw_shifts, play
+from moe.ttt.guards import _spread
+from moe.variants import with_norm
 from moe.weights import load_model
 
 SETTINGS = ttt.Tent(learning_rate=1e-3)
@@ -215,3 +222,122 @@ def test_a_complete_collapse_is_told_within_the_probation(settings):
 def test_limits_that_mean_nothing_are_refused(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         ttt.GuardSettings(**values)
+
+
+FAST = {"statistics_momentum": 0.5}  # short streams: three batches catch up with a shift, and with few classes
+SHIPPED = {
+    ttt.batch_statistics: ttt.BatchStatistics(**FAST),
+    ttt.tent: ttt.Tent(**FAST),
+    ttt.eata: ttt.Eata(**FAST),
+    ttt.sar: ttt.Sar(**FAST),
+}
+every_method = pytest.mark.parametrize("method", SHIPPED, ids=lambda method: method.__name__)
+
+
+@pytest.fixture(scope="module")
+def pool() -> SamplePool:
+    return SamplePool("vision", ("clean",), "cpu")
+
+
+@pytest.fixture(scope="module")
+def left_alone(pool) -> dict[str, float]:
+    """Accuracy of the model that does not adapt, by schedule."""
+    return {stream.schedule: accuracy(stream, pool, None, None) for stream in (FEW_CLASSES, SHIFTS)}
+
+
+def accuracy(stream: StreamConfig, pool: SamplePool, method: Any, limits: ttt.GuardSettings | None) -> float:
+    """Mean accuracy over a stream, each batch scored before it is learned from; None does not adapt."""
+    model, right = load_model("vision", "tiny", "cpu"), []
+    state = ttt.start(model, SHIPPED.get(method, ttt.BatchStatistics()))
+    guard = None if limits is None else ttt.Guard(model, state, limits)
+    for inputs, targets, _ in play(draw_shifts(stream, pool.targets[0], 0), pool):
+        with torch.no_grad():
+            output = model(inputs)
+        right.append(float((output.predictions == targets).float().mean()))
+        if guard is not None and method is not None:
+            guard.step(method, inputs, output.logits, SHIPPED[method])
+        elif method is not None:
+            method(model, state, inputs, SHIPPED[method])
+    return sum(right) / len(right)
+
+
+FEW_CLASSES = StreamConfig(
+    task="vision",
+    kinds=("clean",),
+    batches=24,
+    batch_size=32,
+    schedule="label_correlated",
+    concentration=0.01,
+)
+SHIFTS = StreamConfig(task="vision", kinds=("brightness", "fog"), batches=12, batch_size=32)
+
+
+@every_method
+def test_a_guard_keeps_label_correlated_batches_from_doing_harm(pool, left_alone, method):
+    """A batch is of one class or a few. What adapts without a guard fits itself to the last one."""
+    before = left_alone["label_correlated"]
+    assert accuracy(FEW_CLASSES, pool, method, ttt.GuardSettings()) > before - 0.02
+    if method is ttt.batch_statistics:
+        assert accuracy(FEW_CLASSES, pool, method, None) < before - 0.08
+
+
+@every_method
+def test_a_guard_leaves_the_recovery_under_a_shift(pool, left_alone, method):
+    alone = accuracy(SHIFTS, pool, method, None)
+    assert alone > left_alone["per_shift"] + 0.15
+    assert accuracy(SHIFTS, pool, method, ttt.GuardSettings()) > alone - 0.05
+
+
+def guarded_shipped(limits: ttt.GuardSettings) -> tuple[MoEModel, ttt.Guard, ttt.AdaptationState]:
+    model = load_model("vision", "tiny", "cpu")
+    state = ttt.start(model, SHIPPED[ttt.batch_statistics])
+    return model, ttt.Guard(model, state, limits), state
+
+
+def learn(model: MoEModel, guard: ttt.Guard, inputs: Tensor) -> ttt.Step | None:
+    with torch.no_grad():
+        answers = model(inputs).logits
+    return guard.step(ttt.batch_statistics, inputs, answers, SHIPPED[ttt.batch_statistics])
+
+
+def test_batches_of_one_class_are_left_out_until_they_make_up_a_mixture(pool):
+    model, guard, state = guarded_shipped(ttt.GuardSettings(gather=10))
+    before, images, labels = whole_state(model, state), pool.inputs[0], pool.targets[0]
+    for label in range(9):
+        assert learn(model, guard, images[labels == label][:32]) is None
+    assert guard.counters == ttt.GuardCounters(concentrated=9)
+    assert same(whole_state(model, state), before)
+    step = learn(model, guard, images[labels == 9][:32])
+    assert step == ttt.Step(selected=32)  # as large as a batch, of all ten
+    assert guard.counters == ttt.GuardCounters(concentrated=10, steps=1)
+
+
+@pytest.mark.parametrize("kind", ["brightness", "contrast", "fog", "pixelate"])
+def test_few_classes_are_told_from_a_shift_under_which_the_model_names_few(pool, kind):
+    model, guard, _ = guarded_shipped(ttt.GuardSettings(spread_limit=0.9))
+    shifted = corrupt(pool.inputs[0][:64], kind, 5, torch.Generator().manual_seed(0))
+    assert learn(model, guard, shifted) is not None
+
+
+def test_what_has_no_running_statistics_costs_no_second_look():
+    model = initialise(
+        MoEModel(with_norm(model_config("vision", "tiny"), "layer")), torch.Generator().manual_seed(0)
+    )
+    guard = ttt.Guard(model, ttt.start(model, SETTINGS), ttt.GuardSettings(spread_limit=0.99))
+    passes = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    one_class = torch.eye(10)[torch.full((16,), 3)]
+    assert guard.step(ttt.tent, images(0), one_class, SETTINGS) is not None
+    assert len(passes) == 1
+    assert guard.step(ttt.tent, images(0, n=1), one_class[:1], SETTINGS) is not None
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=200))
+def test_the_spread_of_answers_is_a_share_and_grows_with_their_classes(predictions):
+    counts = torch.bincount(torch.tensor(predictions), minlength=10).double()
+    spread = float(_spread(counts / counts.sum(), len(predictions)))
+    fewest = 1 / min(10, len(predictions))
+    assert fewest * (1 - 1e-9) <= spread
+    assert (spread < fewest * (1 + 1e-9)) == (len(set(predictions)) == 1)
+    even = float(_spread(torch.full((10,), 0.1, dtype=torch.float64), 1000))
+    assert even == pytest.approx(math.exp(9 / 2000))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe import data, ttt
-from moe.config import NORMS, ModelConfig, model_config
+from moe.config import ModelConfig, model_config
 from moe.model import BatchNorm, MoEModel, initialise
 from moe.samples import TextPool
 from moe.streams import StreamConfig, draw_shifts, play
@@ -23,7 +23,8 @@ from moe.variants import with_norm, with_rotation_head
 from moe.weights import load_model
 
 VISION = model_config("vision", "tiny")
-RMS_VISION = ModelConfig.from_dict(VISION.to_dict() | {"norm": "rms"})
+RMS_VISION, LAYER_VISION, GROUP_VISION = (with_norm(VISION, norm) for norm in ("rms", "layer", "group"))
+OF_ONE_SAMPLE = (RMS_VISION, LAYER_VISION, GROUP_VISION)  # norms of one sample, without running statistics
 TURNING = with_rotation_head(VISION)
 SETTINGS = {
     ttt.batch_statistics: ttt.BatchStatistics(),
@@ -36,6 +37,7 @@ SETTINGS = {
 CASES = [
     (ttt.batch_statistics, VISION, "norms"),
     *[(method, VISION, group) for method in (ttt.tent, ttt.eata, ttt.sar) for group in ("norms", "router")],
+    *[(method, config, "norms") for method in (ttt.tent, ttt.eata, ttt.sar) for config in OF_ONE_SAMPLE],
     (ttt.sar, RMS_VISION, "last_block"),
     *[(ttt.rotation, config, "norms") for config in (TURNING, with_rotation_head(RMS_VISION))],
     (ttt.rotation, TURNING, "last_block"),
@@ -52,9 +54,8 @@ def make_model(config: ModelConfig) -> MoEModel:
     """An untrained model with a sharp head, so that entropies differ, about the margin of 0.4."""
     model = initialise(MoEModel(config), torch.Generator().manual_seed(0)).eval()
     with torch.no_grad():
-        model.head.weight.mul_(
-            {"vision-batch": 180, "vision-rms": 60, "language-rms": 5}[f"{config.task}-{config.norm}"]
-        )
+        sharpness = {"batch": 180, "rms": 60, "layer": 60, "group": 70}
+        model.head.weight.mul_(sharpness[config.norm] if config.task == "vision" else 5)
         if model.rotation_head is not None:
             model.rotation_head.weight.mul_(20)
     return model
@@ -75,8 +76,7 @@ def whole_state(model: MoEModel, state: ttt.AdaptationState) -> dict[str, Tensor
 
 
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=False)
 
 
 def in_group(name: str, group: str) -> bool:
@@ -442,7 +442,7 @@ def test_the_loss_of_rotation_is_that_of_images_turned_by_hand():
 
 @pytest.mark.parametrize("group", ttt.GROUPS)
 def test_groups_hold_what_their_name_says(group):
-    for config in (*(with_norm(VISION, norm) for norm in NORMS), TURNING):
+    for config in (VISION, *OF_ONE_SAMPLE, TURNING):
         model = make_model(config)
         parameters, names = ttt.collect_params(model, group)
         assert names == [name for name, _ in model.named_parameters() if in_group(name, group)]
@@ -456,9 +456,17 @@ def test_a_single_sample_has_no_batch_statistics(method):
     state = ttt.start(model, SETTINGS[method])
     with pytest.raises(ValueError, match="at least 2, got 1"):
         method(model, state, make_inputs(VISION, 1, n=1), SETTINGS[method])
-    if method is not ttt.batch_statistics:
-        model = make_model(with_rotation_head(RMS_VISION))  # each token is its own norm: one will do
-        method(model, ttt.start(model, SETTINGS[method]), make_inputs(VISION, 1, n=1), SETTINGS[method])
+
+
+@pytest.mark.parametrize("config", OF_ONE_SAMPLE, ids=lambda config: config.norm)
+@pytest.mark.parametrize("method", [ttt.tent, ttt.eata, ttt.sar])
+def test_a_norm_of_one_sample_learns_from_one_sample(method, config):
+    model = make_model(config)
+    state, image = ttt.start(model, SETTINGS[method]), make_inputs(config, 1, n=1)
+    model.head.weight.mul_(2)  # sure enough of any image
+    before = model(image).entropy.item()
+    assert method(model, state, image, SETTINGS[method]).selected == 1
+    assert model(image).entropy.item() < before
 
 
 def test_what_cannot_be_is_refused():
