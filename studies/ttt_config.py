@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from moe import ttt
 from moe.config import NORMS, Norm, Size, Task, model_config
 from moe.corruptions import KINDS
-from moe.gates import Always, ConfidenceDrop, EntropyThreshold, Gate, Periodic
+from moe.gates import Always, ConfidenceChange, EntropyThreshold, Gate, Periodic
 from moe.streams import Schedule, StreamConfig
 from moe.ttt import Group
 from studies.repeats import StudyError, load_settings
@@ -36,13 +36,15 @@ METHODS: dict[str, Method] = {
     "tent": Method(ttt.Tent, ttt.tent, "vision"),
     "eata": Method(ttt.Eata, ttt.eata, "vision"),
     "sar": Method(ttt.Sar, ttt.sar, "vision"),
+    "rotation": Method(ttt.Rotation, ttt.rotation, "vision"),
     "dynamic_evaluation": Method(ttt.DynamicEvaluation, ttt.dynamic_evaluation, "language"),
+    "rms_dynamic_evaluation": Method(ttt.RmsDynamicEvaluation, ttt.dynamic_evaluation, "language"),
 }
 RULES: dict[str, Callable[..., Gate]] = {
     "always": Always,
     "periodic": Periodic,
     "entropy_threshold": EntropyThreshold,
-    "confidence_drop": ConfidenceDrop,
+    "confidence_change": ConfidenceChange,
 }
 NEVER = "never"
 """Adaptation and gate of a model that serves as it was trained, which all others are compared with."""
@@ -189,8 +191,10 @@ class Study:
     gates: dict[Task, dict[str, GateSettings]]
     streams: dict[str, Stream]
     grids: tuple[Grid, ...]
-    anchor_batches: int
-    """Clean training batches that the anchor of `eata` is measured on."""
+    rotation_head: bool
+    """Whether the vision models that are trained learn to tell turns of an image too; `rotation` needs it."""
+    source_batches: int
+    """Clean training batches on which `eata` and `rms_dynamic_evaluation` measure gradients beforehand."""
     window_batches: int
     """Length of a budget's window, in the time of a batch."""
     bank_windows: int
@@ -217,6 +221,10 @@ class Study:
             for name in self.streams:
                 self.stream_config(name, size)
             for task, steps in own.steps.items():
+                if not (self.rotation_head and steps) and "rotation" in self._methods(task):
+                    raise ValueError(
+                        "'rotation' needs models trained for it: set rotation_head, and the steps of vision"
+                    )
                 shipped = model_config(task, size).norm
                 if steps is None and any(run.norm != shipped for run in self.runs(task)):
                     raise ValueError(
@@ -227,6 +235,10 @@ class Study:
         """The adaptations, at the learning rates of a size."""
         rates = self.sizes[size].learning_rates
         return {name: adaptation.at_rate(rates.get(name)) for name, adaptation in self.adaptations.items()}
+
+    def _methods(self, task: Task) -> set[str]:
+        used = {run.adaptation for run in self.runs(task)} - {NEVER}
+        return {self.adaptations[name].method for name in used}
 
     def stream_config(self, name: str, size: Size) -> StreamConfig:
         """A stream at the length of a size."""
@@ -290,7 +302,8 @@ class Study:
                 if METHODS[adaptation.method].task == task
             },
             "gates": {name: dataclasses.asdict(value) for name, value in self.gates.get(task, {}).items()},
-            "anchor_batches": self.anchor_batches,
+            "rotation_head": self.rotation_head,
+            "source_batches": self.source_batches,
             "window_batches": self.window_batches,
             "bank_windows": self.bank_windows,
             "runs": [dataclasses.asdict(run) for run in self.runs(task)],

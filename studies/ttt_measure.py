@@ -21,7 +21,7 @@ from moe.meter import EnergyCounter, open_meter
 from moe.model import MoEModel
 from moe.samples import SamplePool
 from moe.train import fit
-from moe.variants import with_norm
+from moe.variants import with_norm, with_rotation_head
 from moe.weights import load_model
 from studies.repeats import provenance, short_recipe
 from studies.ttt_config import METHODS, Adaptation, Run, Study
@@ -55,7 +55,7 @@ def run_repeat(study: Study, task: Task, size: Size, device: torch.device, seed:
         MeterUnavailableError: A CUDA device without an energy counter.
     """
     meter, own = open_meter(device), study.sizes[size]
-    pool = load_pool(task, model_config(task, size).context_length, device)
+    pool = load_pool(task, size, device)
     runs = study.runs(task)
     names = dict.fromkeys(run.stream for run in runs)
     streams = {name: make_stream(study.stream_config(name, size), pool, seed) for name in names}
@@ -98,6 +98,8 @@ def _trained(
     if steps is None:
         model = load_model(task, size, device)
         return model, {"config": config.to_dict(), "recipe": None, "n_params": model.n_params}
+    if study.rotation_head and task == "vision":
+        config = with_rotation_head(config)
     recipe = short_recipe(task, size, steps, batch_size=own.train_batch_size[task])
     print(f"{task}, seed {seed}: training norm {norm}", flush=True)
     model, _ = fit(config, recipe, device, seed)
@@ -142,7 +144,7 @@ class Bench:
         self._study, self._model, self._streams, self._meter = study, model, streams, meter
         self._adaptations = study.adaptations_at(size)
         self._clock = PhaseClock(model.position.device)
-        self._anchor: list[Tensor] | None = None
+        self._source: list[Tensor] | None = None
         self._prices: dict[str, Price] = {}
         self.power: PhasePower | None = None
         if meter is not None:
@@ -199,17 +201,23 @@ class Bench:
 
     def _learner(self, adaptation: Adaptation | None, guarded: bool) -> Learner:
         learner = Learner(self._model, adaptation, self._clock, guarded)
-        if adaptation is not None and METHODS[adaptation.method].settings is ttt.Eata:
-            ttt.fisher_anchor(self._model, learner.state, self._anchor_batches())
+        kind = None if adaptation is None else METHODS[adaptation.method].settings
+        if kind is ttt.Eata:
+            ttt.fisher_anchor(self._model, learner.state, self._source_batches())
+        if kind is ttt.RmsDynamicEvaluation:
+            ttt.gradient_rms(self._model, learner.state, self._source_batches())
         return learner
 
-    def _anchor_batches(self) -> Sequence[Tensor]:
-        """Clean training images for the anchor of `eata`: made before serving, and not among its costs."""
-        if self._anchor is None:
-            size = len(next(iter(self._streams.values()))[0].inputs)
-            images = data.load_vision("train")[0][: size * self._study.anchor_batches]
-            self._anchor = list(images.to(self._model.position.device).split(size))
-        return self._anchor
+    def _source_batches(self) -> Sequence[Tensor]:
+        """Clean training batches, shaped as those of the streams: seen before serving, not among its cost."""
+        if self._source is None:
+            shape = next(iter(self._streams.values()))[0].inputs.shape  # [B, ...]
+            vision = self._model.config.task == "vision"
+            train = data.load_vision("train")[0] if vision else data.load_language("prose", "train")
+            n = self._study.source_batches * shape.numel()
+            batches = train.flatten()[:n].view(-1, *shape)
+            self._source = list(batches.to(self._model.position.device))
+        return self._source
 
     def _price(self, name: str, batch: Batch) -> Price:
         """Price of serving and of a step: joules, or operations counted in matrix products.

@@ -24,7 +24,7 @@ from agents.report import wide_console
 from agents.rollout import Recording, play_twin
 from agents.rules import load_settings
 from agents.runs import load_policy, policy_label, write_origin
-from studies.routing_config import StudyError
+from studies.repeats import StudyError
 from studies.ttt_service_report import Played, write_report
 from studies.ttt_service_results import BASELINE
 from thermoe_env.env import ThermalMoEEnv

@@ -224,7 +224,7 @@ def test_limits_that_mean_nothing_are_refused(values):
         ttt.GuardSettings(**values)
 
 
-FAST = {"statistics_momentum": 0.5}  # short streams: three batches catch up with a shift, and with few classes
+FAST = {"statistics_momentum": 0.5}  # three batches catch up with a shift, and with few classes
 SHIPPED = {
     ttt.batch_statistics: ttt.BatchStatistics(**FAST),
     ttt.tent: ttt.Tent(**FAST),

@@ -120,7 +120,7 @@ def test_all_energy_of_a_stream_is_found_in_its_phases():
     model.requires_grad_(False).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = StreamConfig(task="vision", kinds=("clean",), batches=12, batch_size=8)
-    streams = {"shifts": make_stream(config, load_pool("vision", 0, device), 0)}
+    streams = {"shifts": make_stream(config, load_pool("vision", "tiny", device), 0)}
     bench = Bench(study, "tiny", model, streams, SteadyMeter(), "tent")
     assert bench.power is not None and set(bench.power.power_w) == set(PHASES)
     run = Run(stream="shifts", norm="batch", adaptation="tent", gate="always", budget=0.5, guarded=True)
@@ -138,7 +138,7 @@ def test_phases_add_up_to_the_counter_on_a_gpu():
     initialise(model, torch.Generator(device).manual_seed(0))
     model.requires_grad_(False).eval().cast_weights(torch.bfloat16)
     streams = {
-        "shifts": make_stream(study.stream_config("shifts", "base"), load_pool("vision", 0, device), 0)
+        "shifts": make_stream(study.stream_config("shifts", "base"), load_pool("vision", "tiny", device), 0)
     }
     bench = Bench(study, "base", model, streams, open_meter(device), "tent")
     run = Run(stream="shifts", norm="batch", adaptation="tent", gate="always", budget=None, guarded=True)

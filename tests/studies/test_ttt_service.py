@@ -20,7 +20,7 @@ from agents.policies import make_policy
 from agents.rollout import Recording, play_twin
 from moe.workload import STAT_NAMES
 from studies import ttt_service, ttt_service_report
-from studies.routing_config import StudyError
+from studies.repeats import StudyError
 from studies.ttt_service import Arguments, policies_of
 from studies.ttt_service_figures import AFTER_S, BEFORE_S, find_changes
 from studies.ttt_service_results import (
