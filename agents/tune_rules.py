@@ -6,10 +6,10 @@ configs/agents/rule_based.yaml that says how it was found.
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import tyro
@@ -20,8 +20,11 @@ from tqdm import tqdm
 from agents.policies import Policy
 from agents.rollout import play_twin
 from agents.rules import RuleBased, RuleConfig
+from agents.runs import write_file
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import configs_dir, load_scenario
+
+T = TypeVar("T")
 
 TUNING_SEEDS = tuple(range(910_000, 910_016))
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -62,36 +65,61 @@ def mean_return(problem: Problem, policy: Policy, seeds: tuple[int, ...]) -> flo
     return float(play_twin(problem, policy, seeds, "rules").reward.sum(axis=0).mean())
 
 
-def tune(config: TuneConfig) -> tuple[RuleConfig, float]:
-    """Search; returns the best thresholds and their mean return on the tuning seeds."""
-    problem = Problem.of(load_scenario(config.scenario))
-    whole = {name: isinstance(value, int) for name, value in asdict(RuleConfig()).items()}
+def search(
+    start: T, bounds: dict[str, tuple[float, float]], value: Callable[[T], float], trials: int, seed: int
+) -> tuple[T, float]:
+    """Look for the settings of the highest value by differential evolution; returns both.
 
-    def rules(x: np.ndarray) -> RuleConfig:
+    Args:
+        start: where to begin, a dataclass; what `bounds` does not name stays.
+        bounds: fields to vary, and their limits. A field that is an integer in `start` stays one.
+        value: of settings.
+        trials: settings to try, about.
+        seed: of the search.
+    """
+    whole = {name: isinstance(getattr(start, name), int) for name in bounds}
+
+    def settings(x: np.ndarray) -> T:
         values: dict[str, Any] = {}
-        for name, value in zip(BOUNDS, x, strict=True):
-            values[name] = int(value) if whole[name] else round(float(value), 4)
-        return RuleConfig(**values)
+        for name, number in zip(bounds, x, strict=True):
+            values[name] = int(number) if whole[name] else round(float(number), 4)
+        return replace(start, **values)  # type: ignore[type-var]
 
-    population = 3 * len(BOUNDS)
-    with tqdm(total=config.trials, desc="tune rules", unit="trial") as progress:
+    population = max(5, 3 * len(bounds))  # the method needs five
+    with tqdm(total=trials, desc=f"tune {', '.join(bounds)}"[:40], unit="trial") as progress:
 
         def loss(x: np.ndarray) -> float:
             progress.update()
-            return -mean_return(problem, RuleBased(problem, rules(x)), TUNING_SEEDS)
+            return -value(settings(x))
 
         found = differential_evolution(
             loss,
-            list(BOUNDS.values()),
-            integrality=[whole[name] for name in BOUNDS],
+            list(bounds.values()),
+            integrality=[whole[name] for name in bounds],
             popsize=3,
-            maxiter=max(1, config.trials // population - 1),
-            x0=[float(getattr(RuleConfig(), name)) for name in BOUNDS],
-            rng=np.random.default_rng(config.seed),
+            maxiter=max(1, trials // population - 1),
+            x0=[float(getattr(start, name)) for name in bounds],
+            rng=np.random.default_rng(seed),
             polish=False,
             tol=0.0,
         )
-    return rules(found.x), -float(found.fun)
+    return settings(found.x), -float(found.fun)
+
+
+def tune(config: TuneConfig) -> tuple[RuleConfig, float]:
+    """Search; returns the best thresholds and their mean return on the tuning seeds."""
+    problem = Problem.of(load_scenario(config.scenario))
+
+    def value(rules: RuleConfig) -> float:
+        return mean_return(problem, RuleBased(problem, rules), TUNING_SEEDS)
+
+    return search(RuleConfig(), BOUNDS, value, config.trials, config.seed)
+
+
+def write_settings(path: Path, note: str, settings: Any) -> None:
+    """Write a dataclass as YAML below a comment."""
+    lines = "".join(f"# {line}\n" for line in note.splitlines())
+    write_file(path, lines + yaml.safe_dump(asdict(settings), sort_keys=False))
 
 
 def main() -> None:
@@ -100,13 +128,11 @@ def main() -> None:
     rules, value = tune(config)
     path = config.out or configs_dir() / "agents" / "rule_based.yaml"
     note = (
-        f"# Thresholds of the staged rules: the best of those tried by `python -m agents.tune_rules\n"
-        f"# --scenario {config.scenario} --trials {config.trials} --seed {config.seed}`, "
-        f"mean return {value:.2f} on its tuning seeds.\n"
+        "Thresholds of the staged rules: the best of those tried by `python -m agents.tune_rules\n"
+        f"--scenario {config.scenario} --trials {config.trials} --seed {config.seed}`, "
+        f"mean return {value:.2f} on its tuning seeds."
     )
-    part = path.with_suffix(".part")
-    part.write_text(note + yaml.safe_dump(asdict(rules), sort_keys=False))
-    os.replace(part, path)
+    write_settings(path, note, rules)
     print(f"mean return {value:.2f}; wrote {path}")
 
 

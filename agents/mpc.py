@@ -1,0 +1,52 @@
+"""Model-predictive control: the planner on what can be known, `agents.belief`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+from agents.belief import Belief, BeliefConfig, without_luck
+from agents.planner import PlanConfig, Planner
+from thermoe_env.problem import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class MpcConfig:
+    """How to plan, and what to believe."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    belief: BeliefConfig = field(default_factory=BeliefConfig)
+
+
+class Mpc:
+    """Plans on its belief anew in every interval. Memory: a belief and a plan per environment."""
+
+    def __init__(self, problem: Problem, config: MpcConfig) -> None:
+        self._problem, self._config = without_luck(problem), config
+        self._planner = Planner(self._problem, config.plan)
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, Any]:
+        """First actions of the plans; see `Policy.predict`."""
+        planner, plan = self._planner, self._config.plan
+        start = np.ones(len(observation), bool) if state is None else episode_start
+        memory = []
+        for row, own in enumerate(observation):
+            if start is None or not start[row]:
+                belief, last = state[row]
+                belief.follow(own)
+                begin, rounds = planner.later(last), plan.rounds
+            else:
+                belief = Belief(self._problem, self._config.belief, own)
+                begin, rounds = planner.static_plan(), plan.first_rounds
+            memory.append((belief, planner.improved(belief.state, 0, begin, rounds)))
+        return np.array([plan[0] for _, plan in memory]), memory

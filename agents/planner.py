@@ -1,0 +1,169 @@
+"""The planner: it tries plans in copies of a twin and keeps the best, and the oracle, who knows the future.
+
+A plan holds an action for each of a few blocks of time, short ones first. From the last plan on, all changes
+of one knob are tried at once, in one block or from one block on; the best one is taken and the search goes on
+from there. Copies run the twin's own compiled functions from a given state, so the planner has no model of
+its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from agents.policies import Policy
+from thermoe_env.batch import BatchState, TwinBatch
+from thermoe_env.problem import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """How far, how finely and how hard to plan."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    blocks: tuple[int, ...] = (2, 4, 8, 10)
+    """Intervals for which a plan holds its actions, one after another."""
+    rounds: int = 3
+    """Changes of the plan that a decision takes at most."""
+    first_rounds: int = 12
+    """Likewise of an episode's first decision, which has no plan to begin with."""
+
+    def __post_init__(self) -> None:
+        if not self.blocks or min(self.blocks) < 1 or min(self.rounds, self.first_rounds) < 1:
+            raise ValueError(
+                "blocks need at least one length, lengths and rounds must be at least 1, got "
+                f"{self.blocks}, {self.rounds}, {self.first_rounds}"
+            )
+
+
+class Planner:
+    """Searches plans, int64 [blocks, controlled knobs]. Deterministic."""
+
+    def __init__(self, problem: Problem, config: PlanConfig) -> None:
+        """Build the copies: as many as a plan has neighbours, and one."""
+        self._knobs, self._config = problem.knobs, config
+        self._steps = problem.scenario.steps
+        blocks = len(config.blocks)
+        self._block_of = np.repeat(np.arange(blocks), config.blocks)  # [horizon]
+        self._changes = [
+            (slice(first, last), column, level)
+            for column, levels in enumerate(problem.knobs.nvec.tolist())
+            for level in range(levels)
+            for first in range(blocks)
+            for last in sorted({first + 1, blocks})
+        ]
+        self._copies = TwinBatch(problem, len(self._changes) + 1)
+
+    @property
+    def horizon(self) -> int:
+        """Intervals that a plan covers."""
+        return len(self._block_of)
+
+    def static_plan(self) -> np.ndarray:
+        """The plan of the static service."""
+        return np.tile(self._knobs.action(), (len(self._config.blocks), 1))
+
+    def later(self, plan: np.ndarray) -> np.ndarray:
+        """The plan as it looks an interval later; its last action goes on."""
+        begin = np.flatnonzero(np.diff(self._block_of, prepend=-1))  # [blocks]
+        return plan[self._block_of[np.minimum(begin + 1, self.horizon - 1)]]
+
+    def improved(self, source: BatchState, row: int, plan: np.ndarray, rounds: int) -> np.ndarray:
+        """The best plan that `rounds` changes lead to.
+
+        Args:
+            source: states of twins.
+            row: the one to plan for.
+            plan: where the search begins.
+            rounds: changes at most.
+        """
+        for _ in range(rounds):
+            plans = np.tile(plan, (len(self._changes) + 1, 1, 1))  # [copies, blocks, controlled]
+            for own, (span, column, level) in zip(plans[1:], self._changes, strict=True):
+                own[span, column] = level
+            best = int(self.returns(source, row, plans).argmax())
+            if best == 0:
+                break
+            plan = plans[best]
+        return plan
+
+    def returns(self, source: BatchState, row: int, plans: np.ndarray) -> np.ndarray:
+        """Sum of rewards of plans [copies, blocks, controlled] until the horizon or the episode ends, [copies]."""
+        self._copies.fork(source, row)
+        steps = min(self.horizon, self._steps - int(source.track["step"][row]))
+        total, running = np.zeros(len(plans)), np.ones(len(plans), bool)
+        index = [self._knobs.indices(plans[:, block], "multi_discrete") for block in range(plans.shape[1])]
+        for t in range(steps):
+            step = self._copies.step(index[self._block_of[t]])
+            total += np.where(running, step.reward, 0.0)
+            running &= ~step.terminated
+        return total
+
+
+class Oracle:
+    """The planner on the twin itself: its copies see the requests, budgets, shifts and devices to come.
+
+    What it earns is what better forecasts could bring the same planner, not what any policy could. It has to
+    know the episodes: `for_seeds` gives the policy that plays them.
+    """
+
+    def __init__(self, problem: Problem, config: PlanConfig) -> None:
+        self._problem, self._config = problem, config
+
+    def for_seeds(self, seeds: Sequence[int]) -> Policy:
+        """The policy for episodes of these seeds, in this order, from number 0 of each on."""
+        return _SeededOracle(self._problem, self._config, seeds)
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, Any]:
+        """Refused: an observation does not hold the future."""
+        raise ValueError("the oracle needs the seeds of its episodes: play `oracle.for_seeds(seeds)`, in a twin")
+
+
+class _SeededOracle:
+    """Plays its own copy of the episodes along. Memory: the plans."""
+
+    def __init__(self, problem: Problem, config: PlanConfig, seeds: Sequence[int]) -> None:
+        self._knobs, self._config, self._seeds = problem.knobs, config, seeds
+        self._planner = Planner(problem, config)
+        self._world = TwinBatch(problem, len(seeds))
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, Any]:
+        """Actions for the next interval; see `Policy.predict`.
+
+        Raises:
+            ValueError: the observation is not the one that the last actions lead to.
+        """
+        if state is None:
+            self._expected = self._world.reset(self._seeds)
+        if not np.array_equal(observation, self._expected):
+            raise ValueError(
+                "the oracle's episodes are not those that are played: it needs the twin of its problem, the seeds "
+                "it was made for, in order, and all of its actions to be played"
+            )
+        start = np.ones(len(observation), bool) if state is None else episode_start
+        plans = []
+        for row in range(len(observation)):
+            if start is None or not start[row]:
+                plan, rounds = self._planner.later(state[row]), self._config.rounds
+            else:
+                plan, rounds = self._planner.static_plan(), self._config.first_rounds
+            plans.append(self._planner.improved(self._world.state, row, plan, rounds))
+        action = np.array([plan[0] for plan in plans])
+        self._expected = self._world.step(self._knobs.indices(action, "multi_discrete")).observation
+        return action, plans
