@@ -26,7 +26,7 @@ class Mpc:
     """Plans on its belief anew in every interval. Memory: a belief and a plan per environment."""
 
     def __init__(self, problem: Problem, config: MpcConfig) -> None:
-        self._problem, self._config = without_luck(problem), config
+        self._problem, self._belief = without_luck(problem), config.belief
         self._planner = Planner(self._problem, config.plan)
 
     def predict(
@@ -37,16 +37,14 @@ class Mpc:
         deterministic: bool = True,
     ) -> tuple[np.ndarray, Any]:
         """First actions of the plans; see `Policy.predict`."""
-        planner, plan = self._planner, self._config.plan
         start = np.ones(len(observation), bool) if state is None else episode_start
         memory = []
         for row, own in enumerate(observation):
-            if start is None or not start[row]:
-                belief, last = state[row]
-                belief.follow(own)
-                begin, rounds = planner.later(last), plan.rounds
+            if start is not None and start[row]:
+                belief, plan = Belief(self._problem, self._belief, own), self._planner.static_plan()
             else:
-                belief = Belief(self._problem, self._config.belief, own)
-                begin, rounds = planner.static_plan(), plan.first_rounds
-            memory.append((belief, planner.improved(belief.state, 0, begin, rounds)))
+                belief, plan = state[row]
+                belief.follow(own)
+                plan = self._planner.later(plan)
+            memory.append((belief, self._planner.improved(belief.state, 0, plan)))
         return np.array([plan[0] for _, plan in memory]), memory

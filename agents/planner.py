@@ -1,14 +1,15 @@
 """The planner: it tries plans in copies of a twin and keeps the best, and the oracle, who knows the future.
 
-A plan holds an action for each of a few blocks of time, short ones first. From the last plan on, all changes
-of one knob are tried at once, in one block or from one block on; the best one is taken and the search goes on
-from there. Copies run the twin's own compiled functions from a given state, so the planner has no model of
-its own.
+A plan holds an action for each of a few blocks of time, short ones first (move blocking). From the last plan on,
+all moves are tried at once, each in a copy of the twin; the best one is taken and the search goes on from there
+until none helps. Copies run the twin's own compiled functions from a given state, so the planner has no model
+of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +19,10 @@ from agents.policies import Policy
 from thermoe_env.batch import BatchState, TwinBatch
 from thermoe_env.problem import Problem
 
+JOINT = ("batch_size", "expert_count", "ttt_steps")
+"""Knobs that the planner also changes together."""
+_KEEP = -1
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
@@ -25,18 +30,16 @@ class PlanConfig:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    blocks: tuple[int, ...] = (2, 4, 8, 10)
+    blocks: tuple[int, ...] = (1, 3, 6, 10)
     """Intervals for which a plan holds its actions, one after another."""
-    rounds: int = 3
-    """Changes of the plan that a decision takes at most."""
-    first_rounds: int = 12
-    """Likewise of an episode's first decision, which has no plan to begin with."""
+    rounds: int = 12
+    """Moves that a decision takes at most."""
 
     def __post_init__(self) -> None:
-        if not self.blocks or min(self.blocks) < 1 or min(self.rounds, self.first_rounds) < 1:
+        if not self.blocks or min(self.blocks) < 1 or self.rounds < 1:
             raise ValueError(
                 "blocks need at least one length, lengths and rounds must be at least 1, got "
-                f"{self.blocks}, {self.rounds}, {self.first_rounds}"
+                f"{self.blocks} and {self.rounds}"
             )
 
 
@@ -44,19 +47,37 @@ class Planner:
     """Searches plans, int64 [blocks, controlled knobs]. Deterministic."""
 
     def __init__(self, problem: Problem, config: PlanConfig) -> None:
-        """Build the copies: as many as a plan has neighbours, and one."""
-        self._knobs, self._config = problem.knobs, config
+        """Build the copies: one per move and one for the plan itself."""
+        self._knobs = problem.knobs
         self._steps = problem.scenario.steps
-        blocks = len(config.blocks)
-        self._block_of = np.repeat(np.arange(blocks), config.blocks)  # [horizon]
-        self._changes = [
-            (slice(first, last), column, level)
-            for column, levels in enumerate(problem.knobs.nvec.tolist())
-            for level in range(levels)
-            for first in range(blocks)
-            for last in sorted({first + 1, blocks})
-        ]
-        self._copies = TwinBatch(problem, len(self._changes) + 1)
+        self._blocks, self._rounds = len(config.blocks), config.rounds
+        self._block_of = np.repeat(np.arange(self._blocks), config.blocks)  # [horizon]
+        moves = [*self._changes(), *self._jumps()]
+        self._level = np.stack([np.full_like(moves[0], _KEEP), *moves])  # [copies, blocks, controlled]
+        self._copies = TwinBatch(problem, len(self._level))
+
+    def _changes(self) -> Iterator[np.ndarray]:
+        """Moves that change one knob, in one block or from it on: levels, `_KEEP` where the plan's stay."""
+        for column, levels in enumerate(self._knobs.nvec.tolist()):
+            for level, first in itertools.product(range(levels), range(self._blocks)):
+                for last in sorted({first + 1, self._blocks}):
+                    move = np.full((self._blocks, len(self._knobs.nvec)), _KEEP)
+                    move[first:last, column] = level
+                    yield move
+
+    def _jumps(self) -> Iterator[np.ndarray]:
+        """Moves that change what belongs together for the whole plan: batches, experts, a pulse of adaptation.
+
+        A plan that answers wrongly in small batches is stuck: to adapt pays, but not in such batches, and larger
+        batches do not pay for wrong answers.
+        """
+        columns = [c for c, name in enumerate(self._knobs.controlled) if name in JOINT]
+        for levels in itertools.product(*(range(self._knobs.nvec[c]) for c in columns)):
+            move = np.full((self._blocks, len(self._knobs.nvec)), _KEEP)
+            move[:, columns] = levels
+            if "ttt_steps" in self._knobs.controlled:
+                move[1:, self._knobs.controlled.index("ttt_steps")] = 0
+            yield move
 
     @property
     def horizon(self) -> int:
@@ -65,26 +86,23 @@ class Planner:
 
     def static_plan(self) -> np.ndarray:
         """The plan of the static service."""
-        return np.tile(self._knobs.action(), (len(self._config.blocks), 1))
+        return np.tile(self._knobs.action(), (self._blocks, 1))
 
     def later(self, plan: np.ndarray) -> np.ndarray:
         """The plan as it looks an interval later; its last action goes on."""
         begin = np.flatnonzero(np.diff(self._block_of, prepend=-1))  # [blocks]
         return plan[self._block_of[np.minimum(begin + 1, self.horizon - 1)]]
 
-    def improved(self, source: BatchState, row: int, plan: np.ndarray, rounds: int) -> np.ndarray:
-        """The best plan that `rounds` changes lead to.
+    def improved(self, source: BatchState, row: int, plan: np.ndarray) -> np.ndarray:
+        """The best plan that the best moves lead to.
 
         Args:
             source: states of twins.
             row: the one to plan for.
             plan: where the search begins.
-            rounds: changes at most.
         """
-        for _ in range(rounds):
-            plans = np.tile(plan, (len(self._changes) + 1, 1, 1))  # [copies, blocks, controlled]
-            for own, (span, column, level) in zip(plans[1:], self._changes, strict=True):
-                own[span, column] = level
+        for _ in range(self._rounds):
+            plans = np.where(self._level == _KEEP, plan, self._level)  # [copies, blocks, controlled]
             best = int(self.returns(source, row, plans).argmax())
             if best == 0:
                 break
@@ -133,7 +151,7 @@ class _SeededOracle:
     """Plays its own copy of the episodes along. Memory: the plans."""
 
     def __init__(self, problem: Problem, config: PlanConfig, seeds: Sequence[int]) -> None:
-        self._knobs, self._config, self._seeds = problem.knobs, config, seeds
+        self._knobs, self._seeds = problem.knobs, seeds
         self._planner = Planner(problem, config)
         self._world = TwinBatch(problem, len(seeds))
 
@@ -159,11 +177,9 @@ class _SeededOracle:
         start = np.ones(len(observation), bool) if state is None else episode_start
         plans = []
         for row in range(len(observation)):
-            if start is None or not start[row]:
-                plan, rounds = self._planner.later(state[row]), self._config.rounds
-            else:
-                plan, rounds = self._planner.static_plan(), self._config.first_rounds
-            plans.append(self._planner.improved(self._world.state, row, plan, rounds))
+            first = start is not None and start[row]
+            plan = self._planner.static_plan() if first else self._planner.later(state[row])
+            plans.append(self._planner.improved(self._world.state, row, plan))
         action = np.array([plan[0] for plan in plans])
         self._expected = self._world.step(self._knobs.indices(action, "multi_discrete")).observation
         return action, plans
