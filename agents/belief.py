@@ -9,10 +9,10 @@ loads observed. Nothing of the true future is used.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import numpy as np
 
+from agents.planner import PlanConfig
 from moe.queueing import SLOT_S
 from thermoe_env.batch import TwinBatch
 from thermoe_env.fields import FIELDS, decode
@@ -27,10 +27,8 @@ _LEAST_W = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class BeliefConfig:
-    """How observations are trusted, and how the load is expected to go on."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
+class MpcConfig(PlanConfig):
+    """How to plan, how observations are trusted, and how the load is expected to go on."""
 
     load_memory_s: float = 15.0
     """Time constant with which the load is expected to return to its 30 s average."""
@@ -38,6 +36,7 @@ class BeliefConfig:
     """Standard deviation of observed confidence and entropy about the profile's."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if min(self.load_memory_s, self.answer_noise) <= 0.0:
             raise ValueError(
                 "load_memory_s and answer_noise must be above 0, got "
@@ -61,10 +60,10 @@ def levels_in_force(problem: Problem, o: dict[str, np.ndarray]) -> np.ndarray:
 class Belief:
     """The state of one service, followed from observation to observation from an episode's beginning on.
 
-    Where a scenario has several devices, all are taken for as hot as the hottest and to share the power evenly.
+    Where a scenario has several devices, all are taken to be as hot as the hottest and to draw alike.
     """
 
-    def __init__(self, problem: Problem, config: BeliefConfig, first: np.ndarray) -> None:
+    def __init__(self, problem: Problem, config: MpcConfig, first: np.ndarray) -> None:
         """Begin an episode.
 
         Args:
@@ -135,7 +134,7 @@ class Belief:
         return int(self._log_odds.argmax())
 
     def _set_queue(self, o: dict[str, np.ndarray]) -> None:
-        """As many waiting requests as observed; beyond the field's range what the twin has, if that is more."""
+        """As many waiting as observed; at the end of the field's range what the twin has, if that is more."""
         server, arrivals = self.state.server, self.state.arrivals[0]
         for number, name in enumerate(("queue_interactive_s", "queue_deferrable_s")):
             arrived = int(arrivals[number, self._slot])
@@ -157,16 +156,21 @@ class Belief:
         devices["inlet_c"] = twin.inlet_c + seen["inlet_offset"]
         devices["r_die_c_per_w"] = twin.r_die_c_per_w * (1.0 + seen["die_gain"])
         devices["mem_offset_c"] = twin.mem_offset_c + seen["mem_drift"]
-        devices["die_c"], devices["mem_c"], devices["clock"] = o["temp_c"], o["mem_temp_c"], o["sm_clock_share"]
+        devices["die_c"], devices["mem_c"], devices["clock"] = (
+            o["temp_c"],
+            o["mem_temp_c"],
+            o["sm_clock_share"],
+        )
         drift = self.state.drift_c[:, self._second :]
         drift[:] = seen["inlet_drift"] * np.exp(-np.arange(drift.shape[1]) / twin.inlet_drift_tau_s)
 
     def _fill_arrivals(self, load: np.ndarray, interactive: float) -> None:
-        """Let requests arrive from now on: a load per slot, float [slots], and the share of the first class."""
-        slot, arrivals = self._slot, self.state.arrivals
+        """Let requests arrive from now on: load per slot, float [slots], and the interactive share."""
+        arrivals, first = self.state.arrivals, self._slot + 1
         total = (load * self._problem.capacity_rps * SLOT_S).cumsum()
         for number, share in enumerate((interactive, 1.0 - interactive)):
-            arrivals[:, number, slot + 1 : slot + 1 + len(load)] = arrivals[0, number, slot] + np.rint(total * share)
+            so_far = arrivals[0, number, first - 1]
+            arrivals[:, number, first : first + len(load)] = so_far + np.rint(total * share)
 
     def _expect_requests(self, load: float, average: float, interactive: float) -> None:
         """Let the load go back to its average."""
@@ -176,7 +180,7 @@ class Belief:
         self._fill_arrivals(average + (load - average) * fading, interactive)
 
     def _expect_budget(self, o: dict[str, np.ndarray]) -> None:
-        """The budget as announced. Where it rises nothing says how far, so it is expected to be the normal one."""
+        """The budget as announced. Nothing says how far it rises: then the normal one is expected."""
         budget, scenario = self.state.budget_w, self._problem.scenario
         now, ahead = float(o["budget_w"]), float(o["budget_ahead_w"])
         begin, change = self._step, round(float(o["budget_change_s"]) / scenario.interval_s)

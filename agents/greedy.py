@@ -25,12 +25,12 @@ from thermoe_env.reward import REWARD_TERMS, reward_terms
 
 _FIXED_POINT_STEPS = 12
 _SEEN = (
-    "rate_0", "rate_1", "queue_0", "queue_1", "oldest_0", "oldest_1", "clock", "power_w", "budget_w", "over_c",
-    "shift",
+    "rate_0", "rate_1", "queue_0", "queue_1", "oldest_0", "oldest_1", "clock", "power_w", "budget_w",
+    "over_c", "shift",
 )  # fmt: skip
 _SEEN_DTYPE = np.dtype([(name, np.float64) for name in _SEEN])
-"""What one prediction goes by: arrivals per second, waiting requests and the oldest's age per class, clock
-fraction left by throttling, power now, budget to keep, degrees above the limit to keep, index of the shift."""
+"""What a prediction goes by: arrivals per second, waiting requests and the oldest's age per class; clock
+fraction that throttling leaves, power now, budget to keep, degrees above the limit to keep, input shift."""
 _DEVICE_DTYPE = np.dtype([(name, np.float64) for name in ("idle_w", "cap_w", "r_die_c_per_w", "interval_s")])
 
 
@@ -167,6 +167,7 @@ class Greedy:
         ]
         self.actions = np.array(list(itertools.product(*ranges)), np.int64)  # [actions, controlled]
         self._index = problem.knobs.indices(self.actions, "multi_discrete")  # [actions, knobs]
+        self._tables = problem.tables
         self._terms, self._prices = terms_of(problem), prices_of(problem)
         devices, twin = len(problem.scenario.devices), problem.twin
         self._device = np.array(
@@ -187,7 +188,7 @@ class Greedy:
         reward = np.empty((len(seen), len(self._index)))
         problem = self._problem
         _predict_all(
-            problem.tables, self._state, problem.knobs.level_table, self._index, problem.quality_floor, seen,
+            self._tables, self._state, problem.knobs.level_table, self._index, problem.quality_floor, seen,
             self._device, self._terms, self._prices, reward,
         )  # fmt: skip
         return reward
@@ -227,7 +228,7 @@ class Greedy:
         for name in ("expert_count", "routing_bias"):
             highest = max(1, len(knobs.levels[name]) - 1)
             level[name] = np.rint(o[f"{name}_level"] * highest).astype(np.int64)  # [n]
-        measured = self._problem.tables.answer_pure[
+        measured = self._tables.answer_pure[
             shifts[:, None], self._state[shifts][:, None], level["expert_count"], level["routing_bias"]
         ]  # [shifts, n, 3]
         off = np.abs(measured[..., 1] - o["confidence"]) + np.abs(measured[..., 2] - o["entropy"])

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from agents.belief import Belief, BeliefConfig, without_luck
-from agents.planner import PlanConfig, Planner
+from agents.belief import Belief, MpcConfig, without_luck
+from agents.planner import Planner
 from thermoe_env.problem import Problem
-
-
-@dataclass(frozen=True, kw_only=True)
-class MpcConfig:
-    """How to plan, and what to believe."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-
-    plan: PlanConfig = field(default_factory=PlanConfig)
-    belief: BeliefConfig = field(default_factory=BeliefConfig)
 
 
 class Mpc:
     """Plans on its belief anew in every interval. Memory: a belief and a plan per environment."""
 
     def __init__(self, problem: Problem, config: MpcConfig) -> None:
-        self._problem, self._belief = without_luck(problem), config.belief
-        self._planner = Planner(self._problem, config.plan)
+        self._problem, self._config = without_luck(problem), config
+        self._planner = Planner(self._problem, config)
 
     def predict(
         self,
@@ -37,11 +26,10 @@ class Mpc:
         deterministic: bool = True,
     ) -> tuple[np.ndarray, Any]:
         """First actions of the plans; see `Policy.predict`."""
-        start = np.ones(len(observation), bool) if state is None else episode_start
         memory = []
         for row, own in enumerate(observation):
-            if start is not None and start[row]:
-                belief, plan = Belief(self._problem, self._belief, own), self._planner.static_plan()
+            if state is None or (episode_start is not None and episode_start[row]):
+                belief, plan = Belief(self._problem, self._config, own), self._planner.static_plan()
             else:
                 belief, plan = state[row]
                 belief.follow(own)

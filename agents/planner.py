@@ -1,9 +1,8 @@
 """The planner: it tries plans in copies of a twin and keeps the best, and the oracle, who knows the future.
 
-A plan holds an action for each of a few blocks of time, short ones first (move blocking). From the last plan on,
-all moves are tried at once, each in a copy of the twin; the best one is taken and the search goes on from there
-until none helps. Copies run the twin's own compiled functions from a given state, so the planner has no model
-of its own.
+A plan holds an action for each of a few blocks of time, short ones first (move blocking). From the last plan
+on, all moves are tried at once, each in a copy of the twin; the best one is taken, and the search goes on from
+there until none helps. Copies run the twin's own compiled functions from a given state: there is no other model.
 """
 
 from __future__ import annotations
@@ -66,10 +65,10 @@ class Planner:
                     yield move
 
     def _jumps(self) -> Iterator[np.ndarray]:
-        """Moves that change what belongs together for the whole plan: batches, experts, a pulse of adaptation.
+        """Moves that set batches, experts and a pulse of adaptation for the whole plan.
 
-        A plan that answers wrongly in small batches is stuck: to adapt pays, but not in such batches, and larger
-        batches do not pay for wrong answers.
+        A plan that answers wrongly in small batches is stuck else: to adapt pays, but not in such batches, and
+        larger ones do not pay for wrong answers.
         """
         columns = [c for c, name in enumerate(self._knobs.controlled) if name in JOINT]
         for levels in itertools.product(*(range(self._knobs.nvec[c]) for c in columns)):
@@ -110,7 +109,7 @@ class Planner:
         return plan
 
     def returns(self, source: BatchState, row: int, plans: np.ndarray) -> np.ndarray:
-        """Sum of rewards of plans [copies, blocks, controlled] until the horizon or the episode ends, [copies]."""
+        """Rewards of plans [copies, blocks, controlled] up to the horizon or the episode's end, [copies]."""
         self._copies.fork(source, row)
         steps = min(self.horizon, self._steps - int(source.track["step"][row]))
         total, running = np.zeros(len(plans)), np.ones(len(plans), bool)
@@ -144,7 +143,7 @@ class Oracle:
         deterministic: bool = True,
     ) -> tuple[np.ndarray, Any]:
         """Refused: an observation does not hold the future."""
-        raise ValueError("the oracle needs the seeds of its episodes: play `oracle.for_seeds(seeds)`, in a twin")
+        raise ValueError("the oracle must know its episodes: play `oracle.for_seeds(seeds)`, in a twin")
 
 
 class _SeededOracle:
@@ -171,13 +170,12 @@ class _SeededOracle:
             self._expected = self._world.reset(self._seeds)
         if not np.array_equal(observation, self._expected):
             raise ValueError(
-                "the oracle's episodes are not those that are played: it needs the twin of its problem, the seeds "
-                "it was made for, in order, and all of its actions to be played"
+                "the oracle's episodes are not those that are played: it needs the twin of its problem, the "
+                "seeds it was made for, in order, and all of its actions to be played"
             )
-        start = np.ones(len(observation), bool) if state is None else episode_start
         plans = []
         for row in range(len(observation)):
-            first = start is not None and start[row]
+            first = state is None or (episode_start is not None and episode_start[row])
             plan = self._planner.static_plan() if first else self._planner.later(state[row])
             plans.append(self._planner.improved(self._world.state, row, plan))
         action = np.array([plan[0] for plan in plans])

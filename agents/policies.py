@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from agents.throttles import THROTTLES, Throttle, ThrottleConfig
 from thermoe_env.problem import Problem
 
 
@@ -53,8 +54,8 @@ def for_episodes(policy: Policy, seeds: Sequence[int], world: str) -> Policy:
         return policy
     if world != "twin":
         raise ValueError(
-            f"{type(policy).__name__} plans on the future of a twin's episode, which world {world!r} does not "
-            "have: play it in the twin, or `mpc`, which plans on forecasts"
+            f"{type(policy).__name__} plans on the future of a twin's episode, which world {world!r} does "
+            "not have: play it in the twin, or play `mpc`, which plans on forecasts"
         )
     return policy.for_seeds(seeds)
 
@@ -122,7 +123,8 @@ def _greedy(problem: Problem) -> Policy:
 
 
 def _mpc(problem: Problem) -> Policy:
-    from agents.mpc import Mpc, MpcConfig
+    from agents.belief import MpcConfig
+    from agents.mpc import Mpc
     from agents.rules import load_settings
 
     return Mpc(problem, load_settings(MpcConfig, "mpc"))
@@ -138,14 +140,11 @@ def _oracle(problem: Problem) -> Policy:
 def _throttle(name: str) -> Callable[[Problem], Policy]:
     def make(problem: Problem) -> Policy:
         from agents.rules import load_settings
-        from agents.throttles import Throttle, ThrottleConfig
 
         return Throttle(problem, load_settings(ThrottleConfig, name), name)
 
     return make
 
-
-THROTTLES = ("pid", "batch_only", "experts_only", "routing_only", "clock_only", "pace_only")
 
 POLICIES: dict[str, Callable[[Problem], Policy]] = {
     "static": _static,
@@ -157,8 +156,8 @@ POLICIES: dict[str, Callable[[Problem], Policy]] = {
     "mpc": _mpc,
     "oracle": _oracle,
 }
-"""Policies by name: the standard MoE service, the best fixed setting, the staged rules, chance, PID control of
-several knobs and of single ones, the best next interval, plans on forecasts, and plans on the true future."""
+"""Policies by name: the standard MoE service, the best fixed setting, the staged rules, chance, PID control
+of several knobs and of single ones, the best next interval, plans on forecasts and on the true future."""
 
 
 def make_policy(name: str, problem: Problem) -> Policy:

@@ -17,6 +17,16 @@ from thermoe_env.fields import decode
 from thermoe_env.knobs import KNOB_NAMES
 from thermoe_env.problem import Problem
 
+THROTTLES: dict[str, tuple[str, ...]] = {
+    "pid": ("routing_bias", "expert_count", "batch_size", "ttt_steps"),
+    "batch_only": ("batch_size",),
+    "experts_only": ("expert_count",),
+    "routing_only": ("routing_bias",),
+    "clock_only": ("sm_clock",),
+    "pace_only": ("pace",),
+}
+"""Policies of this kind, and the knobs that they lower, in order: what costs least quality comes first."""
+
 HEAT_SPAN_C = 10.0
 """Degrees that strain as much as power of a whole budget."""
 
@@ -108,9 +118,9 @@ class Throttle:
         missing = [knob for knob in needed if knob not in controlled]
         if missing:
             raise ValueError(
-                f"policy {name!r} steers {', '.join(missing)}, which scenario {problem.scenario.name!r} does not "
-                f"control: add it to the scenario's `knobs` (now {list(controlled)}), in its file or by an "
-                f"override such as knobs={[*controlled, *missing]}"
+                f"policy {name!r} steers {', '.join(missing)}, which scenario {problem.scenario.name!r} does "
+                f"not control: add it to the scenario's `knobs` (now {list(controlled)}), in its file or by "
+                f"an override such as knobs={[*controlled, *missing]}"
             )
         self._start = problem.knobs.action()  # [controlled]
         if config.adapt_steps:
@@ -144,8 +154,8 @@ class Throttle:
         depth = np.array([pid(-value, dt=self._interval_s) for pid, value in pairs])  # [n], in [0, 1]
         lowered = np.rint(depth * self._levels.sum())[:, None]
         action = np.tile(self._start, (len(observation), 1))
-        action[:, self._columns] += (
-            self._direction * np.clip(lowered - self._before, 0, self._levels).astype(np.int64)
+        action[:, self._columns] += self._direction * np.clip(lowered - self._before, 0, self._levels).astype(
+            np.int64
         )
         return action, controllers
 
