@@ -1,8 +1,8 @@
 """The planner: it tries plans in copies of a twin and keeps the best, and the oracle, who knows the future.
 
 A plan holds an action for each of a few blocks of time, short ones first (move blocking). From the last plan
-on, all moves are tried at once, each in a copy of the twin; the best one is taken, and the search goes on from
-there until none helps. Copies run the twin's own compiled functions from a given state: there is no other model.
+on, all moves are tried at once, each in a copy of the twin; the best is taken, and the search goes on from
+there until none helps. Copies run the twin's own compiled functions from a given state.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Planner:
     def _jumps(self) -> Iterator[np.ndarray]:
         """Moves that set batches, experts and a pulse of adaptation for the whole plan.
 
-        A plan that answers wrongly in small batches is stuck else: to adapt pays, but not in such batches, and
+        A plan that answers wrongly in small batches is stuck else: adapting does not pay in such batches, and
         larger ones do not pay for wrong answers.
         """
         columns = [c for c, name in enumerate(self._knobs.controlled) if name in JOINT]
