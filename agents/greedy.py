@@ -18,7 +18,7 @@ from moe.batching import NEVER_S, trigger_period
 from moe.queueing import jit
 from thermoe_env.fields import decode
 from thermoe_env.interval import prices_of
-from thermoe_env.physics import capped_power_w, clock_power_factor
+from thermoe_env.physics import capped_power_w, clock_power_factor, idle_reference_w
 from thermoe_env.problem import Problem
 from thermoe_env.profiled import batch_cost, terms_of
 from thermoe_env.reward import REWARD_TERMS, reward_terms
@@ -31,7 +31,9 @@ _SEEN = (
 _SEEN_DTYPE = np.dtype([(name, np.float64) for name in _SEEN])
 """What a prediction goes by: arrivals per second, waiting requests and the oldest's age per class; clock
 fraction that throttling leaves, power now, budget to keep, degrees above the limit to keep, input shift."""
-_DEVICE_DTYPE = np.dtype([(name, np.float64) for name in ("idle_w", "cap_w", "r_die_c_per_w", "interval_s")])
+_DEVICE = ("idle_w", "low_clock_w", "low_clock", "cap_w", "r_die_c_per_w", "interval_s")
+_DEVICE_DTYPE = np.dtype([(name, np.float64) for name in _DEVICE])
+"""All devices together: idle power at full and at the low clock, that clock's fraction, power cap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,8 @@ def _predict(cost, levels, index, accuracy, floor, seen, device, terms, prices, 
         late += seen.rate_1 * left_s * _share_above(0.0, wait, terms.deadline_1 - latency / clock)
         served += rate * left_s
     dynamic_w = energy * clock_power_factor(clock) / clock / device.interval_s
-    power_w = capped_power_w(device.idle_w, dynamic_w, device.cap_w)
+    idle_w = idle_reference_w(device.idle_w, device.low_clock_w, clock, device.low_clock)
+    power_w = capped_power_w(idle_w, dynamic_w, device.cap_w)
     over_c = seen.over_c + device.r_die_c_per_w * (power_w - seen.power_w)  # the die follows at once
     return reward_terms(
         prices, accuracy * (served - late), power_w * device.interval_s, late + waiting_late, power_w,
@@ -173,8 +176,9 @@ class Greedy:
         self._device = np.array(
             [
                 (
-                    devices * twin.idle_power_w, devices * twin.power_cap_w, twin.r_die_c_per_w / devices,
-                    problem.scenario.interval_s,
+                    devices * twin.idle_power_w, devices * twin.low_clock_power_w,
+                    twin.low_clock_mhz / twin.max_clock_mhz, devices * twin.power_cap_w,
+                    twin.r_die_c_per_w / devices, problem.scenario.interval_s,
                 )
             ],
             _DEVICE_DTYPE,

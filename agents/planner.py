@@ -53,7 +53,7 @@ class Planner:
         self._block_of = np.repeat(np.arange(self._blocks), config.blocks)  # [horizon]
         moves = [*self._changes(), *self._jumps()]
         self._level = np.stack([np.full_like(moves[0], _KEEP), *moves])  # [copies, blocks, controlled]
-        self._copies = TwinBatch(problem, len(self._level))
+        self._twins = TwinBatch(problem, len(self._level))
 
     def _changes(self) -> Iterator[np.ndarray]:
         """Moves that change one knob, in one block or from it on: levels, `_KEEP` where the plan's stay."""
@@ -77,6 +77,11 @@ class Planner:
             if "ttt_steps" in self._knobs.controlled:
                 move[1:, self._knobs.controlled.index("ttt_steps")] = 0
             yield move
+
+    @property
+    def copies(self) -> int:
+        """Plans that are tried at once."""
+        return len(self._level)
 
     @property
     def horizon(self) -> int:
@@ -110,12 +115,12 @@ class Planner:
 
     def returns(self, source: BatchState, row: int, plans: np.ndarray) -> np.ndarray:
         """Rewards of plans [copies, blocks, controlled] up to the horizon or the episode's end, [copies]."""
-        self._copies.fork(source, row)
+        self._twins.fork(source, row)
         steps = min(self.horizon, self._steps - int(source.track["step"][row]))
         total, running = np.zeros(len(plans)), np.ones(len(plans), bool)
         index = [self._knobs.indices(plans[:, block], "multi_discrete") for block in range(plans.shape[1])]
         for t in range(steps):
-            step = self._copies.step(index[self._block_of[t]])
+            step = self._twins.step(index[self._block_of[t]])
             total += np.where(running, step.reward, 0.0)
             running &= ~step.terminated
         return total
