@@ -38,7 +38,8 @@ class ThrottleConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     knobs: tuple[str, ...]
-    """What is lowered, in this order: the second once the first is at its cheapest level."""
+    """What is lowered, in this order: the second once the first is at its cheapest level. Of several, those
+    that a scenario does not control are passed over."""
     proportional: float = 1.0
     integral: float = 0.2
     """Per second."""
@@ -48,8 +49,8 @@ class ThrottleConfig:
     """Share of the budget from which power strains: this much below it."""
     heat_margin_c: float = 2.0
     """Margin to the temperature limit from which heat strains."""
-    adapt_steps: int = 0
-    """Adaptation steps per batch without strain; the static service has none."""
+    adapt_steps: int | None = None
+    """Adaptation steps per batch without strain, where they are controlled; None: the static service's."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.knobs if name not in KNOB_NAMES]
@@ -60,7 +61,7 @@ class ThrottleConfig:
                 "proportional, integral and derivative must not be negative, got "
                 f"{self.proportional}, {self.integral}, {self.derivative}"
             )
-        if not self.budget_margin < 1.0 or self.adapt_steps < 0:
+        if not self.budget_margin < 1.0 or (self.adapt_steps or 0) < 0:
             raise ValueError(
                 f"budget_margin must be below 1 and adapt_steps not negative, got {self.budget_margin} and "
                 f"{self.adapt_steps}"
@@ -109,30 +110,29 @@ class Throttle:
             name: of the policy, for messages.
 
         Raises:
-            ValueError: the scenario does not control a knob, or none of them can be lowered.
+            ValueError: the scenario controls none of the knobs, or none of those can be lowered.
         """
         self._config = config
         self._interval_s = problem.scenario.interval_s
         controlled = problem.knobs.controlled
-        needed = config.knobs + (("ttt_steps",) if config.adapt_steps else ())
-        missing = [knob for knob in needed if knob not in controlled]
-        if missing:
+        knobs = [knob for knob in config.knobs if knob in controlled]
+        if not knobs:
             raise ValueError(
-                f"policy {name!r} steers {', '.join(missing)}, which scenario {problem.scenario.name!r} does "
-                f"not control: add it to the scenario's `knobs` (now {list(controlled)}), in its file or by "
-                f"an override such as knobs={[*controlled, *missing]}"
+                f"policy {name!r} steers {', '.join(config.knobs)}, which scenario {problem.scenario.name!r} "
+                f"does not control: add it to the scenario's `knobs` (now {list(controlled)}), in its file "
+                f"or by an override such as knobs={[*controlled, *config.knobs]}"
             )
         self._start = problem.knobs.action()  # [controlled]
-        if config.adapt_steps:
+        if config.adapt_steps is not None and "ttt_steps" in controlled:
             self._start = problem.knobs.action(ttt_steps=config.adapt_steps)
-        self._columns = [controlled.index(knob) for knob in config.knobs]
-        cheapest = np.array([cheapest_level(problem, knob) for knob in config.knobs])
+        self._columns = [controlled.index(knob) for knob in knobs]
+        cheapest = np.array([cheapest_level(problem, knob) for knob in knobs])
         way = cheapest - self._start[self._columns]
         self._direction, self._levels = np.sign(way), np.abs(way)  # [knobs]
         self._before = self._levels.cumsum() - self._levels  # levels that the knobs before take
         if not self._levels.any():
             raise ValueError(
-                f"policy {name!r} cannot lower {', '.join(config.knobs)}: the static service of scenario "
+                f"policy {name!r} cannot lower {', '.join(knobs)}: the static service of scenario "
                 f"{problem.scenario.name!r} is at the cheapest level already; change the scenario's `static`"
             )
 

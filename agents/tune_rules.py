@@ -77,8 +77,9 @@ class Tunable:
 
 
 def _throttle(name: str) -> Tunable:
-    bounds = THROTTLE_BOUNDS | ({"adapt_steps": (0, 2)} if "ttt_steps" in THROTTLES[name] else {})
-    start = ThrottleConfig(knobs=THROTTLES[name])
+    start, bounds = ThrottleConfig(knobs=THROTTLES[name]), THROTTLE_BOUNDS
+    if "ttt_steps" in start.knobs:
+        start, bounds = replace(start, adapt_steps=0), bounds | {"adapt_steps": (0, 2)}
     return Tunable(start, bounds, lambda problem, config: Throttle(problem, config, name))
 
 

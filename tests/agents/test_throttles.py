@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -143,3 +144,12 @@ def test_what_a_throttle_refuses(problem: Problem, tmp_path: Any) -> None:
 def test_shipped_settings(problem: Problem, name: str) -> None:
     assert load_settings(ThrottleConfig, name).knobs == THROTTLES[name]
     assert levels(make_policy(name, problem), [CALM])[0].shape == problem.knobs.nvec.shape
+
+
+def test_several_knobs_pass_over_what_is_not_controlled(problem: Problem) -> None:
+    few = replace(problem, knobs=replace(problem.knobs, controlled=("expert_count", "pace")))
+    both = levels(
+        Throttle(few, ThrottleConfig(knobs=("routing_bias", "pace"), adapt_steps=1)), [CALM] + [HOT] * 40
+    )
+    only = levels(Throttle(few, ThrottleConfig(knobs=("pace",))), [CALM] + [HOT] * 40)
+    np.testing.assert_array_equal(both, only)
