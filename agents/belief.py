@@ -32,7 +32,7 @@ class MpcConfig(PlanConfig):
 
     load_memory_s: float = 15.0
     """Time constant with which the load is expected to return to its 30 s average."""
-    answer_noise: float = 0.01
+    answer_noise: float = 0.004
     """Standard deviation of observed confidence and entropy about the profile's."""
 
     def __post_init__(self) -> None:

@@ -180,8 +180,10 @@ class _SeededOracle:
             )
         plans = []
         for row in range(len(observation)):
-            first = state is None or (episode_start is not None and episode_start[row])
-            plan = self._planner.static_plan() if first else self._planner.later(state[row])
+            if state is None or (episode_start is not None and episode_start[row]):
+                plan = self._planner.static_plan()
+            else:
+                plan = self._planner.later(state[row])
             plans.append(self._planner.improved(self._world.state, row, plan))
         action = np.array([plan[0] for plan in plans])
         self._expected = self._world.step(self._knobs.indices(action, "multi_discrete")).observation

@@ -55,7 +55,7 @@ THROTTLE_BOUNDS: Bounds = {
     "proportional": (0.0, 5.0),
     "integral": (0.0, 2.0),
     "derivative": (0.0, 2.0),
-    "budget_margin": (-0.3, 0.5),
+    "budget_margin": (-1.5, 0.5),
     "heat_margin_c": (-2.0, 12.0),
 }
 GREEDY_BOUNDS: Bounds = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from thermoe_env.fields import RAW_DTYPE, encode_row
+from thermoe_env.fields import FIELDS, RAW_DTYPE, encode_row
 
 
 def observation(**values: float) -> np.ndarray:
@@ -19,6 +19,6 @@ def observation(**values: float) -> np.ndarray:
     raw = np.zeros(1, RAW_DTYPE)
     for name, value in (calm | values).items():
         raw[name] = value
-    encoded = np.zeros((1, len(RAW_DTYPE)), np.float32)
+    encoded = np.zeros((1, len(FIELDS)), np.float32)
     encode_row(raw.view(np.float64), encoded[0])
     return encoded
