@@ -82,6 +82,7 @@ class Belief:
         self.state = self._twins.state
         """Rows alike [S]; `agents.planner` plans for any of them."""
         self.state.arrivals[:], self.state.drift_c[:] = 0, 0.0
+        self.state.devices["shutdown_c"] = np.inf  # a belief must not end the episode
         traffic = scenario.traffic
         middle = 0.5 * (traffic.low_load + traffic.high_load)
         self._expect_requests(middle, middle, traffic.interactive_share)
