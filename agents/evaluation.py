@@ -12,7 +12,7 @@ from rich.console import Console
 
 from agents.figures import write_figures
 from agents.metrics import episode_metrics, steps_table, summarize
-from agents.policies import Policy
+from agents.policies import Policy, for_episodes
 from agents.report import print_summary, wide_console, write_report
 from agents.rollout import Recording, cool_down, play_live, play_twin
 from agents.runs import load_policy, new_run_folder, policy_label, write_origin
@@ -207,6 +207,8 @@ def _policies(config: EvaluateConfig, problem: Problem, twin: Problem) -> dict[s
         # meter: levels stand for each other in order. A checkpoint has no other machine's profile.
         home = twin if name == "best_constant" else problem
         policies[label] = load_policy(name, home, config.trust_pickle)
+        if config.live:
+            for_episodes(policies[label], config.seed_list, "live")  # refused now, not after hours
     return policies
 
 

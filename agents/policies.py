@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from agents.gating import GATES, Gated, load_gate_config
+from agents.throttles import THROTTLES, Throttle, ThrottleConfig
 from thermoe_env.problem import Problem
 
 
@@ -33,6 +34,31 @@ class Policy(Protocol):
             (int64 [n, controlled knobs], state)
         """
         ...
+
+
+@runtime_checkable
+class ForeseeingPolicy(Policy, Protocol):
+    """A policy that knows the future of a twin's episodes, so it has to be told which they are."""
+
+    def for_seeds(self, seeds: Sequence[int]) -> Policy:
+        """The policy that plays episodes of these seeds, all at once and in this order, from number 0 on."""
+        ...
+
+
+def for_episodes(policy: Policy, seeds: Sequence[int], world: str) -> Policy:
+    """The policy that plays episodes of these seeds: another one only where it foresees them.
+
+    Raises:
+        ValueError: it does, but the world is not the twin.
+    """
+    if not isinstance(policy, ForeseeingPolicy):
+        return policy
+    if world != "twin":
+        raise ValueError(
+            f"{type(policy).__name__} plans on the future of a twin's episode, which world {world!r} does "
+            "not have: play it in the twin, or play `mpc`, which plans on forecasts"
+        )
+    return policy.for_seeds(seeds)
 
 
 class ConstantPolicy:
@@ -98,15 +124,51 @@ def _gated(rule: str) -> Callable[[Problem], Policy]:
     return make
 
 
+def _greedy(problem: Problem) -> Policy:
+    from agents.greedy import Greedy, GreedyConfig
+    from agents.rules import load_settings
+
+    return Greedy(problem, load_settings(GreedyConfig, "greedy"))
+
+
+def _mpc(problem: Problem) -> Policy:
+    from agents.belief import MpcConfig
+    from agents.mpc import Mpc
+    from agents.rules import load_settings
+
+    return Mpc(problem, load_settings(MpcConfig, "mpc"))
+
+
+def _oracle(problem: Problem) -> Policy:
+    from agents.planner import Oracle, PlanConfig
+    from agents.rules import load_settings
+
+    return Oracle(problem, load_settings(PlanConfig, "oracle"))
+
+
+def _throttle(name: str) -> Callable[[Problem], Policy]:
+    def make(problem: Problem) -> Policy:
+        from agents.rules import load_settings
+
+        return Throttle(problem, load_settings(ThrottleConfig, name), name)
+
+    return make
+
+
 POLICIES: dict[str, Callable[[Problem], Policy]] = {
     "static": _static,
     "best_constant": _best_constant,
     "rule_based": _rule_based,
     "random": _random,
     **{f"gate-{rule}": _gated(rule) for rule in GATES},
+    **{name: _throttle(name) for name in THROTTLES},
+    "greedy": _greedy,
+    "mpc": _mpc,
+    "oracle": _oracle,
 }
-"""Policies by name: the standard MoE service, the best fixed setting, the staged rules, chance, and gates
-that decide when a base policy adapts."""
+"""Policies by name: the standard MoE service, the best fixed setting, the staged rules, chance, gates that
+decide when a base policy adapts, PID control of several knobs and of single ones, the best next interval,
+plans on forecasts and on the true future."""
 
 
 def make_policy(name: str, problem: Problem) -> Policy:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from agents.policies import Policy
+from agents.policies import Policy, for_episodes
 from moe.workload import STAT_NAMES
 from thermoe_env.batch import TwinBatch
 from thermoe_env.env import ThermalMoEEnv
@@ -134,6 +134,7 @@ def play_twin(problem: Problem, policy: Policy, seeds: Sequence[int], name: str 
         )
         data["budget_w"][:, i] = budget[: scenario.steps]
     length, shut_down = np.zeros(n, np.int64), np.zeros(n, bool)
+    policy = for_episodes(policy, seeds, "twin")
     observation, state, start = batch.reset(seeds), None, np.ones(n, bool)
     running = np.ones(n, bool)
     for t in tqdm(range(scenario.steps), desc=f"{name}, {n} episodes", unit="step", delay=2.0, leave=False):
@@ -189,13 +190,14 @@ def play_live(
         on_step: called after each interval with its number and `info`.
 
     Raises:
-        ValueError: another action mode.
+        ValueError: another action mode, or a policy that foresees a twin in another world.
         ThermoeError: the world failed at its reset.
     """
     if env.action_mode != "multi_discrete":
         raise ValueError(
             f"policies answer with levels: action_mode must be 'multi_discrete', got {env.action_mode!r}"
         )
+    policy = for_episodes(policy, [seed], env.world)
     problem = env.problem
     steps = problem.scenario.steps
     data = _empty(steps, 1, problem.profile.expert_share.shape[2:])

@@ -1,7 +1,7 @@
-"""Tune the rules' thresholds in the twin: `python -m agents.tune_rules`.
+"""Tune a rule's settings in the twin: `python -m agents.tune_rules --policy pid`.
 
-Differential evolution over every threshold, on episodes that evaluation never plays. The result is a
-configs/agents/rule_based.yaml that says how it was found.
+Differential evolution over every number that the rule has, on episodes that evaluation never plays. The
+result is a configs/agents/<policy>.yaml that says how it was found.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ import yaml
 from scipy.optimize import differential_evolution
 from tqdm import tqdm
 
+from agents.belief import MpcConfig
+from agents.greedy import Greedy, GreedyConfig
+from agents.mpc import Mpc
 from agents.policies import Policy
 from agents.rollout import play_twin
 from agents.rules import RuleBased, RuleConfig
 from agents.runs import write_file
+from agents.throttles import THROTTLES, Throttle, ThrottleConfig
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import configs_dir, load_scenario
 
 T = TypeVar("T")
 
 TUNING_SEEDS = tuple(range(910_000, 910_016))
-BOUNDS: dict[str, tuple[float, float]] = {
+Bounds = dict[str, tuple[float, float]]
+RULE_BOUNDS: Bounds = {
     "normal_experts": (0, 3),
     "shifted_experts": (0, 3),
     "saving_experts": (0, 3),
@@ -46,18 +51,64 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "adapt_max_stage": (0, 3),
     "release_s": (0.0, 10.0),
 }
+THROTTLE_BOUNDS: Bounds = {
+    "proportional": (0.0, 5.0),
+    "integral": (0.0, 2.0),
+    "derivative": (0.0, 2.0),
+    "budget_margin": (-1.5, 0.5),
+    "heat_margin_c": (-2.0, 12.0),
+}
+GREEDY_BOUNDS: Bounds = {
+    "load_margin": (0.5, 2.0),
+    "budget_margin_w": (-100.0, 150.0),
+    "heat_margin_c": (-2.0, 6.0),
+}
+MPC_BOUNDS: Bounds = {"load_memory_s": (2.0, 60.0), "answer_noise": (0.001, 0.1)}
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """A rule whose settings can be searched."""
+
+    start: Any
+    """Where the search begins: a dataclass. What `bounds` does not name stays."""
+    bounds: Bounds
+    build: Callable[[Problem, Any], Policy]
+
+
+def _throttle(name: str) -> Tunable:
+    start, bounds = ThrottleConfig(knobs=THROTTLES[name]), THROTTLE_BOUNDS
+    if "ttt_steps" in start.knobs:
+        start, bounds = replace(start, adapt_steps=0), bounds | {"adapt_steps": (0, 2)}
+    return Tunable(start, bounds, lambda problem, config: Throttle(problem, config, name))
+
+
+TUNABLE: dict[str, Tunable] = {
+    "rule_based": Tunable(RuleConfig(), RULE_BOUNDS, RuleBased),
+    **{name: _throttle(name) for name in THROTTLES},
+    "greedy": Tunable(GreedyConfig(), GREEDY_BOUNDS, Greedy),
+    "mpc": Tunable(MpcConfig(), MPC_BOUNDS, Mpc),
+}
+"""By the names of the policies."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """Search for the rules' thresholds."""
+    """Search for a rule's settings."""
 
+    policy: str = "rule_based"
     scenario: str = "default"
+    knobs: tuple[str, ...] | None = None
+    """Controlled knobs, in place of the scenario's."""
     trials: int = 600
-    """Rule settings to play, each on all tuning seeds."""
+    """Settings to play, each on all tuning seeds."""
     seed: int = 0
     out: Path | None = None
-    """Where to write; default the shipped configs/agents/rule_based.yaml."""
+    """Where to write; default the shipped configs/agents/<policy>.yaml."""
+
+    def __post_init__(self) -> None:
+        if self.policy not in TUNABLE:
+            raise ValueError(f"policy {self.policy!r} has no settings to search; these have: {list(TUNABLE)}")
 
 
 def mean_return(problem: Problem, policy: Policy, seeds: tuple[int, ...]) -> float:
@@ -106,14 +157,15 @@ def search(
     return settings(found.x), -float(found.fun)
 
 
-def tune(config: TuneConfig) -> tuple[RuleConfig, float]:
-    """Search; returns the best thresholds and their mean return on the tuning seeds."""
-    problem = Problem.of(load_scenario(config.scenario))
+def tune(config: TuneConfig) -> tuple[Any, float]:
+    """Search; returns the best settings and their mean return on the tuning seeds."""
+    overrides = {} if config.knobs is None else {"knobs": config.knobs}
+    problem, rule = Problem.of(load_scenario(config.scenario, **overrides)), TUNABLE[config.policy]
 
-    def value(rules: RuleConfig) -> float:
-        return mean_return(problem, RuleBased(problem, rules), TUNING_SEEDS)
+    def value(settings: Any) -> float:
+        return mean_return(problem, rule.build(problem, settings), TUNING_SEEDS)
 
-    return search(RuleConfig(), BOUNDS, value, config.trials, config.seed)
+    return search(rule.start, rule.bounds, value, config.trials, config.seed)
 
 
 def write_settings(path: Path, note: str, settings: Any) -> None:
@@ -125,14 +177,15 @@ def write_settings(path: Path, note: str, settings: Any) -> None:
 def main() -> None:
     """Tune and write."""
     config = tyro.cli(TuneConfig, description=__doc__)
-    rules, value = tune(config)
-    path = config.out or configs_dir() / "agents" / "rule_based.yaml"
+    settings, value = tune(config)
+    path = config.out or configs_dir() / "agents" / f"{config.policy}.yaml"
+    knobs = "" if config.knobs is None else f"--knobs {' '.join(config.knobs)} "
     note = (
-        "Thresholds of the staged rules: the best of those tried by `python -m agents.tune_rules\n"
-        f"--scenario {config.scenario} --trials {config.trials} --seed {config.seed}`, "
-        f"mean return {value:.2f} on its tuning seeds."
+        f"Settings of `{config.policy}`: the best of those tried by `python -m agents.tune_rules\n"
+        f"--policy {config.policy} --scenario {config.scenario} {knobs}--trials {config.trials} "
+        f"--seed {config.seed}`,\nmean return {value:.2f} on its tuning seeds."
     )
-    write_settings(path, note, rules)
+    write_settings(path, note, settings)
     print(f"mean return {value:.2f}; wrote {path}")
 
 

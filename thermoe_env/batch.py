@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -137,6 +138,41 @@ class BatchStep:
     the other rows mean nothing."""
 
 
+class BatchState(NamedTuple):
+    """What environments [n] are between two intervals. Rows of arrays that a twin may be forked from."""
+
+    seeds: np.ndarray
+    """uint64 [n]."""
+    episodes: np.ndarray
+    """uint64 [n]: number of the episode of the seed."""
+    arrivals: np.ndarray
+    """int32 [n, 2, slots + 1], as in `moe.traffic.RequestStream`."""
+    shift: np.ndarray
+    """int64 [n, seconds]: input shift in force."""
+    budget_w: np.ndarray
+    """float64 [n, steps + notice + 1]."""
+    drift_c: np.ndarray
+    """float64 [n, seconds]: offset of the inlet."""
+    weights: np.ndarray
+    """float64 [n, shifts + 1]: the adaptation."""
+    purse: np.ndarray
+    """float64 [n, ...]: what it may spend, see `moe.budget`."""
+    server: np.ndarray
+    """Records of `SERVER_DTYPE` [n]."""
+    devices: np.ndarray
+    """Records of `DEVICE_DTYPE` [n, D]."""
+    track: np.ndarray
+    """Records of `TRACK_DTYPE` [n]."""
+    track_rows: np.ndarray
+    """Their memory, float64 [n, fields]."""
+    first_gpu: np.ndarray
+    """Records of `GPU_DTYPE` [n]: first reading of the episode."""
+    first_raw: np.ndarray
+    """Records of `RAW_DTYPE` [n]: its first observation."""
+    first_raw_rows: np.ndarray
+    """Their memory, float64 [n, fields]."""
+
+
 class TwinBatch:
     """`num_envs` twin environments with same-step autoreset.
 
@@ -183,7 +219,7 @@ class TwinBatch:
         self.devices = np.zeros((n, len(scenario.devices)), DEVICE_DTYPE)
         """Records of `DEVICE_DTYPE`, [n, D]."""
         self._seeds, self._episodes = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
-        self._state = (
+        self.state = BatchState(
             self._seeds,
             self._episodes,
             np.zeros((n, 2, round(seconds / SLOT_S) + 1), np.int32),  # arrivals
@@ -222,6 +258,11 @@ class TwinBatch:
         self._episodes += np.uint64(1)
         return self._advance(begin_all=True).observation
 
+    def fork(self, source: BatchState, row: int) -> None:
+        """Set every environment to what environment `row` of another batch of the same problem is now."""
+        for mine, theirs in zip(self.state, source, strict=True):
+            mine[:] = theirs[row]
+
     def step(self, index: np.ndarray) -> BatchStep:
         """Play one interval in every environment.
 
@@ -236,7 +277,7 @@ class TwinBatch:
         observation = np.empty((n, len(FIELDS)), np.float32)
         reward, terminated, truncated = np.empty(n), np.empty(n, np.bool_), np.empty(n, np.bool_)
         _advance_all(
-            begin_all, *self._service, self._steps, *self._draws, *self._state, self.index, self.work,
+            begin_all, *self._service, self._steps, *self._draws, *self.state, self.index, self.work,
             self.gpu, *_with_rows(self.raw), self.histogram, self._slot_energy, self.terms, self.cost,
             observation, self._final, reward, terminated, truncated,
         )  # fmt: skip
