@@ -54,8 +54,8 @@ class PaddedMultiCategorical(MultiCategoricalDistribution):
         return self._log_probs.argmax(-1)
 
 
-class _OneSoftmax:
-    """Mixin of actor-critic policies: `PaddedMultiCategorical` in place of a distribution per knob."""
+class KnobPolicy(ActorCriticPolicy):
+    """`ActorCriticPolicy` over `PaddedMultiCategorical`."""
 
     def __init__(
         self, observation_space: spaces.Space, action_space: spaces.MultiDiscrete, *args: Any, **kwargs: Any
@@ -65,9 +65,5 @@ class _OneSoftmax:
         self.action_dist = PaddedMultiCategorical(action_space.nvec.tolist())
 
 
-class KnobPolicy(_OneSoftmax, ActorCriticPolicy):
-    """`ActorCriticPolicy` over `PaddedMultiCategorical`."""
-
-
-class KnobLstmPolicy(_OneSoftmax, RecurrentActorCriticPolicy):
+class KnobLstmPolicy(KnobPolicy, RecurrentActorCriticPolicy):
     """`RecurrentActorCriticPolicy` over `PaddedMultiCategorical`."""

@@ -182,6 +182,16 @@ def resume(folder: str | Path, *, progress: bool = True, watch: Watch | None = N
     return folder
 
 
+def train_or_resume(
+    config: TrainConfig, folder: Path, *, progress: bool = True, watch: Watch | None = None
+) -> None:
+    """Train in `folder`, or do what is left of the run that is there; nothing where it is complete."""
+    if not folder.exists():
+        train(config, folder, progress=progress, watch=watch)
+    elif not is_complete(*read_run(folder)):
+        resume(folder, progress=progress, watch=watch)
+
+
 def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """Settings and training state of a run's folder.
 
