@@ -98,27 +98,37 @@ def load_train_config(algo: str | Path = "ppo", **overrides: Any) -> TrainConfig
     Raises:
         ValueError: unknown algorithm; unknown, missing or refused key.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     if not Path(algo).is_file():
         algorithm(str(algo))  # refuses an unknown name
     file = config_path("agents", str(algo), ".yaml")
-    known = list(_COMMON)
     try:
         raw = yaml.safe_load(file.read_text())
-        if not isinstance(raw, dict):
-            raise ScenarioError(f"{file}: settings are a mapping of keys, got {type(raw).__name__}")
-        raw |= overrides
-        chosen = algorithm(str(raw.get("algo")))
-        known += [field.name for field in fields(chosen.settings)]
-        own = {key: value for key, value in raw.items() if key not in _COMMON}
+    except yaml.YAMLError as error:
+        raise ScenarioError(f"{file}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ScenarioError(f"{file}: settings are a mapping of keys, got {type(raw).__name__}")
+    return train_config({**raw, **overrides}, str(file))
+
+
+def train_config(flat: dict[str, Any], origin: str) -> TrainConfig:
+    """Settings from keys side by side, as `TrainConfig.flat` gives them; errors name the `origin`.
+
+    Raises:
+        ValueError: unknown algorithm; unknown, missing or refused key.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    chosen = algorithm(str(flat.get("algo")))
+    common = {key: value for key, value in flat.items() if key in _COMMON}
+    own = {key: value for key, value in flat.items() if key not in _COMMON}
+    try:
         settings = TypeAdapter(chosen.settings).validate_python(own)
-        common = {key: value for key, value in raw.items() if key in _COMMON}
         return TypeAdapter(TrainConfig).validate_python(
             {"action_mode": chosen.action_mode, **common, "settings": settings}
         )
-    except (ValidationError, yaml.YAMLError) as error:
-        raise ScenarioError(f"{file}: {error}\nknown keys: {sorted(known)}") from error
+    except ValidationError as error:
+        known = sorted([*_COMMON, *(field.name for field in fields(chosen.settings))])
+        raise ScenarioError(f"{origin}: {error}\nknown keys: {known}") from error
 
 
 Watch = Callable[[int, float], None]

@@ -21,7 +21,7 @@ from optuna.trial import Trial, TrialState
 
 from agents.checkpoints import CheckpointError, read_state
 from agents.runs import new_run_folder, write_file, write_origin
-from agents.training import TrainConfig, load_train_config, train_or_resume
+from agents.training import TrainConfig, load_train_config, train_config, train_or_resume
 from agents.vec import fresh_seed
 from thermoe_env.errors import ScenarioError
 from thermoe_env.scenario import configs_dir
@@ -123,7 +123,7 @@ def _distribution(
 def _with(config: TrainConfig, params: dict[str, Any]) -> TrainConfig:
     """`config` with a trial's settings."""
     chosen = {name: json.loads(value) if isinstance(value, str) else value for name, value in params.items()}
-    return load_train_config(config.algo, **{**config.flat(), **chosen})
+    return train_config({**config.flat(), **chosen}, "trial")
 
 
 def _given(config: TrainConfig, space: dict[str, Range]) -> dict[str, Any]:

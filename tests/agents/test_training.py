@@ -15,7 +15,6 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch
-import yaml
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
@@ -28,14 +27,13 @@ from agents.rollout import play_twin
 from agents.runs import RunFolderError, load_policy, write_origin
 from agents.training import TrainConfig, build_model, load_train_config, resume, train
 from agents.vec import TwinVecEnv
-from moe.profiles import save_profile
-from tests.thermoe_env.conftest import make_profile
+from tests.agents.conftest import STEPS, stop_after
 from thermoe_env.problem import Problem
 from thermoe_env.reward import REWARD_TERMS
-from thermoe_env.scenario import config_path, load_scenario
+from thermoe_env.scenario import load_scenario
 from thermoe_env.signals import STAGES
 
-UPDATES, ENVS, STEPS = 5, 3, 12
+UPDATES, ENVS = 5, 3
 UPDATE = ENVS * STEPS
 
 
@@ -49,14 +47,9 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainConfig]:
-    folder = tmp_path_factory.mktemp("scenario")
-    save_profile(make_profile(), folder / "profile.json")
-    raw = yaml.safe_load(config_path("scenarios", "default", ".yaml").read_text())
-    raw |= {"profile": str(folder / "profile.json"), "episode_s": STEPS}
-    (folder / "short.yaml").write_text(yaml.safe_dump(raw))
+def configs(short_scenario: str) -> dict[str, TrainConfig]:
     common: dict[str, Any] = {
-        "scenario": str(folder / "short.yaml"),
+        "scenario": short_scenario,
         "total_timesteps": UPDATES * UPDATE,
         "n_envs": ENVS,
         "eval_freq": 2 * UPDATE,
@@ -93,20 +86,6 @@ def finished_runs(
 @pytest.fixture(scope="module")
 def finished(finished_runs: Callable[[str], Path]) -> Path:
     return finished_runs("ppo")
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Let the user press Ctrl-C at the given step of the environments."""
-    step_wait, played = TwinVecEnv.step_wait, 0
-
-    def interrupted(self: TwinVecEnv) -> Any:
-        nonlocal played
-        played += 1
-        if played > steps:
-            raise KeyboardInterrupt
-        return step_wait(self)
-
-    monkeypatch.setattr(TwinVecEnv, "step_wait", interrupted)
 
 
 def contents(path: Path) -> dict[str, Any]:
