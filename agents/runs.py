@@ -20,7 +20,7 @@ from thermoe_env.problem import Problem
 
 _PACKAGES = (
     "thermalmoe", "numpy", "numba", "scipy", "pandas", "matplotlib", "gymnasium", "torch",
-    "stable-baselines3", "sb3-contrib",
+    "stable-baselines3", "sb3-contrib", "optuna",
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ import train_agent
 from agents.algorithms import ALGORITHMS
 from agents.callbacks import VALIDATION_SEEDS
 from agents.checkpoints import CheckpointError, save_model
+from agents.models import ModelFileError
 from agents.rollout import play_twin
 from agents.runs import RunFolderError, load_policy, write_origin
 from agents.training import TrainConfig, build_model, load_train_config, resume, train
@@ -163,7 +164,8 @@ def test_every_kind_logs_whole_rounds_and_its_hyper_parameters(
         terms = sum(events.Scalars(f"reward/{name}")[k].value for name in REWARD_TERMS)
         assert terms == pytest.approx(mean.value, rel=1e-4)
     written = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    shown = plugin_data_pb2.HParamsPluginData.FromString(written).session_start_info.hparams
+    plugin: Any = plugin_data_pb2
+    shown = plugin.HParamsPluginData.FromString(written).session_start_info.hparams
     assert shown["algo"].string_value == algo and shown["n_envs"].number_value == ENVS
     assert shown["learning_rate"].number_value == configs[algo].settings.learning_rate
 
@@ -322,6 +324,16 @@ def test_a_run_of_another_field_table_is_refused(finished: Path, tmp_path: Path)
         resume(folder, progress=False)
 
 
+def test_a_model_for_other_knobs_is_refused_by_what_differs(finished: Path, config: TrainConfig) -> None:
+    fewer = Problem.of(load_scenario(config.scenario, knobs=["batch_size", "expert_count"]))
+    with pytest.raises(
+        ModelFileError, match=r"knobs \(and how many levels\) .*'routing_bias'.* there, .* here"
+    ):
+        load_policy(finished, fewer)
+    # Levels of the same number may stand for other values: they are another card's.
+    assert load_policy(finished, Problem.of(load_scenario(config.scenario)))
+
+
 def test_settings_are_strict() -> None:
     shipped = load_train_config("ppo")
     assert shipped.algo == "ppo"
@@ -399,7 +411,8 @@ def test_every_algorithm_is_played_as_it_was_trained(
     policy = load_policy(tmp_path, problem, trust_pickle=True)
     monkeypatch.setattr(cloudpickle, "loads", refuse)
     careful = load_policy(tmp_path, problem)
-    observation, start, states = env.reset(), np.ones(ENVS, bool), [None, None, None]
+    observation, start = env.reset(), np.ones(ENVS, bool)
+    states: list[Any] = [None, None, None]
     for _ in range(4):
         (wanted, states[0]) = model.predict(observation, states[0], start, deterministic=True)
         index = problem.knobs.indices(wanted, shipped.action_mode)
@@ -407,7 +420,8 @@ def test_every_algorithm_is_played_as_it_was_trained(
             levels, states[k] = read.predict(observation, states[k], start)
             assert levels.shape == (ENVS, len(problem.knobs.controlled))
             np.testing.assert_array_equal(problem.knobs.indices(levels, "multi_discrete"), index)
-        observation, start = env.step(wanted)[0].copy(), np.zeros(ENVS, bool)
+        env.step_async(wanted)
+        observation, start = env.step_wait()[0].copy(), np.zeros(ENVS, bool)
     assert (states[2] is None) == (algo != "recurrent_ppo")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 import yaml
@@ -103,7 +104,7 @@ def test_a_search_stopped_and_continued_equals_one_never_stopped(
     ]
     assert played[0] == played[1] and len(played[0]) == 4
     assert played[0][0][1]["learning_rate"] == config.settings.learning_rate  # what is shipped comes first
-    complete = [trial[2] for trial in played[0] if trial[0] == TrialState.COMPLETE]
+    complete = [trial[2] or -np.inf for trial in played[0] if trial[0] == TrialState.COMPLETE]
     best = load_train_config(tmp_path / "whole" / "best.yaml")
     assert best == whole
     run = train(best, tmp_path / "again", progress=False)
