@@ -31,17 +31,10 @@ def mismatch(folder: Path, problem: Problem) -> str:
     file = folder / INTERFACE_FILE
     if not file.is_file():
         return ""
-    trained, here = json.loads(file.read_text()), _interface(problem)
-    differences = [
-        f"{name} {trained[name]} there, {here[name]} here"
-        for name in ("environment_version", "interval_s")
-        if trained[name] != here[name]
-    ]
-    differences += _fields(trained["fields"], here["fields"])
-    there, now = ({k: len(v) for k, v in side["knobs"].items()} for side in (trained, here))
-    if list(there.items()) != list(now.items()):
-        differences.append(f"knobs (and how many levels) {there} there, {now} here")
-    return "; ".join(differences)
+    try:
+        return "; ".join(_differences(json.loads(file.read_text()), _interface(problem)))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        return f"{file} is damaged, so nobody can tell ({error!r})"
 
 
 def _interface(problem: Problem) -> dict[str, Any]:
@@ -52,6 +45,19 @@ def _interface(problem: Problem) -> dict[str, Any]:
         "fields": {field.name: [field.unit, field.low, field.high] for field in FIELDS},
         "knobs": {name: list(problem.knobs.levels[name]) for name in problem.knobs.controlled},
     }
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    found = [
+        f"{name} {there[name]} there, {here[name]} here"
+        for name in ("environment_version", "interval_s")
+        if there[name] != here[name]
+    ]
+    found += _fields(there["fields"], here["fields"])
+    old, new = ({name: len(levels) for name, levels in side["knobs"].items()} for side in (there, here))
+    if list(old.items()) != list(new.items()):
+        found.append(f"knobs (and how many levels) {old} there, {new} here")
+    return found
 
 
 def _fields(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
