@@ -53,10 +53,13 @@ def tune(
         The best settings, which best.yaml holds as well, and the folder.
 
     Raises:
+        ValueError: no trials.
         CheckpointError: the folder's search has other settings.
         ScenarioError: the algorithm has no ranges, or one that is not understood.
         KeyboardInterrupt: stopped by the user; the message says how to continue.
     """
+    if trials < 1:
+        raise ValueError(f"a search needs at least 1 trial, got {trials}")
     space = read_ranges(config, ranges or configs_dir() / "agents" / "ranges.yaml")
     began = folder is not None and (Path(folder) / "study.db").is_file()
     folder = Path(folder) if folder is not None and began else new_run_folder(f"tune-{config.algo}", folder)
