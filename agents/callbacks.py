@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure as LoggedFigure
 from tqdm import tqdm
 
 from agents.checkpoints import save_model
 from agents.metrics import KPIS, episode_metrics
+from agents.models import ModelPolicy
 from agents.policies import make_policy
 from agents.rollout import play_twin
 from agents.vec import TwinVecEnv, fresh_seed
@@ -27,21 +27,20 @@ from thermoe_env.signals import STAGES
 from thermoe_env.twin import GPU_DTYPE
 
 if TYPE_CHECKING:
-    from agents.training import TrainConfig
+    from agents.training import TrainConfig, Watch
 
 VALIDATION_SEEDS = range(800_000, 900_000)
 """Episodes that choose the best model, from the first on; training and evaluation use other seeds."""
 
 
 class RolloutLog(BaseCallback):
-    """Logs each rollout as a whole: reward terms, costs, device, service, knobs.
+    """Logs each round, one episode in every environment: reward terms, costs, device, service, knobs.
 
-    A step copies the batch's arrays; everything else happens once, at the rollout's end. Sums are per
-    episode.
+    A step copies the batch's arrays; everything else happens once, at the round's end. Sums are per episode.
     """
 
     def __init__(self, env: TwinVecEnv) -> None:
-        """Record rollouts of `env` that are one episode long."""
+        """Record the rounds of `env`."""
         super().__init__()
         shape = (env.batch.problem.scenario.steps, env.num_envs)
         self._batch = env.batch
@@ -52,17 +51,16 @@ class RolloutLog(BaseCallback):
         self._cost = np.zeros((*shape, len(COST_NAMES)))
         self._index = np.zeros((*shape, len(KNOB_NAMES)), np.int64)
 
-    def _on_rollout_start(self) -> None:
-        self._t = 0
-
     def _on_step(self) -> bool:
-        batch, t = self._batch, self._t
+        batch, steps = self._batch, len(self._work)
+        t = (self.model.num_timesteps // batch.num_envs - 1) % steps
         self._work[t], self._gpu[t], self._raw[t] = batch.work, batch.gpu, batch.raw
         self._terms[t], self._cost[t], self._index[t] = batch.terms, batch.cost, batch.index
-        self._t += 1
+        if t == steps - 1:
+            self._record()
         return True
 
-    def _on_rollout_end(self) -> None:
+    def _record(self) -> None:
         def record(group: str, **values: float) -> None:
             for name, value in values.items():
                 self.logger.record(f"{group}/{name}", value)
@@ -77,7 +75,7 @@ class RolloutLog(BaseCallback):
         answered = work["answered_interactive"] + work["answered_deferrable"]
         settled = answered + work["expired_interactive"] + work["expired_deferrable"]
         late = self._cost[..., COST_NAMES.index("missed")].sum()
-        # The larger of 1 and the count: a rollout without one answer has quality 0, not a division by zero.
+        # The larger of 1 and the count: a round without one answer has quality 0, not a division by zero.
         record(
             "service", quality=work["correct"] / max(1.0, answered), late_fraction=late / max(1.0, settled),
             j_per_good=gpu["energy_j"].sum() / max(1.0, work["good"]),
@@ -89,23 +87,29 @@ class RolloutLog(BaseCallback):
 
 
 class Updates(BaseCallback):
-    """What happens between updates: validation, checkpoint, fresh episodes.
+    """What happens between rounds: validation, checkpoint, fresh episodes.
 
-    The episodes of an update follow from the run's seed and the update's number, so that a run continued
-    from a checkpoint plays the same ones.
+    The episodes of a round follow from the run's seed and the round's number, so that a run continued from a
+    checkpoint plays the same ones.
     """
 
-    model: PPO
-
     def __init__(
-        self, config: TrainConfig, env: TwinVecEnv, folder: Path, state: dict[str, Any] | None, bar: tqdm
+        self,
+        config: TrainConfig,
+        env: TwinVecEnv,
+        folder: Path,
+        state: dict[str, Any] | None,
+        bar: tqdm,
+        watch: Watch | None,
     ) -> None:
         """Keep `best_model.zip` and `last_model.zip` in `folder`; continue from a checkpoint's `state`."""
         super().__init__()
-        self._config, self._env, self._folder, self._bar = config, env, folder, bar
+        self._config, self._env, self._folder, self._bar, self._watch = config, env, folder, bar, watch
+        self._round = env.batch.problem.scenario.steps * env.num_envs
         self._eval_seeds = VALIDATION_SEEDS[: config.eval_episodes]
         self._best: float | None = state["best_return"] if state else None
         self._validated_at: int = state["validated_at"] if state else 0
+        self._saved_at: int = state["num_timesteps"] if state else 0
 
     def _on_training_start(self) -> None:
         problem = self._env.batch.problem
@@ -113,12 +117,18 @@ class Updates(BaseCallback):
         self._static_return = float(static.reward.sum(0).mean())
 
     def _on_rollout_start(self) -> None:
+        number, within = divmod(self.model.num_timesteps, self._round)
+        if not within:
+            self._begin(number)
+
+    def _begin(self, number: int) -> None:
+        """Start round `number`."""
         steps = self.model.num_timesteps
         if steps // self._config.eval_freq > self._validated_at // self._config.eval_freq:
             self._validate()
-        self._save()
-        update = steps // (self.model.n_steps * self._env.num_envs)
-        self._env.seed(fresh_seed(self._config.seed, update))
+        if steps - self._saved_at >= self._config.save_freq:
+            self._save()
+        self._env.seed(fresh_seed(self._config.seed, number))
         self.model._last_obs = self._env.reset()
         self.model._last_episode_starts = np.ones(self._env.num_envs, bool)
 
@@ -134,10 +144,13 @@ class Updates(BaseCallback):
     def _save(self) -> None:
         progress = {"best_return": self._best, "validated_at": self._validated_at}
         save_model(self.model, self._folder / "last_model.zip", progress)
+        self._saved_at = self.model.num_timesteps
 
     def _validate(self) -> None:
         """Play the held-out episodes deterministically; keep the model if its mean return is the best."""
-        recording = play_twin(self._env.batch.problem, self.model, self._eval_seeds, "validation")
+        problem = self._env.batch.problem
+        policy = ModelPolicy(self.model.policy, self._config.action_mode, problem.knobs)
+        recording = play_twin(problem, policy, self._eval_seeds, "validation")
         mean = dict(zip(KPIS, episode_metrics(recording)[list(KPIS)].to_numpy(float).mean(0), strict=True))
         for name, value in mean.items():
             self.logger.record(f"eval/{name}", value)
@@ -151,6 +164,8 @@ class Updates(BaseCallback):
             save_model(self.model, self._folder / "best_model.zip")
         shown = {"return": mean["return"], "best": self._best, "static": self._static_return}
         self._bar.set_postfix({name: f"{value:.1f}" for name, value in shown.items()})
+        if self._watch is not None:
+            self._watch(self._validated_at, float(mean["return"]))
 
 
 def expert_figure(tokens_per_expert: np.ndarray) -> Figure:

@@ -1,4 +1,4 @@
-"""PPO's policy network with one softmax for all knobs.
+"""Actor-critic policy networks with one softmax for all knobs.
 
 Stable-Baselines3 treats every entry of a `MultiDiscrete` action as a distribution object of its own, which
 costs more per step than the network. Here the knobs' logits are padded to one width and handled at once.
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from gymnasium import spaces
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.distributions import MultiCategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 
@@ -62,3 +63,7 @@ class KnobPolicy(ActorCriticPolicy):
         """Build the networks as Stable-Baselines3 does."""
         super().__init__(observation_space, action_space, *args, **kwargs)
         self.action_dist = PaddedMultiCategorical(action_space.nvec.tolist())
+
+
+class KnobLstmPolicy(KnobPolicy, RecurrentActorCriticPolicy):
+    """`RecurrentActorCriticPolicy` over `PaddedMultiCategorical`."""

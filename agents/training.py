@@ -1,82 +1,91 @@
-"""Training in the twin: Stable-Baselines3 PPO, with runs that can be stopped and continued bit for bit.
+"""Training in the twin with Stable-Baselines3, in runs that can be stopped and continued bit for bit.
 
-Every update plays one whole episode in each environment. Between updates a run is its parameters, its
-optimizer, two random generators and some counters; `last_model.zip` holds them, written whole each time.
+A run goes in rounds of one whole episode in each environment. Between rounds it is its parameters, its
+optimizers, its replay buffer, three random generators and some counters; `last_model.zip` holds them, written
+whole each time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numba
-import numpy as np
 import torch
 import yaml
-from stable_baselines3 import PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import CallbackList
-from stable_baselines3.common.logger import Logger, TensorBoardOutputFormat
-from stable_baselines3.common.utils import LinearSchedule
+from stable_baselines3.common.logger import HParam, Logger, TensorBoardOutputFormat
 from tqdm import tqdm
 
+from agents.algorithms import (
+    ALGORITHMS,
+    Settings,
+    algorithm,
+    check_action_mode,
+    lean_to_static,
+    refuse_below_one,
+)
 from agents.callbacks import RolloutLog, Updates
 from agents.checkpoints import CheckpointError, read_state, restore, save_model
-from agents.knob_policy import KnobPolicy
+from agents.interface import INTERFACE_FILE, interface_of, mismatch
 from agents.runs import new_run_folder, write_file, write_origin
 from agents.vec import TwinVecEnv
 from thermoe_env.errors import ScenarioError
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import config_path, load_scenario
 
-ALGOS = ("ppo",)
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run; shipped values are in configs/agents/ppo.yaml."""
+    """One training run; shipped values are in configs/agents, one file per algorithm.
+
+    Files hold these keys and those of the algorithm's settings side by side.
+    """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     algo: str
+    action_mode: str
+    """`multi_discrete`, `discrete` or `box`; where a file names none, what fits the algorithm best."""
     scenario: str
     """Name in configs/scenarios or path of a YAML file."""
     seed: int
     total_timesteps: int
     """Steps over all environments; the last update is played to its end."""
     n_envs: int
-    """Environments, each playing one episode per update."""
-    n_minibatches: int
-    """Parts an update's steps are divided into."""
-    n_epochs: int
-    learning_rate: float
-    """At the start; falls linearly to 0."""
-    gamma: float
-    gae_lambda: float
-    clip_range: float
-    ent_coef: float
-    vf_coef: float
-    max_grad_norm: float
-    net_arch: tuple[int, ...]
-    """Hidden layers of the policy and, apart from it, of the value function."""
-    static_bias: float
-    """Added to the first logits of the static service's levels; 0 starts with even choices."""
+    """Environments, each playing one episode per round."""
     eval_freq: int
-    """Steps between validations."""
+    """Steps between validations, which follow whole rounds."""
     eval_episodes: int
+    save_freq: int = 1
+    """Steps between checkpoints, which follow whole rounds."""
     torch_threads: int
     """More than one is a little faster on an idle machine, and many times slower on a busy one."""
+    settings: Settings
+    """Of the algorithm: an instance of its class in `agents.algorithms`."""
 
     def __post_init__(self) -> None:
-        if self.algo not in ALGOS:
-            raise ValueError(f"unknown algo {self.algo!r}; known: {ALGOS}")
-        for name, value in asdict(self).items():
-            if type(value) is int and name != "seed" and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.seed < 0 or self.learning_rate <= 0.0:
-            raise ValueError(f"seed must be >= 0, learning_rate > 0, got {self.seed}, {self.learning_rate}")
+        wanted = algorithm(self.algo).settings
+        if type(self.settings) is not wanted:
+            raise ValueError(
+                f"algo {self.algo!r} is set by {wanted.__name__}, got {type(self.settings).__name__}"
+            )
+        check_action_mode(self.algo, self.action_mode)
+        refuse_below_one(self)
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+
+    def flat(self) -> dict[str, Any]:
+        """All keys side by side, as files have them."""
+        common = {name: getattr(self, name) for name in _COMMON}
+        return _plain({**common, **asdict(self.settings)})
+
+
+_COMMON = tuple(field.name for field in fields(TrainConfig) if field.name != "settings")
 
 
 def load_train_config(algo: str | Path = "ppo", **overrides: Any) -> TrainConfig:
@@ -84,72 +93,130 @@ def load_train_config(algo: str | Path = "ppo", **overrides: Any) -> TrainConfig
 
     Args:
         algo: a known algorithm (its file in configs/agents), or the path of a YAML file.
-        overrides: keys of `TrainConfig`.
+        overrides: keys of `TrainConfig` or of the algorithm's settings.
+
+    Raises:
+        ValueError: unknown algorithm; unknown, missing or refused key.
+    """
+    if not Path(algo).is_file():
+        algorithm(str(algo))  # refuses an unknown name
+    file = config_path("agents", str(algo), ".yaml")
+    try:
+        raw = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ScenarioError(f"{file}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ScenarioError(f"{file}: settings are a mapping of keys, got {type(raw).__name__}")
+    return train_config({**raw, **overrides}, str(file))
+
+
+def train_config(flat: dict[str, Any], origin: str) -> TrainConfig:
+    """Settings from keys side by side, as `TrainConfig.flat` gives them; errors name the `origin`.
 
     Raises:
         ValueError: unknown algorithm; unknown, missing or refused key.
     """
     from pydantic import TypeAdapter, ValidationError
 
-    if str(algo) not in ALGOS and not Path(algo).is_file():
-        raise ValueError(f"unknown algo {str(algo)!r}; known: {ALGOS}, or the path of a YAML file")
-    file = config_path("agents", str(algo), ".yaml")
-    known = sorted(TrainConfig.__dataclass_fields__)
+    chosen = algorithm(str(flat.get("algo")))
+    common = {key: value for key, value in flat.items() if key in _COMMON}
+    own = {key: value for key, value in flat.items() if key not in _COMMON}
     try:
-        raw = yaml.safe_load(file.read_text())
-        if not isinstance(raw, dict):
-            raise ScenarioError(f"{file}: settings are a mapping of keys, got {type(raw).__name__}")
-        return TypeAdapter(TrainConfig).validate_python({**raw, **overrides})
-    except (ValidationError, yaml.YAMLError) as error:
-        raise ScenarioError(f"{file}: {error}\nknown keys: {known}") from error
+        settings = TypeAdapter(chosen.settings).validate_python(own)
+        return TypeAdapter(TrainConfig).validate_python(
+            {"action_mode": chosen.action_mode, **common, "settings": settings}
+        )
+    except ValidationError as error:
+        known = sorted([*_COMMON, *(field.name for field in fields(chosen.settings))])
+        raise ScenarioError(f"{origin}: {error}\nknown keys: {known}") from error
 
 
-def train(config: TrainConfig, folder: str | Path | None = None, *, progress: bool = True) -> Path:
+Watch = Callable[[int, float], None]
+"""Told of every validation: steps so far and mean return. What it raises ends the run."""
+
+
+def train(
+    config: TrainConfig,
+    folder: str | Path | None = None,
+    *,
+    progress: bool = True,
+    watch: Watch | None = None,
+) -> Path:
     """Train a policy in the twin.
 
     Args:
         config: the run.
         folder: where it goes; a new one under runs/ by default.
         progress: whether to show a progress bar.
+        watch: told of every validation.
 
     Returns:
-        The folder: config.yaml, scenario.yaml, command.txt, versions.json, best_model.zip (by validation),
-        last_model.zip (the checkpoint) and tb/.
+        The folder: config.yaml, scenario.yaml, interface.json, command.txt, versions.json, best_model.zip (by
+        validation), last_model.zip (the checkpoint) and tb/.
 
     Raises:
         RunFolderError: the folder exists and is not empty.
         KeyboardInterrupt: stopped by the user; the message says how to continue.
     """
     scenario = load_scenario(config.scenario)
-    run = _Run(config, Problem.of(scenario))
+    problem = Problem.of(scenario)
+    run = _Run(config, problem)
     folder = new_run_folder(f"train-{config.algo}", folder)
     # A copy of the scenario, so that a run continues with what it began with.
     write_file(folder / "scenario.yaml", yaml.safe_dump(_plain(asdict(scenario)), sort_keys=False))
-    write_origin(folder, asdict(config))
+    write_file(folder / INTERFACE_FILE, interface_of(problem))
+    write_origin(folder, config.flat())
     save_model(run.model, folder / "last_model.zip", {"best_return": None, "validated_at": 0})
-    run.learn(folder, None, progress)
+    run.learn(folder, None, progress, watch)
     return folder
 
 
-def resume(folder: str | Path, *, progress: bool = True) -> Path:
-    """Continue a stopped run from its last whole update; the result equals that of a run never stopped.
+def resume(folder: str | Path, *, progress: bool = True, watch: Watch | None = None) -> Path:
+    """Continue a stopped run from its last checkpoint; the result equals that of a run never stopped.
 
     Raises:
-        CheckpointError: no run is there, its checkpoint is cut, or it is complete.
+        CheckpointError: no run is there, its checkpoint is cut, it is complete, or it was trained for other
+            observations or knobs.
         KeyboardInterrupt: stopped by the user; the message says how to continue.
     """
     folder = Path(folder)
+    config, state = read_run(folder)
+    if is_complete(config, state):
+        raise CheckpointError(f"{folder} is complete ({state['num_timesteps']} steps): begin a new run")
+    problem = Problem.of(load_scenario(folder / "scenario.yaml"))
+    if changed := mismatch(folder, problem):
+        raise CheckpointError(f"{folder} was trained for something else: {changed}; begin a new run")
+    run = _Run(config, problem)
+    restore(run.model, folder / "last_model.zip", state)
+    run.learn(folder, state, progress, watch)
+    return folder
+
+
+def train_or_resume(
+    config: TrainConfig, folder: Path, *, progress: bool = True, watch: Watch | None = None
+) -> None:
+    """Train in `folder`, or do what is left of the run that is there; nothing where it is complete."""
+    if not folder.exists():
+        train(config, folder, progress=progress, watch=watch)
+    elif not is_complete(*read_run(folder)):
+        resume(folder, progress=progress, watch=watch)
+
+
+def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
+    """Settings and training state of a run's folder.
+
+    Raises:
+        CheckpointError: no run is there, or its checkpoint is cut.
+    """
     for name in ("config.yaml", "scenario.yaml"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} holds no {name}: name the folder of a training run")
-    config = load_train_config(folder / "config.yaml")
-    state = read_state(folder / "last_model.zip")
-    if state["num_timesteps"] >= config.total_timesteps:
-        raise CheckpointError(f"{folder} is complete ({state['num_timesteps']} steps): begin a new run")
-    run = _Run(config, Problem.of(load_scenario(folder / "scenario.yaml")))
-    restore(run.model, folder / "last_model.zip", state)
-    run.learn(folder, state, progress)
-    return folder
+    return load_train_config(folder / "config.yaml"), read_state(folder / "last_model.zip")
+
+
+def is_complete(config: TrainConfig, state: dict[str, Any]) -> bool:
+    """Whether a run has played all its steps."""
+    return state["num_timesteps"] >= config.total_timesteps
 
 
 class _Run:
@@ -157,14 +224,16 @@ class _Run:
 
     def __init__(self, config: TrainConfig, problem: Problem) -> None:
         self.config = config
-        self.env = TwinVecEnv(problem, config.n_envs, config.seed)
+        self.env = TwinVecEnv(problem, config.n_envs, config.seed, config.action_mode)
         self.model = build_model(config, self.env)
 
-    def learn(self, folder: Path, state: dict[str, Any] | None, progress: bool) -> None:
+    def learn(self, folder: Path, state: dict[str, Any] | None, progress: bool, watch: Watch | None) -> None:
         """Learn until the configured number of steps."""
         config, model, done = self.config, self.model, self.model.num_timesteps
         logger = Logger(str(folder / "tb"), [TensorBoardOutputFormat(str(folder / "tb"))])
         model.set_logger(logger)
+        if state is None:
+            _log_hyperparameters(logger, config)
         bar = tqdm(
             total=config.total_timesteps,
             initial=done,
@@ -173,10 +242,11 @@ class _Run:
             unit_scale=True,
             disable=not progress,
         )
-        callbacks = CallbackList([RolloutLog(self.env), Updates(config, self.env, folder, state, bar)])
+        callbacks = CallbackList([RolloutLog(self.env), Updates(config, self.env, folder, state, bar, watch)])
+        log_interval = config.settings.log_interval(self.env.batch.problem.scenario.steps, config.n_envs)
         try:
             with _threads(config.torch_threads):
-                model.learn(config.total_timesteps - done, callbacks, reset_num_timesteps=False)
+                model.learn(config.total_timesteps - done, callbacks, log_interval, reset_num_timesteps=False)
         except KeyboardInterrupt as stop:
             kept = read_state(folder / "last_model.zip")["num_timesteps"]
             remedy = f"continue with: python train_agent.py --resume {folder}"
@@ -184,6 +254,13 @@ class _Run:
         finally:
             bar.close()
             logger.close()
+
+
+def _log_hyperparameters(logger: Logger, config: TrainConfig) -> None:
+    """Fill TensorBoard's tab of hyper-parameters, beside the validation it shows them with."""
+    shown = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.flat().items()}
+    logger.record("hparams", HParam(shown, {"eval/return": 0.0, "eval/j_per_good": 0.0}))
+    logger.dump(0)
 
 
 @contextmanager
@@ -203,34 +280,24 @@ def _threads(torch_threads: int) -> Iterator[None]:
         numba.set_num_threads(before[1])
 
 
-def build_model(config: TrainConfig, env: TwinVecEnv) -> PPO:
+def build_model(config: TrainConfig, env: TwinVecEnv) -> BaseAlgorithm:
     """The untrained model of a configuration.
 
     Raises:
-        ValueError: an update does not divide into the minibatches.
+        ValueError: settings that do not fit the environments.
     """
-    knobs, n_steps = env.batch.problem.knobs, env.batch.problem.scenario.steps
-    if (n_steps * config.n_envs) % config.n_minibatches:
-        raise ValueError(
-            f"n_minibatches={config.n_minibatches} does not divide an update of {config.n_envs} environments "
-            f"x {n_steps} steps; choose a divisor of {n_steps * config.n_envs}"
-        )
-    same = ("n_epochs", "gamma", "gae_lambda", "clip_range", "ent_coef", "vf_coef", "max_grad_norm", "seed")
-    model = PPO(
-        KnobPolicy,
+    chosen = ALGORITHMS[config.algo]
+    model = chosen.model(
+        chosen.networks[config.action_mode],
         env,
-        learning_rate=LinearSchedule(config.learning_rate, 0.0, 1.0),
-        n_steps=n_steps,
-        batch_size=n_steps * config.n_envs // config.n_minibatches,
-        policy_kwargs={"net_arch": list(config.net_arch)},
+        seed=config.seed,
         stats_window_size=config.n_envs,
         device="cpu",
-        **{name: getattr(config, name) for name in same},
+        **config.settings.arguments(env),
     )
-    first_logit = np.cumsum(knobs.nvec) - knobs.nvec
-    bias = model.policy.get_parameter("action_net.bias")
-    with torch.no_grad():
-        bias[torch.as_tensor(first_logit + knobs.action())] += config.static_bias
+    bias = getattr(config.settings, "static_bias", 0.0)
+    if bias:
+        lean_to_static(model, config.action_mode, env.batch.problem.knobs, bias)
     return model
 
 

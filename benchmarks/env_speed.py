@@ -65,7 +65,7 @@ def main(options: Options) -> dict[str, Any]:
     threads = [n for n in options.threads if n <= numba.get_num_threads()]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
         "versions": {
             name: version(name) for name in ("gymnasium", "numba", "numpy", "stable-baselines3", "torch")
         }
@@ -219,7 +219,8 @@ def _first_call(code: str) -> dict[str, float]:
     return dict(zip(("compiled", "cached"), seconds, strict=True))
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """Name of the processor, empty where nobody knows it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))

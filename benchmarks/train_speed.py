@@ -25,7 +25,7 @@ _PARTS: dict[str, tuple[type, str]] = {
     "policy, actions": (ActorCriticPolicy, "forward"),
     "policy, gradients": (PPO, "train"),
     "log, every step": (RolloutLog, "_on_step"),
-    "log, every update": (RolloutLog, "_on_rollout_end"),
+    "log, every round": (RolloutLog, "_record"),
     "validation": (Updates, "_validate"),
     "checkpoints": (Updates, "_save"),
 }

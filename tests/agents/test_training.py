@@ -6,84 +6,100 @@ import json
 import os
 import shutil
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
-import yaml
 from stable_baselines3 import PPO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 import train_agent
+from agents.algorithms import ALGORITHMS
 from agents.callbacks import VALIDATION_SEEDS
-from agents.checkpoints import CheckpointError
+from agents.checkpoints import CheckpointError, save_model
+from agents.models import ModelFileError
 from agents.rollout import play_twin
-from agents.runs import RunFolderError, load_policy
+from agents.runs import RunFolderError, load_policy, write_origin
 from agents.training import TrainConfig, build_model, load_train_config, resume, train
 from agents.vec import TwinVecEnv
-from moe.profiles import save_profile
-from tests.thermoe_env.conftest import make_profile
+from tests.agents.conftest import STEPS, stop_after
 from thermoe_env.problem import Problem
 from thermoe_env.reward import REWARD_TERMS
-from thermoe_env.scenario import config_path, load_scenario
+from thermoe_env.scenario import load_scenario
 from thermoe_env.signals import STAGES
 
-UPDATES, ENVS, STEPS = 5, 3, 12
+UPDATES, ENVS = 5, 3
 UPDATE = ENVS * STEPS
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    folder = tmp_path_factory.mktemp("scenario")
-    save_profile(make_profile(), folder / "profile.json")
-    raw = yaml.safe_load(config_path("scenarios", "default", ".yaml").read_text())
-    raw |= {"profile": str(folder / "profile.json"), "episode_s": STEPS}
-    (folder / "short.yaml").write_text(yaml.safe_dump(raw))
-    return load_train_config(
-        scenario=str(folder / "short.yaml"),
-        total_timesteps=UPDATES * UPDATE,
-        n_envs=ENVS,
-        n_minibatches=2,
-        n_epochs=2,
-        eval_freq=2 * UPDATE,
-        eval_episodes=2,
-        torch_threads=1,
-    )
+TINY: dict[str, dict[str, Any]] = {
+    "ppo": {"n_minibatches": 2, "n_epochs": 2},
+    "recurrent_ppo": {"n_steps": STEPS // 2, "n_minibatches": 2, "n_epochs": 2, "lstm_hidden_size": 8},
+    "dqn": {"learning_starts": 40, "buffer_size": 90, "batch_size": 8, "target_update_interval": 15},
+    "sac": {"learning_starts": 40, "buffer_size": 9000, "batch_size": 8, "train_freq": 2, "net_arch": (8,)},
+}
+"""One of each kind: whole episodes, a memory, flat actions with a buffer that overflows, box actions."""
 
 
 @pytest.fixture(scope="module")
-def finished(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was never stopped, and not the first of its process: that loads and compiles on the way."""
+def configs(short_scenario: str) -> dict[str, TrainConfig]:
+    common: dict[str, Any] = {
+        "scenario": short_scenario,
+        "total_timesteps": UPDATES * UPDATE,
+        "n_envs": ENVS,
+        "eval_freq": 2 * UPDATE,
+        "eval_episodes": 2,
+        "save_freq": 1,
+    }
+    return {algo: load_train_config(algo, **common, **own) for algo, own in TINY.items()}
+
+
+@pytest.fixture(scope="module")
+def config(configs: dict[str, TrainConfig]) -> TrainConfig:
+    return configs["ppo"]
+
+
+@pytest.fixture(scope="module")
+def finished_runs(
+    configs: dict[str, TrainConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Runs that were never stopped, by algorithm.
+
+    Before the first, another is made: the first of a process loads and compiles on the way.
+    """
     folder = tmp_path_factory.mktemp("run")
-    train(replace(config, total_timesteps=2 * UPDATE), folder / "first", progress=False)
-    return train(config, folder / "finished", progress=False)
+    train(replace(configs["ppo"], total_timesteps=2 * UPDATE), folder / "first", progress=False)
+
+    def finished(algo: str) -> Path:
+        if not (folder / algo).exists():
+            train(configs[algo], folder / algo, progress=False)
+        return folder / algo
+
+    return finished
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Let the user press Ctrl-C at the given step of the environments."""
-    step_wait, played = TwinVecEnv.step_wait, 0
-
-    def interrupted(self: TwinVecEnv) -> Any:
-        nonlocal played
-        played += 1
-        if played > steps:
-            raise KeyboardInterrupt
-        return step_wait(self)
-
-    monkeypatch.setattr(TwinVecEnv, "step_wait", interrupted)
+@pytest.fixture(scope="module")
+def finished(finished_runs: Callable[[str], Path]) -> Path:
+    return finished_runs("ppo")
 
 
 def contents(path: Path) -> dict[str, Any]:
-    """Parameters, optimizer and training state of a checkpoint."""
+    """All tensors (parameters, optimizers), replayed steps and the training state of a zip."""
     with zipfile.ZipFile(path) as archive:
-        tensors = {
-            name: torch.load(archive.open(name), weights_only=True)
-            for name in ("policy.pth", "policy.optimizer.pth")
+        names = archive.namelist()
+        found: dict[str, Any] = {
+            name: torch.load(archive.open(name), weights_only=True) for name in names if name.endswith(".pth")
         }
-        return {**tensors, "state": json.loads(archive.read("training_state.json"))}
+        found |= {name: np.load(archive.open(name)) for name in names if name.startswith("replay/")}
+        if "training_state.json" in names:
+            found["state"] = json.loads(archive.read("training_state.json"))
+        return found
 
 
 def assert_equal(one: Any, other: Any) -> None:
@@ -95,6 +111,8 @@ def assert_equal(one: Any, other: Any) -> None:
             assert_equal(one[key], other[key])
     elif isinstance(one, torch.Tensor):
         assert torch.equal(one, other), f"differ by up to {(one.double() - other.double()).abs().max():.3g}"
+    elif isinstance(one, np.ndarray):
+        np.testing.assert_array_equal(one, other)
     else:
         assert one == other
 
@@ -104,6 +122,7 @@ def test_a_run_holds_all_files_and_tags(finished: Path, config: TrainConfig) -> 
     files = {
         "config.yaml",
         "scenario.yaml",
+        "interface.json",
         "command.txt",
         "versions.json",
         "best_model.zip",
@@ -133,6 +152,24 @@ def test_a_run_holds_all_files_and_tags(finished: Path, config: TrainConfig) -> 
     assert sum(events.Scalars(f"stage/{name}")[-1].value for name in STAGES) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("algo", TINY)
+def test_every_kind_logs_whole_rounds_and_its_hyper_parameters(
+    algo: str, finished_runs: Callable[[str], Path], configs: dict[str, TrainConfig]
+) -> None:
+    events = EventAccumulator(str(finished_runs(algo) / "tb")).Reload()
+    assert [event.step for event in events.Scalars("rollout/ep_rew_mean")] == [
+        UPDATE * (k + 1) for k in range(UPDATES)
+    ]
+    for k, mean in enumerate(events.Scalars("rollout/ep_rew_mean")):
+        terms = sum(events.Scalars(f"reward/{name}")[k].value for name in REWARD_TERMS)
+        assert terms == pytest.approx(mean.value, rel=1e-4)
+    written = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    plugin: Any = plugin_data_pb2
+    shown = plugin.HParamsPluginData.FromString(written).session_start_info.hparams
+    assert shown["algo"].string_value == algo and shown["n_envs"].number_value == ENVS
+    assert shown["learning_rate"].number_value == configs[algo].settings.learning_rate
+
+
 def test_the_best_model_is_the_one_that_validated_best(finished: Path) -> None:
     problem = Problem.of(load_scenario(finished / "scenario.yaml"))
     seen = EventAccumulator(str(finished / "tb")).Reload().Scalars("eval/return")
@@ -149,28 +186,59 @@ def test_the_best_model_is_the_one_that_validated_best(finished: Path) -> None:
     assert returns["plain"] == returns["by run folder"] == state["best_return"]
 
 
-@pytest.mark.parametrize("stop", [STEPS // 2, 2 * STEPS + STEPS // 3, 4 * STEPS])
+@pytest.mark.parametrize(
+    ("algo", "stop"),
+    [
+        ("ppo", STEPS // 2), ("ppo", 2 * STEPS + STEPS // 3), ("ppo", 4 * STEPS),
+        ("recurrent_ppo", 2 * STEPS + STEPS // 3), ("dqn", 3 * STEPS + 1), ("sac", 3 * STEPS + 1),
+    ],
+)  # fmt: skip
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    stop: int, config: TrainConfig, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algo: str,
+    stop: int,
+    configs: dict[str, TrainConfig],
+    finished_runs: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stopped in the first episodes, amid the third, and between two updates."""
-    folder = tmp_path / "stopped"
+    """Stopped in the first episodes, amid later ones, and between two rounds."""
+    folder, finished = tmp_path / "stopped", finished_runs(algo)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt, match=f"--resume {folder}"):
         stop_after(patch, stop)
-        train(config, folder, progress=False)
+        train(configs[algo], folder, progress=False)
     kept = contents(folder / "last_model.zip")["state"]["num_timesteps"]
     assert kept == stop // STEPS * UPDATE
     torch.manual_seed(99)  # a process of its own would start with other generators
     np.random.seed(99)  # noqa: NPY002
     resume(folder, progress=False)
-    assert_equal(contents(folder / "last_model.zip"), contents(finished / "last_model.zip"))
-    for name in ("policy.pth",):
-        with (
-            zipfile.ZipFile(folder / "best_model.zip") as a,
-            zipfile.ZipFile(finished / "best_model.zip") as b,
-        ):
-            one, other = (torch.load(z.open(name), weights_only=True) for z in (a, b))
-            assert_equal(one, other)
+    for name in ("last_model.zip", "best_model.zip"):
+        assert_equal(contents(folder / name), contents(finished / name))
+
+
+def test_a_checkpoint_holds_the_whole_replay_buffer(finished_runs: Callable[[str], Path]) -> None:
+    kept = contents(finished_runs("sac") / "last_model.zip")
+    assert len(kept["replay/rewards.npy"]) == UPDATES * STEPS  # all steps that were played
+    assert kept["replay/timeouts.npy"].sum() == UPDATES * ENVS  # every episode's end
+    assert len(contents(finished_runs("dqn") / "last_model.zip")["replay/rewards.npy"]) == 90 // ENVS
+    assert not any("replay" in name for name in contents(finished_runs("sac") / "best_model.zip"))
+
+
+def test_checkpoints_keep_to_save_freq(
+    configs: dict[str, TrainConfig],
+    finished_runs: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KeyboardInterrupt, match=f"{2 * UPDATE} steps are kept"),
+    ):
+        stop_after(patch, 3 * STEPS + 1)
+        train(replace(configs["dqn"], save_freq=UPDATE + 1), tmp_path / "stopped", progress=False)
+    resume(tmp_path / "stopped", progress=False)
+    assert_equal(
+        contents(tmp_path / "stopped" / "last_model.zip"), contents(finished_runs("dqn") / "last_model.zip")
+    )
 
 
 def test_the_seed_decides_the_run(config: TrainConfig, finished: Path, tmp_path: Path) -> None:
@@ -242,44 +310,140 @@ def test_a_failed_write_keeps_the_old_checkpoint(
     assert_equal(contents(tmp_path / "full" / "last_model.zip"), contents(finished / "last_model.zip"))
 
 
+def test_a_run_of_another_field_table_is_refused(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(finished, folder)
+    table = json.loads((folder / "interface.json").read_text())
+    table["fields"]["humidity"] = table["fields"].pop("temp_c")
+    (folder / "interface.json").write_text(json.dumps(table))
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(
+        text.replace(f"total_timesteps: {UPDATES * UPDATE}", "total_timesteps: 9999")
+    )
+    with pytest.raises(CheckpointError, match=r"only there: \['humidity'\].*only here: \['temp_c'\]"):
+        resume(folder, progress=False)
+
+
+def test_a_model_for_other_knobs_is_refused_by_what_differs(finished: Path, config: TrainConfig) -> None:
+    fewer = Problem.of(load_scenario(config.scenario, knobs=["batch_size", "expert_count"]))
+    with pytest.raises(
+        ModelFileError, match=r"knobs \(and how many levels\) .*'routing_bias'.* there, .* here"
+    ):
+        load_policy(finished, fewer)
+    # Levels of the same number may stand for other values: they are another card's.
+    assert load_policy(finished, Problem.of(load_scenario(config.scenario)))
+
+
 def test_settings_are_strict() -> None:
     shipped = load_train_config("ppo")
     assert shipped.algo == "ppo"
-    with pytest.raises(ValueError, match=r"unknown algo 'dqn'.*ppo"):
-        load_train_config("dqn")
-    with pytest.raises(ValueError, match="unknown algo 'sac'"):
+    with pytest.raises(ValueError, match=r"unknown algo 'ddpg'.*dqn.*ppo"):
+        load_train_config("ddpg")
+    with pytest.raises(ValueError, match=r"maskable_ppo.*every level is always allowed; use ppo"):
+        load_train_config("maskable_ppo")
+    with pytest.raises(ValueError, match="'sac' is set by SACSettings, got PPOSettings"):
         replace(shipped, algo="sac")
     with pytest.raises(ValueError, match=r"lerning_rate(.|\n)*known keys.*learning_rate"):
         load_train_config(lerning_rate=1.0)
+    with pytest.raises(ValueError, match=r"clip_range(.|\n)*known keys.*buffer_size"):
+        load_train_config("dqn", clip_range=0.2)
     with pytest.raises(ValueError, match="n_envs must be at least 1, got 0"):
         replace(shipped, n_envs=0)
+    with pytest.raises(ValueError, match="n_epochs must be at least 1, got 0"):
+        load_train_config(n_epochs=0)
     with pytest.raises(ValueError, match="learning_rate"):
-        replace(shipped, learning_rate=0.0)
+        load_train_config(learning_rate=0.0)
 
 
-def test_an_update_must_divide_into_minibatches(config: TrainConfig) -> None:
-    env = TwinVecEnv(Problem.of(load_scenario(config.scenario)), ENVS)
+def test_an_action_mode_must_fit() -> None:
+    assert load_train_config("ppo", action_mode="box").action_mode == "box"
+    with pytest.raises(ValueError, match=r"dqn acts by discrete, not by 'box'.*sac"):
+        load_train_config("dqn", action_mode="box")
+    with pytest.raises(ValueError, match=r"sac acts by box, not by 'multi_discrete'.*ppo"):
+        load_train_config("sac", action_mode="multi_discrete")
+
+
+def test_updates_must_fit_into_episodes_and_minibatches_into_updates(configs: dict[str, TrainConfig]) -> None:
+    env = TwinVecEnv(Problem.of(load_scenario(configs["ppo"].scenario)), ENVS)
     with pytest.raises(ValueError, match="divisor of 36"):
-        build_model(replace(config, n_minibatches=5), env)
+        build_model(changed(configs["ppo"], n_minibatches=5), env)
+    with pytest.raises(ValueError, match="5 steps between updates do not divide an episode of 12"):
+        build_model(changed(configs["dqn"], train_freq=5), env)
 
 
-def test_static_bias_starts_at_the_static_service(config: TrainConfig) -> None:
+def changed(config: TrainConfig, **settings: Any) -> TrainConfig:
+    """The configuration with other settings of its algorithm."""
+    return replace(config, settings=replace(config.settings, **settings))
+
+
+@pytest.mark.parametrize("mode", ["multi_discrete", "discrete"])
+def test_static_bias_starts_at_the_static_service(config: TrainConfig, mode: str) -> None:
     problem = Problem.of(load_scenario(config.scenario))
-    env = TwinVecEnv(problem, ENVS)
-    action, _ = build_model(replace(config, static_bias=5.0), env).predict(env.reset(), deterministic=True)
-    np.testing.assert_array_equal(action, np.tile(problem.knobs.action(), (ENVS, 1)))
+    env = TwinVecEnv(problem, ENVS, action_mode=mode)
+    leaning = replace(changed(config, static_bias=5.0), action_mode=mode)
+    action, _ = build_model(leaning, env).predict(env.reset(), deterministic=True)
+    index = problem.knobs.indices(action, mode)
+    np.testing.assert_array_equal(index, np.tile(problem.knobs.default_index, (ENVS, 1)))
+    with pytest.raises(ValueError, match="box actions have none"):
+        build_model(replace(leaning, action_mode="box"), TwinVecEnv(problem, ENVS, action_mode="box"))
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_algorithm_is_played_as_it_was_trained(
+    algo: str, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shipped settings build, and what is read back, without unpickling, answers as the model does."""
+    shipped = load_train_config(algo, scenario=config.scenario, n_envs=ENVS)
+    small = {"train_freq": 1, "n_steps": STEPS // 2, "n_minibatches": 2, "buffer_size": 90}
+    own = {name: value for name, value in small.items() if hasattr(shipped.settings, name)}
+    problem = Problem.of(load_scenario(config.scenario))
+    env = TwinVecEnv(problem, ENVS, action_mode=shipped.action_mode)
+    model = build_model(changed(shipped, **own), env)
+    with torch.no_grad():  # away from the even choices that networks begin with
+        for parameter in model.policy.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    save_model(model, tmp_path / "best_model.zip")
+    write_origin(tmp_path, shipped.flat())
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("unpickled")
+
+    policy = load_policy(tmp_path, problem, trust_pickle=True)
+    monkeypatch.setattr(cloudpickle, "loads", refuse)
+    careful = load_policy(tmp_path, problem)
+    observation, start = env.reset(), np.ones(ENVS, bool)
+    states: list[Any] = [None, None, None]
+    for _ in range(4):
+        (wanted, states[0]) = model.predict(observation, states[0], start, deterministic=True)
+        index = problem.knobs.indices(wanted, shipped.action_mode)
+        for k, read in enumerate((policy, careful), 1):
+            levels, states[k] = read.predict(observation, states[k], start)
+            assert levels.shape == (ENVS, len(problem.knobs.controlled))
+            np.testing.assert_array_equal(problem.knobs.indices(levels, "multi_discrete"), index)
+        env.step_async(wanted)
+        observation, start = env.step_wait()[0].copy(), np.zeros(ENVS, bool)
+    assert (states[2] is None) == (algo != "recurrent_ppo")
 
 
 def test_the_command_passes_its_flags_on(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    monkeypatch.setattr(train_agent, "train", lambda *args: calls.append(args))
-    monkeypatch.setattr(train_agent, "resume", lambda *args: calls.append(args))
+
+    def called(*args: Any) -> Path:
+        calls.append(args)
+        return tmp_path
+
+    monkeypatch.setattr(train_agent, "train", called)
+    monkeypatch.setattr(train_agent, "resume", called)
     train_agent.main(train_agent.Options(n_timesteps=7, seed=3, n_envs=4, eval_freq=5, log_folder=tmp_path))
     expected = replace(load_train_config("ppo"), total_timesteps=7, seed=3, n_envs=4, eval_freq=5)
     train_agent.main(train_agent.Options(resume=tmp_path))
-    assert calls == [(expected, tmp_path), (tmp_path,)]
+    monkeypatch.setattr(train_agent, "train_seeds", called)
+    train_agent.main(train_agent.Options(algo="sac", seeds=(1, 2)))
+    assert calls == [(expected, tmp_path), (tmp_path,), (load_train_config("sac"), (1, 2), None)]
+    with pytest.raises(ValueError, match="--seeds goes neither with --seed"):
+        train_agent.main(train_agent.Options(seed=1, seeds=(1, 2)))
     with pytest.raises(ValueError, match="no other flag"):
         train_agent.main(train_agent.Options(resume=tmp_path, seed=1))
     with pytest.raises(ValueError, match="real time"):
