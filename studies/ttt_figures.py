@@ -18,7 +18,7 @@ from agents.metrics import student_interval
 from studies.repeats import select
 from studies.routing_figures import limits
 from studies.ttt_config import NEVER
-from studies.ttt_results import COST_LABELS, GAIN_LABELS, budget_curves
+from studies.ttt_results import COST_LABELS, GAIN_LABELS, budget_curves, norm_streams
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4FBF", "#8C6D1F")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
@@ -40,7 +40,7 @@ def write_figures(
     drawings: dict[str, Callable[[], Figure]] = {"stream": lambda: along(repeats, where)}
     if budget_curves(summary):
         drawings["budgets"] = lambda: budgets(summary, unit, where)
-    if len(summary["norm"].unique()) > 1:
+    if norm_streams(summary):
         drawings["norms"] = lambda: norms(summary, unit, where)
     if len(_both_guards(summary)):
         drawings["guards"] = lambda: guards(summary, where)
@@ -79,8 +79,8 @@ def budgets(summary: pd.DataFrame, unit: str, where: str) -> Figure:
 
 def norms(summary: pd.DataFrame, unit: str, where: str) -> Figure:
     """Accuracy of models that differ in their norm, without and with adaptation, and what that costs."""
-    streams = [n for n, group in summary.groupby("stream", sort=False) if len(group["norm"].unique()) > 1]
-    own = select(summary, stream=streams[0])
+    stream = norm_streams(summary)[0]
+    own = select(summary, stream=stream)
     figure = Figure(figsize=(9.0, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = list(own["norm"].unique())
@@ -109,7 +109,7 @@ def norms(summary: pd.DataFrame, unit: str, where: str) -> Figure:
     right.set(xlabel=f"spent on adaptation, % of the serving cost\n{COST_LABELS[unit]}")
     right.set_ylabel("accuracy gained (points)")
     figure.legend(loc="outside lower center", ncols=5)
-    figure.suptitle(f"Norm against norm, stream {streams[0]}; models trained alike; 95% intervals\n{where}")
+    figure.suptitle(f"Norm against norm, stream {stream}; models trained alike; 95% intervals\n{where}")
     return figure
 
 

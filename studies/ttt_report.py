@@ -23,6 +23,7 @@ from studies.ttt_results import (
     RUN,
     budget_curves,
     cost_unit,
+    norm_streams,
     recovered_table,
     runs_table,
     shifts_table,
@@ -131,10 +132,9 @@ def _markdown(
     ]  # fmt: skip
     if len(by_norm):
         lines += [
-            "## Norm against norm",
+            "## Methods and norms under corruptions",
             "",
-            "![norms](norms.png)",
-            "",
+            *(["![norms](norms.png)", ""] if norm_streams(summary) else []),
             *_norms(summary, by_norm, factor, cost),
         ]
     if _correlated(repeats):

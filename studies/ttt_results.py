@@ -126,6 +126,13 @@ def budget_curves(table: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFram
     return found
 
 
+def norm_streams(table: pd.DataFrame) -> list[str]:
+    """Streams that models of several norms serve."""
+    return [
+        str(name) for name, group in table.groupby("stream", sort=False) if len(group["norm"].unique()) > 1
+    ]
+
+
 def gain(task: str, quality: float, before: float) -> float:
     """Points of accuracy gained, or percent of the bits saved."""
     return 100 * (quality - before) if task == "vision" else 100 * (before - quality) / before

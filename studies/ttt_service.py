@@ -32,7 +32,7 @@ from thermoe_env.errors import ThermoeError
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import Scenario, load_scenario
 
-TRAINING = "python train_agent.py --algo ppo --out runs/ppo"
+TRAINING = "python train_agent.py --algo ppo --log-folder runs/ppo"
 """The command that makes a run for `--run`."""
 
 

@@ -34,7 +34,7 @@ from studies.ttt_service_results import (
 )
 from thermoe_env.problem import Problem
 
-AROUND_SHIFT = (BASELINE, "always", "rule_based")
+AROUND_SHIFT = (BASELINE, "always", "change")
 """Policies whose course around a change of shift is drawn."""
 
 
