@@ -12,20 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe import data, ttt
-from moe.config import ModelConfig, model_config
-from moe.model import BatchNorm, MoEModel, initialise
-from moe.samples import TextPool
-from moe.streams import StreamConfig, draw_shifts, play
+from moe import ttt
+from moe.config import model_config
+from moe.model import BatchNorm, MoEModel
 from moe.ttt.methods import _ascended
-from moe.ttt.rotation import rotation_loss, turned
-from moe.variants import with_norm, with_rotation_head
-from moe.weights import load_model
+from moe.variants import with_rotation_head
+from tests.moe.ttt_models import (
+    OF_ONE_SAMPLE,
+    RMS_VISION,
+    TURNING,
+    VISION,
+    assert_same,
+    in_group,
+    make_inputs,
+    make_model,
+    whole_state,
+)
 
-VISION = model_config("vision", "tiny")
-RMS_VISION, LAYER_VISION, GROUP_VISION = (with_norm(VISION, norm) for norm in ("rms", "layer", "group"))
-OF_ONE_SAMPLE = (RMS_VISION, LAYER_VISION, GROUP_VISION)  # norms of one sample, without running statistics
-TURNING = with_rotation_head(VISION)
 SETTINGS = {
     ttt.batch_statistics: ttt.BatchStatistics(),
     ttt.tent: ttt.Tent(learning_rate=0.05),
@@ -48,44 +51,6 @@ CASES = [
 ]
 case_ids = [f"{method.__name__}-{config.task}-{config.norm}-{group}" for method, config, group in CASES]
 every_case = pytest.mark.parametrize(("method", "config", "group"), CASES, ids=case_ids)
-
-
-def make_model(config: ModelConfig) -> MoEModel:
-    """An untrained model with a sharp head, so that entropies differ, about the margin of 0.4."""
-    model = initialise(MoEModel(config), torch.Generator().manual_seed(0)).eval()
-    with torch.no_grad():
-        sharpness = {"batch": 180, "rms": 60, "layer": 60, "group": 70}
-        model.head.weight.mul_(sharpness[config.norm] if config.task == "vision" else 5)
-        if model.rotation_head is not None:
-            model.rotation_head.weight.mul_(20)
-    return model
-
-
-def make_inputs(config: ModelConfig, seed: int, n: int = 24) -> Tensor:
-    shape, high = ((n, 28, 28), 256) if config.task == "vision" else ((4, 32), 256)
-    return torch.randint(high, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
-def whole_state(model: MoEModel, state: ttt.AdaptationState) -> dict[str, Tensor]:
-    """Every tensor a step could change, found without the code under test."""
-    tensors = dict(model.state_dict()) | {f"average {name}": value for name, value in state.averages.items()}
-    if state.optimizer is not None:
-        for i, memory in state.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer {i} {key}": value for key, value in memory.items() if value is not None}
-    return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    torch.testing.assert_close(left, right, rtol=0, atol=0, equal_nan=False)
-
-
-def in_group(name: str, group: str) -> bool:
-    return {
-        "norms": "norm" in name,
-        "router": ".router." in name,
-        "expert_norms": ".moe_norm." in name,
-        "last_block": name.startswith("blocks.1."),
-    }[group]
 
 
 class Reference:
@@ -355,89 +320,6 @@ def test_answers_that_are_no_numbers_stop_the_step_with_all_as_before(method, co
     after = whole_state(model, state)
     assert before.pop(name).isnan().all() and after.pop(name).isnan().all()
     assert_same(after, before)
-
-
-def test_dynamic_evaluation_over_the_rms_is_that_of_the_paper():
-    """Krause et al., section 4, written out: g / (rms + eps), and lambda * min(rms / mean, 1 / lambda)."""
-    config = model_config("language", "tiny")
-    model, settings = make_model(config), ttt.RmsDynamicEvaluation(learning_rate=0.01, decay=0.4, epsilon=0.5)
-    state = ttt.start(model, settings, "norms")
-    before = whole_state(model, state)
-    with pytest.raises(ValueError, match="gradient_rms"):
-        ttt.dynamic_evaluation(model, state, make_inputs(config, 1), settings)
-    ttt.gradient_rms(model, state, [make_inputs(config, seed) for seed in (7, 8)])
-    assert_same(whole_state(model, state), before)
-    weights = [p for name, p in model.named_parameters() if in_group(name, "norms")]
-
-    def gradient(inputs: Tensor) -> Tensor:
-        log_p = model(inputs).logits.log_softmax(-1)[:, :-1]
-        surprise = -log_p.gather(-1, inputs[:, 1:, None].long()).mean()
-        return torch.cat([g.flatten() for g in torch.autograd.grad(surprise, weights)])
-
-    rms = ((gradient(make_inputs(config, 7)) ** 2 + gradient(make_inputs(config, 8)) ** 2) / 2).sqrt()
-    assert state.rms is not None
-    torch.testing.assert_close(torch.cat([part.flatten() for part in state.rms]), rms)
-    assert (rms / rms.mean()).max() > 1 / 0.4, "nothing is clipped: the test tests too little"
-    theta = first = torch.cat([weight.detach().flatten() for weight in weights])
-    for seed in (1, 2):
-        inputs = make_inputs(config, seed)
-        pull = 0.4 * (rms / rms.mean()).clamp(max=1 / 0.4)
-        theta = theta - 0.01 * gradient(inputs) / (rms + 0.5 * rms.mean()) + pull * (first - theta)
-        ttt.dynamic_evaluation(model, state, inputs, settings)
-        now = torch.cat([weight.detach().flatten() for weight in weights])
-        torch.testing.assert_close(now, theta, rtol=1e-5, atol=1e-6)
-    state.reset(model)
-    assert_same(whole_state(model, state), before)
-    with pytest.raises(ValueError, match="at least one batch"):
-        ttt.gradient_rms(model, state, [])
-
-
-def test_dynamic_evaluation_learns_the_shift_and_keeps_the_source():
-    """On the shipped model: continuous lanes, each chunk scored before it is learned from."""
-    settings = ttt.RmsDynamicEvaluation()
-    chunk = model_config("language", "tiny").context_length
-    source = data.load_language("prose", "train")[: 8 * 8 * chunk].view(8, 8, chunk)
-    pool = TextPool(("clean", "code"), "cpu", "validation", chunk)
-    gain = {}
-    for kind, batches in (("clean", 6), ("code", 24)):
-        model = load_model("language", "tiny", "cpu")
-        state = ttt.start(model, settings, "last_block")
-        ttt.gradient_rms(model, state, source)
-        frozen = load_model("language", "tiny", "cpu")
-        config = StreamConfig(task="language", kinds=(kind,), batches=batches, batch_size=8)
-        nats = torch.zeros(2)
-        for inputs, targets, _ in play(draw_shifts(config, pool.targets[0], 0), pool):
-            following = torch.cat([inputs[:, 1:], targets[:, None]], dim=1).long()  # [B, S]
-            with torch.no_grad():
-                logits = [each(inputs).logits.flatten(0, 1) for each in (model, frozen)]
-            nats += torch.stack([F.cross_entropy(each, following.flatten()) for each in logits])
-            ttt.dynamic_evaluation(model, state, inputs, settings)
-        gain[kind] = 1 - float(nats[0] / nats[1])
-    assert gain["code"] > 0.03 and gain["clean"] > -0.01  # a short stream: a longer one gains more
-
-
-def test_rotation_needs_a_head_and_says_how_to_get_one():
-    model = make_model(VISION)
-    state = ttt.start(model, ttt.Rotation())
-    before = whole_state(model, state)
-    with pytest.raises(ValueError, match="--rotation-head"):
-        ttt.rotation(model, state, make_inputs(VISION, 1), ttt.Rotation())
-    assert_same(whole_state(model, state), before)
-
-
-def test_the_loss_of_rotation_is_that_of_images_turned_by_hand():
-    model = make_model(TURNING)
-    images = make_inputs(TURNING, 3)
-    turns = torch.arange(24) % 4
-    by_hand = torch.stack([torch.rot90(image, int(n)) for image, n in zip(images, turns, strict=True)])
-    assert torch.equal(turned(images, turns), by_hand)
-    assert torch.equal(
-        turned(images[:1], torch.tensor([1]))[0, 27 - 5, 3], images[0, 3, 5]
-    )  # counter-clockwise
-    logits = model(by_hand).rotation_logits
-    assert logits is not None
-    expected = -torch.stack([row.log_softmax(0)[n] for row, n in zip(logits, turns, strict=True)]).mean()
-    torch.testing.assert_close(rotation_loss(model(by_hand), turns), expected)
 
 
 @pytest.mark.parametrize("group", ttt.GROUPS)
