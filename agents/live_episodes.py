@@ -10,12 +10,13 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from agents.archive import load_recordings, save_recordings
-from agents.policies import ConstantPolicy, Policy, make_policy
+from agents.gating import load_gate_config
+from agents.policies import POLICIES, ConstantPolicy, Policy, make_policy
 from agents.rollout import Recording
 from agents.rules import RuleBased, RuleConfig, load_rule_config
 from agents.runs import load_policy
 from thermoe_env.problem import Problem
-from thermoe_env.scenario import Scenario
+from thermoe_env.scenario import Scenario, configs_dir
 
 EPISODES_FILE = "episodes.npz"
 CONTRASTS: dict[str, dict[str, int]] = {"small_batches": {"batch_size": 1, "expert_count": 0}}
@@ -51,7 +52,7 @@ def policy_of(recipe: dict[str, Any], problem: Problem) -> Policy:
     """Build the policy of a recipe.
 
     Raises:
-        ValueError: the problem lacks a level, or the model's file is another one by now.
+        ValueError: the problem lacks a level, or the model's file, or its settings, are others by now.
     """
     if "rules" in recipe:
         return RuleBased(problem, RuleConfig(**recipe["rules"]))
@@ -67,14 +68,19 @@ def policy_of(recipe: dict[str, Any], problem: Problem) -> Policy:
             problem.knobs.action(**{name: wanted[name] for name in problem.knobs.controlled})
         )
     if _sha256(recipe["model"]) != recipe["sha256"]:
-        raise ValueError(f"{recipe['model']} is not the model that was played; bring that one here")
+        raise ValueError(f"{recipe['model']} is not what was played; bring that model, or its settings, here")
     return load_policy(recipe["model"], problem)
 
 
 def _sha256(spec: str) -> str | None:
-    """Hash of a model's file; None for a policy that has none, or whose file is not here."""
+    """Hash of a model's file, or of a named policy's settings; None where there are none, or not here."""
     path = Path(spec) / "best_model.zip" if Path(spec).is_dir() else Path(spec)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    files = [path]
+    if spec in POLICIES:
+        names = ("gates", load_gate_config().base) if spec.startswith("gate-") else (spec,)
+        files = [configs_dir() / "agents" / f"{name}.yaml" for name in names]
+    content = [file.read_bytes() for file in files if file.is_file()]
+    return hashlib.sha256(b"".join(content)).hexdigest() if content else None
 
 
 # ---------------------------------------------------------------- what was played

@@ -317,8 +317,12 @@ def test_recipes_do_not_follow_the_configuration(scenario: str) -> None:
     recipe["constant"]["batch_size"] = 3
     with pytest.raises(ValueError, match="batch_size=3"):
         policy_of(recipe, problem)
-    with pytest.raises(ValueError, match="not the model that was played"):
+    with pytest.raises(ValueError, match="runs/gone is not what was played"):
         policy_of({"model": "runs/gone", "sha256": "0" * 64}, problem)
+    rules = recipe_of("gate-change", problem, problem)
+    assert policy_of(rules, problem) is not None and rules["sha256"] is not None
+    with pytest.raises(ValueError, match="gate-change is not what was played"):
+        policy_of(rules | {"sha256": "0" * 64}, problem)
 
 
 @pytest.fixture
