@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from agents.training import TrainConfig, load_train_config
 from agents.vec import TwinVecEnv
 from moe.profiles import save_profile
 from tests.thermoe_env.conftest import make_profile
@@ -14,6 +15,17 @@ from thermoe_env.scenario import config_path
 
 STEPS = 12
 """Of an episode of `short_scenario`."""
+UPDATES, ENVS = 5, 3
+UPDATE = ENVS * STEPS
+
+
+TINY: dict[str, dict[str, Any]] = {
+    "ppo": {"n_minibatches": 2, "n_epochs": 2},
+    "recurrent_ppo": {"n_steps": STEPS // 2, "n_minibatches": 2, "n_epochs": 2, "lstm_hidden_size": 8},
+    "dqn": {"learning_starts": 40, "buffer_size": 90, "batch_size": 8, "target_update_interval": 15},
+    "sac": {"learning_starts": 40, "buffer_size": 9000, "batch_size": 8, "train_freq": 2, "net_arch": (8,)},
+}
+"""One of each kind: whole episodes, a memory, flat actions with a buffer that overflows, box actions."""
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +37,24 @@ def short_scenario(tmp_path_factory: pytest.TempPathFactory) -> str:
     raw |= {"profile": str(folder / "profile.json"), "episode_s": STEPS}
     (folder / "short.yaml").write_text(yaml.safe_dump(raw))
     return str(folder / "short.yaml")
+
+
+@pytest.fixture(scope="session")
+def configs(short_scenario: str) -> dict[str, TrainConfig]:
+    common: dict[str, Any] = {
+        "scenario": short_scenario,
+        "total_timesteps": UPDATES * UPDATE,
+        "n_envs": ENVS,
+        "eval_freq": 2 * UPDATE,
+        "eval_episodes": 2,
+        "save_freq": 1,
+    }
+    return {algo: load_train_config(algo, **common, **own) for algo, own in TINY.items()}
+
+
+@pytest.fixture(scope="session")
+def config(configs: dict[str, TrainConfig]) -> TrainConfig:
+    return configs["ppo"]
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
