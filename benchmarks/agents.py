@@ -103,7 +103,7 @@ _COLUMNS = (
 _PAGE = """# Learning algorithms side by side
 
 Simulated: the twin ({gpu}), scenario `{scenario}`. Each algorithm was trained once, seed {seed}, with the
-settings of its file in [configs/agents](../../configs/agents), for {scale:g} of the steps named there,
+settings of its file in [configs/agents](../../configs/agents), for {scale:g} times the steps named there,
 {date}, on one thread of {cpu} ({cores} cores). One training says little about an algorithm: settings
 were not searched for alike, and other seeds give other results. Return, energy, quality and lateness are
 those of the best model by validation on {episodes} episodes of {episode_s} s that neither training nor
