@@ -12,8 +12,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -23,15 +24,50 @@ import yaml
 from agents.metrics import student_interval
 from agents.runs import write_file
 from moe import data
-from moe.config import Size, Task
+from moe.config import TASKS, Size, Task
 from moe.recipes import RECIPES, Recipe
-from moe.train import device_name
+from moe.train import device_name, pick_device
 from thermoe_env.scenario import config_path
 
 WARMUP_SHARE = 0.25
 """Most of a training that its warm-up may take: the studies' trainings are short."""
 
 _S = TypeVar("_S")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RepeatArguments:
+    """What the commands of all studies of repeats take."""
+
+    task: Literal["vision", "language", "both"] = "both"
+    size: Size = "tiny"
+    """tiny for a CPU, base for a data-centre GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA when there is one."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Repeats to run."""
+    out: Path
+    """Folder of the repeats, the tables and the figures."""
+    config: str
+    """Settings: name in configs/studies, or path of a YAML file."""
+    report_only: bool = False
+    """Only make the tables and figures of the repeats that are there."""
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """Tasks to run and to report."""
+        return TASKS if self.task == "both" else (self.task,)
+
+
+class Settled(Protocol):
+    """Settings of a study."""
+
+    def settings(self, task: Task, size: Size, device_type: str) -> dict[str, Any]:
+        """All that must be the same for repeats to belong together, as plain JSON types."""
+        ...
+
+
+_Study = TypeVar("_Study", bound=Settled)
 
 
 class StudyError(ValueError):
@@ -76,6 +112,36 @@ def provenance(task: Task, size: Size, device: torch.device, seed: int) -> dict[
         "torch": torch.__version__,
         "data_sha256": data.data_digest(task),
     }
+
+
+def ensure_repeats(
+    arguments: RepeatArguments,
+    study: _Study,
+    run_repeat: Callable[[_Study, Task, Size, torch.device, int], dict[str, Any]],
+) -> None:
+    """Run the repeats that are missing, see `ensure_repeat`."""
+    device = pick_device(arguments.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # as the measured service does: the same arithmetic in every repeat
+    for seed in arguments.seeds:
+        for task in arguments.tasks:
+            settings = study.settings(task, arguments.size, device.type)
+            run = partial(run_repeat, study, task, arguments.size, device, seed)
+            ensure_repeat(arguments.out, task, arguments.size, seed, settings, run)
+
+
+def load_all(arguments: RepeatArguments) -> list[dict[str, Any]]:
+    """Read the repeats of all tasks, see `load_repeats`.
+
+    Raises:
+        StudyError: There is none.
+    """
+    repeats = [r for task in arguments.tasks for r in load_repeats(arguments.out, task, arguments.size)]
+    if not repeats:
+        raise StudyError(
+            f"{arguments.out} holds no repeat of {arguments.tasks} {arguments.size}: run it first"
+        )
+    return repeats
 
 
 def ensure_repeat(

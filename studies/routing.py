@@ -8,62 +8,36 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
-import torch
 import tyro
 from rich.console import Console
 
-from moe.config import TASKS, Size, Task
 from moe.errors import DataCorruptError, DataMissingError
 from moe.meter import MeterUnavailableError
-from moe.train import TrainingDiverged, pick_device
-from studies.repeats import StudyError, ensure_repeat, load_repeats
+from moe.train import TrainingDiverged
+from studies.repeats import RepeatArguments, ensure_repeats, load_all
 from studies.routing_config import load_study
 from studies.routing_measure import run_repeat
 from studies.routing_report import write_report
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(RepeatArguments):
     """Compare variants of the model over expert counts and routing biases."""
 
-    task: Literal["vision", "language", "both"] = "both"
-    size: Size = "tiny"
-    """tiny for a CPU, base for a data-centre GPU."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes CUDA when there is one."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Repeats to run."""
     out: Path = Path("runs/routing")
-    """Folder of the repeats, the tables and the figures."""
     config: str = "routing"
-    """Settings: name in configs/studies, or path of a YAML file."""
     steps: int | None = None
     """Optimizer steps of every training, in place of the settings'."""
-    report_only: bool = False
-    """Only make the tables and figures of the repeats that are there."""
 
 
 def main(arguments: Arguments) -> None:
     """Run what is missing and report what is there."""
-    tasks: tuple[Task, ...] = TASKS if arguments.task == "both" else (arguments.task,)
     study = load_study(arguments.config, arguments.steps)
     if not arguments.report_only:
-        device = pick_device(arguments.device)
-        if device.type == "cpu":
-            torch.set_num_threads(1)  # as the measured service does: the same arithmetic in every repeat
-        for seed in arguments.seeds:
-            for task in tasks:
-                settings = study.settings(task, arguments.size, device.type)
-                run = partial(run_repeat, study, task, arguments.size, device, seed)
-                ensure_repeat(arguments.out, task, arguments.size, seed, settings, run)
-    repeats = [r for task in tasks for r in load_repeats(arguments.out, task, arguments.size)]
-    if not repeats:
-        raise StudyError(f"{arguments.out} holds no repeat of {tasks} {arguments.size}: run it first")
-    write_report(repeats, study.quality_margin, arguments.out, Console())
+        ensure_repeats(arguments, study, run_repeat)
+    write_report(load_all(arguments), study.quality_margin, arguments.out, Console())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from moe import ttt
-from moe.config import NORMS, Norm, Size, Task, model_config
+from moe.config import NORMS, TASKS, TTT_METHODS, Norm, Size, Task, model_config
 from moe.corruptions import KINDS
 from moe.gates import Always, ConfidenceChange, EntropyThreshold, Gate, Periodic
 from moe.streams import Schedule, StreamConfig
@@ -32,14 +32,12 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "batch_statistics": Method(ttt.BatchStatistics, ttt.batch_statistics, "vision", ("batch",)),
-    "tent": Method(ttt.Tent, ttt.tent, "vision"),
-    "eata": Method(ttt.Eata, ttt.eata, "vision"),
-    "sar": Method(ttt.Sar, ttt.sar, "vision"),
-    "rotation": Method(ttt.Rotation, ttt.rotation, "vision"),
-    "dynamic_evaluation": Method(ttt.DynamicEvaluation, ttt.dynamic_evaluation, "language"),
-    "rms_dynamic_evaluation": Method(ttt.RmsDynamicEvaluation, ttt.dynamic_evaluation, "language"),
+    name: Method(*ttt.METHODS[name], task, ("batch",) if name == "batch_statistics" else NORMS)
+    for task in TASKS
+    for name in TTT_METHODS[task]
 }
+METHODS["rms_dynamic_evaluation"] = Method(ttt.RmsDynamicEvaluation, ttt.dynamic_evaluation, "language")
+"""Those that a service can take, and the one that measures gradients beforehand."""
 RULES: dict[str, Callable[..., Gate]] = {
     "always": Always,
     "periodic": Periodic,

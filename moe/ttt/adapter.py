@@ -24,7 +24,7 @@ from moe.ttt.state import (
     Tent,
     start,
 )
-from moe.ttt.steps import Step
+from moe.ttt.steps import Step, smallest_batch
 
 METHODS: dict[Method, tuple[type[BatchStatistics], Callable[..., Step]]] = {
     "batch_statistics": (BatchStatistics, batch_statistics),
@@ -88,7 +88,7 @@ class Adapter:
     @property
     def smallest_batch(self) -> int:
         """Fewest inputs that a step can be taken on: one sample has no batch statistics."""
-        return 2 if self.model.config.norm == "batch" else 1
+        return smallest_batch(self.model)
 
     def adapt(
         self,
