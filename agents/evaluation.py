@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
+import tyro
 from rich.console import Console
 
+from agents.compare import Played, is_results, read_results, refuse_other_world
 from agents.figures import write_figures
-from agents.metrics import episode_metrics, steps_table, summarize
-from agents.policies import Policy, for_episodes
+from agents.metrics import episode_metrics, steps_table, summarize, world_of
+from agents.policies import POLICIES, Policy, for_episodes
 from agents.report import print_summary, wide_console, write_report
-from agents.rollout import Recording, cool_down, play_live, play_twin
-from agents.runs import load_policy, new_run_folder, policy_label, write_origin
+from agents.results import results_table, statistics_table, unit_notes, write_results
+from agents.rollout import Recording, cool_down, device_name, origin, play_live, play_twin
+from agents.runs import load_policy, new_run_folder, policy_label, training_runs, write_origin
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import load_scenario
 
 ALWAYS = ("static", "best_constant")
-"""Played beside whatever is asked for."""
+"""Played beside whatever is asked for, unless results of an earlier evaluation are taken in."""
 RESERVED_SEEDS = range(800_000, 1_000_000)
 """Episodes that choose the best model and the best constant action."""
 COOL_WITHIN_C = 1.0
@@ -33,8 +37,12 @@ _COOL_EVERY_S = 2.0
 class EvaluateConfig:
     """What to evaluate, and where to put it."""
 
-    policy: tuple[str, ...] = ("rule_based",)
-    """Names, run folders or model zips; `static` and `best_constant` are always played too."""
+    policy: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--compare"])] = ("rule_based",)
+    """Names, run folders and model zips are played, beside `static` and `best_constant`; a folder of
+    train_agent.py --seeds is one entry, its unit the training seed. Folders of earlier results on the same
+    scenario and seeds are read, and then only what is named is played."""
+    baseline: str = "static"
+    """Policy of the comparison against which differences and the probability of improvement are given."""
     scenario: str = "default"
     """Name in configs/scenarios or path of a YAML file."""
     seeds: int = 20
@@ -87,8 +95,9 @@ class Results:
 
     folder: Path
     problem: Problem
+    baseline: str = "static"
     examples: dict[str, Recording] = field(default_factory=dict)
-    """First episode of each policy."""
+    """First episode of each policy that was played here, of an algorithm's first run."""
     notes: list[str] = field(default_factory=list)
     _episodes: list[pd.DataFrame] = field(default_factory=list)
     _steps: list[pd.DataFrame] = field(default_factory=list)
@@ -103,19 +112,23 @@ class Results:
         """Indicators per policy."""
         return summarize(self.episodes, self.problem.scenario.feasible)
 
-    def add(self, recording: Recording) -> None:
-        """Take a recording in and write episodes.csv, steps.csv.gz and summary.csv anew."""
+    def add(self, recording: Recording, run: str = "") -> None:
+        """Take a recording in (of one training `run` of its policy) and write the tables anew."""
         if recording.error is not None:
             self.notes.append(
-                f"{recording.policy}, seed {recording.seeds[-1]}: cut short after "
+                f"{recording.policy}{run and f'/{run}'}, seed {recording.seeds[-1]}: cut short after "
                 f"{recording.length[-1] * recording.interval_s:g} s by {type(recording.error).__name__} "
                 f"{recording.error}; left out of the comparison"
             )
         if not len(recording.reward):
             return
         self.examples.setdefault(recording.policy, recording.episode(0))
-        self._episodes.append(episode_metrics(recording))
-        self._steps.append(steps_table(recording, self.problem))
+        self.take(Played(episode_metrics(recording, run), steps_table(recording, self.problem, run)))
+
+    def take(self, played: Played) -> None:
+        """Take tables in and write episodes.csv, steps.csv.gz and summary.csv anew."""
+        self._episodes.append(played.episodes)
+        self._steps.append(played.steps)
         _write_table(self.folder / "episodes.csv", self.episodes)
         _write_table(self.folder / "steps.csv.gz", pd.concat(self._steps, ignore_index=True))
         _write_table(self.folder / "summary.csv", self.summary)
@@ -126,23 +139,31 @@ class Results:
             console.print("nothing was played")
             return
         episodes, summary = self.episodes, self.summary
-        figures = write_figures(self.folder / "figures", self.problem, self.examples, episodes, summary)
-        seeds, scenario, origin = (
-            episodes.seed,
-            self.problem.scenario,
-            next(iter(self.examples.values())).origin,
+        baselines = dict.fromkeys(("static", self.baseline))
+        statistics = pd.concat([statistics_table(episodes, name) for name in baselines], ignore_index=True)
+        results = results_table(summary, statistics)
+        figures = write_figures(
+            self.folder / "figures", self.problem, self.examples, episodes, summary, results
         )
+        seeds, scenario = episodes.seed, self.problem.scenario
         scope = (
-            f"{origin}; scenario {scenario.name}; {seeds.nunique()} seeds from {seeds.min()}; "
-            f"{scenario.episode_s} s each; virtual temperature limit {scenario.limits.temperature_c:g} °C"
+            f"{origin(*world_of(episodes))}; scenario {scenario.name}; "
+            f"{seeds.nunique()} seeds from {seeds.min()}; {scenario.episode_s} s each; "
+            f"virtual temperature limit {scenario.limits.temperature_c:g} °C"
         )
-        title = f"{', '.join(self.examples)}: {scenario.name}"
-        report = write_report(self.folder, title, scope, summary, figures, self.notes)
+        notes = [*unit_notes(summary), *self.notes]
+        title = f"{', '.join(episodes.policy.unique())}: {scenario.name}"
+        report = write_report(self.folder, title, scope, summary, figures, notes)
+        _write_table(self.folder / "statistics.csv", statistics)
+        write_results(self.folder, results, scope, notes)
         console.print(scope, highlight=False)
         print_summary(summary, console)
-        for note in self.notes:
+        for note in notes:
             console.print(note, highlight=False)
-        console.print(f"results: {self.folder}\nreport:  {report}", highlight=False, soft_wrap=True)
+        console.print(
+            f"results: {self.folder} (for a paper: results.md, results.tex, results.csv)\nreport:  {report}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:
@@ -157,7 +178,8 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
     """Play every policy on every seed and write everything into the run folder.
 
     Raises:
-        ValueError: unknown policy or scenario, unusable model (`agents.runs.load_policy`).
+        ValueError: unknown policy, baseline or scenario, unusable model (`agents.runs.load_policy`).
+        ResultsError: earlier results that cannot be compared (`agents.compare.read_results`).
         RunFolderError: `out` holds results already.
         ThermoeError: the live world failed; what was played until then is written.
         KeyboardInterrupt: stopped by the user; likewise.
@@ -171,22 +193,31 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
     try:
         problem = Problem.of(scenario) if env is None else env.problem
         twin = problem if config.model is not None else Problem.of(scenario)
-        policies = _policies(config, problem, twin)
+        earlier = [name for name in config.policy if is_results(name)]
+        read = read_results(earlier, problem.scenario, config.seed_list)
+        players = _players(config, not earlier, problem, twin)
+        _refuse_misfits(config, read, players, *_world(problem, env))
         folder = new_run_folder("eval", config.out)
         write_origin(folder, {"evaluate": asdict(config), "scenario": asdict(problem.scenario)})
-        results = Results(folder, problem)
-        if twin.profile.energy_j is None:
+        results = Results(folder, problem, config.baseline)
+        for played in read:
+            results.take(played)
+        if read and players and env is not None:
+            results.notes.append("Earlier results were measured on another occasion.")
+        if not earlier and twin.profile.energy_j is None:
             results.notes.append(
                 "best_constant is left out: it is searched in a twin, and the profile of the "
                 "checkpoint holds no energies; measure it on a card with NVML"
             )
+        policies = {label: player.policy for label, player in players.items()}
         if env is None:
             play = _play_twin(config, problem, policies)
         else:
             play = play_live_paired(env, policies, config.seed_list, console)
         try:
             for recording in play:
-                results.add(recording)
+                player = players[recording.policy]
+                results.add(replace(recording, policy=player.name), player.run)
         finally:
             results.finish(console)
     finally:
@@ -195,21 +226,62 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
     return results
 
 
-def _policies(config: EvaluateConfig, problem: Problem, twin: Problem) -> dict[str, Policy]:
-    """Label -> policy, the ones always played first."""
-    policies: dict[str, Policy] = {}
-    always = ALWAYS if twin.profile.energy_j is not None else ALWAYS[:1]
-    for name in dict.fromkeys((*always, *config.policy)):
+@dataclass(frozen=True)
+class _Player:
+    """What plays, and as what it counts."""
+
+    policy: Policy
+    name: str
+    run: str = ""
+    """Which training, where the policy is an algorithm that was trained several times."""
+
+
+def _players(config: EvaluateConfig, always: bool, problem: Problem, twin: Problem) -> dict[str, _Player]:
+    """Label -> what is played, with those always played, where wanted, first."""
+    players: dict[str, _Player] = {}
+    first = (ALWAYS if twin.profile.energy_j is not None else ALWAYS[:1]) if always else ()
+    for name in dict.fromkeys((*first, *config.policy)):
+        if is_results(name):
+            continue
         label = policy_label(name)
-        if label in policies:
+        if any(player.name == label for player in players.values()):
             label = f"{Path(name).resolve().parent.name}/{label}"
         # The search for the best constant plays the twin, of another machine where this one has no energy
         # meter: levels stand for each other in order. A checkpoint has no other machine's profile.
         home = twin if name == "best_constant" else problem
-        policies[label] = load_policy(name, home, config.trust_pickle)
-        if config.live:
-            for_episodes(policies[label], config.seed_list, "live")  # refused now, not after hours
-    return policies
+        runs = [] if name in POLICIES else training_runs(name)
+        for run in runs:
+            policy = load_policy(run, problem, config.trust_pickle)
+            players[f"{label}/{run.name}"] = _Player(policy, label, run.name)
+        if not runs:
+            players[label] = _Player(load_policy(name, home, config.trust_pickle), label)
+    if config.live:
+        for player in players.values():
+            for_episodes(player.policy, config.seed_list, "live")  # refused now, not after hours
+    return players
+
+
+def _refuse_misfits(
+    config: EvaluateConfig, read: Sequence[Played], players: dict[str, _Player], world: str, device: str
+) -> None:
+    """Refuse what does not fit together, before a folder is made or anything is played."""
+    earlier = {str(name) for played in read for name in played.episodes.policy}
+    names = {player.name for player in players.values()}
+    if players:
+        for played in read:
+            refuse_other_world("earlier results", played.episodes, world, device)
+    if twice := sorted(names & earlier):
+        raise ValueError(
+            f"{', '.join(twice)}: in the earlier results already; leave it out here, or play it into a folder "
+            "of its own and compare the folders"
+        )
+    if config.baseline not in names | earlier:
+        known = ", ".join(sorted(names | earlier))
+        raise ValueError(f"baseline {config.baseline!r} is not among what is compared: {known}")
+
+
+def _world(problem: Problem, env: ThermalMoEEnv | None) -> tuple[str, str]:
+    return ("twin", problem.twin.gpu) if env is None else (env.world, device_name(env))
 
 
 def _play_twin(config: EvaluateConfig, problem: Problem, policies: dict[str, Policy]) -> Iterator[Recording]:

@@ -16,8 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from agents.rollout import Recording
+from agents.metrics import world_of
+from agents.results import ratios_to_static
+from agents.rollout import Recording, origin
 from agents.runs import write_file
+from agents.statistics import performance_profile, share_interval
 from moe.queueing import latency_quantile
 from moe.workload import REQUEST_CLASSES
 from thermoe_env.knobs import KNOB_NAMES, KNOBS
@@ -60,47 +63,64 @@ def write_figures(
     examples: dict[str, Recording],
     episodes: pd.DataFrame,
     summary: pd.DataFrame,
+    results: pd.DataFrame,
 ) -> list[tuple[str, Path]]:
-    """Draw all figures as PNG files.
+    """Draw all figures as PNG files; those of single episodes only where there are some.
 
     Args:
         folder: where they go.
         problem: what was played.
-        examples: one episode per policy, all of the same seed.
+        examples: one episode per policy that was played here, all of the same seed.
         episodes: as `agents.metrics.episode_metrics` makes them.
         summary: as `agents.metrics.summarize` makes it.
+        results: as `agents.results.results_table` makes it.
 
     Returns:
         (caption, file) in reading order.
     """
-    first = next(iter(examples.values()))
-    where = first.origin
-    episode = f"{where}; scenario {problem.scenario.name}, seed {first.seeds[0]}"
+    where = origin(*world_of(episodes))
     overall = f"{where}; scenario {problem.scenario.name}, {episodes.seed.nunique()} seeds"
     drawings: dict[str, tuple[str, Callable[[], Figure]]] = {
         "energy_quality": (
             f"Energy per good answer and quality ({overall}). Mean with 95% interval; hollow: infeasible.",
             lambda: energy_quality(summary, problem, overall),
         ),
+        "intervals": (
+            f"Comparison over units of replication ({overall}). Interquartile means, and the probability of "
+            f"less energy per good answer than {results.baseline.iloc[0]} on the same requests, with 95% "
+            "intervals where there are units enough; hollow: infeasible.",
+            lambda: intervals(results, overall),
+        ),
+        "performance_profile": (
+            f"Performance profiles ({overall}). Share of the units of replication whose energy per good "
+            "answer is at most so many times that of static on the same requests, with 95% intervals; up and "
+            "left is better.",
+            lambda: performance_profiles(episodes, overall),
+        ),
         "tradeoff": (
             f"Quality and latency against energy ({overall}). Small: episodes; large: means.",
             lambda: tradeoff(episodes, summary, overall),
         ),
-        "power_temperature": (
-            f"Power and temperature ({episode}). The temperature limit is virtual: the scenario sets it, "
-            "far below the hardware's.",
-            lambda: power_temperature(problem, examples, episode),
-        ),
-        "knobs": (f"What the policies set ({episode}).", lambda: knobs(problem, examples, episode)),
-        "service": (
-            f"Load, queue, latency and quality ({episode}). Load is the same for all.",
-            lambda: service(problem, examples, episode),
-        ),
-        "experts": (
-            f"Use of the experts ({episode}), relative to an even load.",
-            lambda: experts(examples, episode),
-        ),
     }  # fmt: skip
+    if examples:
+        first = next(iter(examples.values()))
+        episode = f"{where}; scenario {problem.scenario.name}, seed {first.seeds[0]}"
+        drawings |= {
+            "power_temperature": (
+                f"Power and temperature ({episode}). The temperature limit is virtual: the scenario sets it, "
+                "far below the hardware's.",
+                lambda: power_temperature(problem, examples, episode),
+            ),
+            "knobs": (f"What the policies set ({episode}).", lambda: knobs(problem, examples, episode)),
+            "service": (
+                f"Load, queue, latency and quality ({episode}). Load is the same for all.",
+                lambda: service(problem, examples, episode),
+            ),
+            "experts": (
+                f"Use of the experts ({episode}), relative to an even load.",
+                lambda: experts(examples, episode),
+            ),
+        }  # fmt: skip
     return [
         (caption, save_figure(draw, folder / f"{name}.png")) for name, (caption, draw) in drawings.items()
     ]
@@ -287,6 +307,54 @@ def energy_quality(summary: pd.DataFrame, problem: Problem, where: str) -> Figur
         right.axvline(floor, color="black", ls="--", lw=0.9)
         right.annotate("floor", (floor, 0), (3, 8), textcoords="offset points", fontsize=8)
     figure.suptitle(f"Energy and quality, {where}")
+    return figure
+
+
+def intervals(results: pd.DataFrame, where: str) -> Figure:
+    """Interquartile means and the probability of improvement per policy, with intervals over units."""
+    factor, unit = _energy_unit(results.j_per_good)
+    panels = {
+        "j_per_good": (factor, f"{unit} per good answer"),
+        "vs_static": (1.0, "over static's"),
+        "return": (1.0, "return"),
+        "p_improvement": (1.0, "P(improvement)"),
+    }
+    figure = Figure(figsize=(10.0, 1.3 + 0.42 * len(results)), layout="constrained")
+    grid, colour = figure.subplots(1, len(panels), sharey=True), colours(list(results.policy))
+    for axes, (name, (scale, title)) in zip(grid, panels.items(), strict=True):
+        for y, row in enumerate(results.to_dict("records")):
+            own = colour[row["policy"]]
+            axes.plot([row[f"{name}_low"] * scale, row[f"{name}_high"] * scale], [y, y], color=own, lw=2)
+            fill = "white" if row["infeasible"] else own
+            axes.plot(row[name] * scale, y, "o", color=own, mfc=fill, ms=6, mew=1.5)
+        axes.set_title(title)
+    grid[1].axvline(1.0, color="black", ls="--", lw=0.9)
+    grid[-1].axvline(0.5, color="black", ls="--", lw=0.9)
+    grid[-1].set_xlim(-0.03, 1.03)
+    labels = results.policy + " (" + results.units.astype(str) + " " + results.unit + "s)"
+    grid[0].set_yticks(range(len(results)), labels.tolist())
+    grid[0].set_ylim(len(results) - 0.5, -0.5)
+    figure.suptitle(f"Interquartile means over units, {where}")
+    return figure
+
+
+def performance_profiles(episodes: pd.DataFrame, where: str) -> Figure:
+    """Share of units whose energy per good answer over static's is at most a threshold, per policy."""
+    ratios = ratios_to_static(episodes)
+    figure = Figure(figsize=(10.0, 4.0), layout="constrained")
+    axes, colour = figure.subplots(), colours(list(episodes.policy.unique()))
+    known = np.concatenate([[1.0], *(values[np.isfinite(values)] for values in ratios.values())])
+    thresholds = np.linspace(0.0, 1.05 * known.max(), 1001)
+    for name, values in ratios.items():
+        share = performance_profile(values, thresholds)
+        low, high = share_interval(share, len(values))
+        axes.step(thresholds, share, where="post", color=colour[name], label=f"{name} ({len(values)})")
+        axes.fill_between(thresholds, low, high, step="post", color=colour[name], alpha=0.12, lw=0)
+    axes.axvline(1.0, color="black", ls="--", lw=0.9)
+    axes.margins(x=0.0)
+    axes.set(xlabel="energy per good answer over static's", ylabel="share of units (their number)")
+    figure.legend(loc="outside lower center", ncols=5)
+    figure.suptitle(f"Performance profiles, {where}")
     return figure
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from agents.rollout import Recording
+from agents.statistics import CONFIDENCE, bootstrap_interval, pair, per_unit, unit_name
 from moe.queueing import latency_quantile
 from thermoe_env.interval import COST_NAMES
 from thermoe_env.knobs import KNOB_NAMES
@@ -40,14 +42,15 @@ KPIS: dict[str, str] = {
 }
 """Indicators of an episode: name -> meaning, unit."""
 
-CONFIDENCE = 0.95
-_RESAMPLES = 2000
 
-
-def episode_metrics(recording: Recording) -> pd.DataFrame:
+def episode_metrics(recording: Recording, run: str = "") -> pd.DataFrame:
     """Indicators of every episode: one row each, columns `KPIS` and what identifies the episode.
 
     What has no value is NaN (the quality of no answers), energy per good answer of no good answer infinite.
+
+    Args:
+        recording: the episodes.
+        run: which training of the policy played them, where the policy is an algorithm trained several times.
     """
     work = {name: recording.work[name].sum(0) for name in recording.work.dtype.names or ()}
     gpu = {name: recording.gpu[name].sum(0) for name in recording.gpu.dtype.names or ()}
@@ -82,8 +85,16 @@ def episode_metrics(recording: Recording) -> pd.DataFrame:
         }
     whole = np.ones(len(recording.seeds), bool)
     whole[-1] = recording.error is None
-    head = {"policy": recording.policy, "world": recording.world, "seed": recording.seeds, "time_s": time_s}
+    head = {
+        "policy": recording.policy, "run": run, "world": recording.world, "device": recording.device,
+        "seed": recording.seeds, "time_s": time_s,
+    }  # fmt: skip
     return pd.DataFrame({**head, **values, "whole": whole, "shut_down": recording.shut_down})
+
+
+def world_of(episodes: pd.DataFrame) -> tuple[str, str]:
+    """World and device of an episodes table; all its rows have the same."""
+    return str(episodes.world.iloc[0]), str(episodes.device.iloc[0])
 
 
 def expert_entropy(tokens: np.ndarray) -> np.ndarray:
@@ -97,12 +108,13 @@ def expert_entropy(tokens: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(share).all(-1), entropy, np.nan).mean(-1) / np.log(tokens.shape[-1])
 
 
-def steps_table(recording: Recording, problem: Problem) -> pd.DataFrame:
-    """Every interval of every episode in physical units, one row each."""
+def steps_table(recording: Recording, problem: Problem, run: str = "") -> pd.DataFrame:
+    """Every interval of every episode in physical units, one row each; `run` as for `episode_metrics`."""
     played = recording.played
     t, i = np.nonzero(played.T)[::-1]  # episode by episode
     columns: dict[str, np.ndarray | str] = {
         "policy": recording.policy,
+        "run": run,
         "seed": recording.seeds[i],
         "time_s": (t + 1) * recording.interval_s,
     }
@@ -122,12 +134,12 @@ def steps_table(recording: Recording, problem: Problem) -> pd.DataFrame:
 
 
 def summarize(episodes: pd.DataFrame, feasible: Feasibility, baseline: str = "static") -> pd.DataFrame:
-    """Compare policies over seeds.
+    """Compare policies over their units: training seeds of an algorithm, else episode seeds.
 
-    Per indicator the mean over seeds and its bootstrap interval (`_low`, `_high`: percentile method, 95%;
-    NaN from a single seed). `j_per_good_vs_<baseline>` is the ratio of the means on the seeds that both
-    played, with pairs resampled together. Episodes that were cut short by a failing world or by the user
-    are left out. A policy that breaks a limit has its reasons in `infeasible` and no `rank`.
+    Per indicator the mean over units and its bootstrap interval (`_low`, `_high`; NaN from fewer than
+    `agents.statistics.MIN_UNITS`). `j_per_good_vs_<baseline>` is the ratio of the means on the seeds that
+    both played, with pairs resampled together. Episodes that were cut short by a failing world or by the
+    user are left out. A policy that breaks a limit has its reasons in `infeasible` and no `rank`.
 
     Args:
         episodes: rows of `episode_metrics`, all policies.
@@ -137,23 +149,23 @@ def summarize(episodes: pd.DataFrame, feasible: Feasibility, baseline: str = "st
     Returns:
         One row per policy: ranked ones first, by energy per good answer.
     """
-    whole = episodes[episodes.whole].set_index("seed")
-    base = whole.loc[whole.policy == baseline]
+    whole: Any = episodes[episodes.whole]
+    base = whole[whole.policy == baseline]
     rows = []
     for policy in episodes.policy.unique():
-        own = whole.loc[whole.policy == policy]
-        row: dict[str, object] = {"policy": policy, "episodes": len(own)}
-        values = np.asarray(own[list(KPIS)], float)
-        mean, low, high = _mean(values), *_interval(values)
+        own = whole[whole.policy == policy]
+        values = per_unit(own, list(KPIS))
+        row: dict[str, object] = {
+            "policy": policy, "episodes": len(own), "unit": unit_name(own), "units": len(values)
+        }  # fmt: skip
+        mean, (low, high) = _mean(values), bootstrap_interval(np.mean, values)
         for k, name in enumerate(KPIS):
             row |= {name: mean[k], f"{name}_low": low[k], f"{name}_high": high[k]}
-        seeds = own.index.intersection(base.index)
-        paired, paired_base = own.loc[seeds], base.loc[seeds]
-        pair = np.asarray(paired[["j_per_good"]], float), np.asarray(paired_base[["j_per_good"]], float)
-        low, high = _interval(*pair)
+        both = pair(own, base, ["j_per_good"])
+        low, high = bootstrap_interval(_ratio, both.own, both.base, paired=both.paired)
         ratio = f"j_per_good_vs_{baseline}"
-        row |= {ratio: _ratio(*pair)[0], f"{ratio}_low": low[0], f"{ratio}_high": high[0]}
-        row["infeasible"] = "; ".join(_broken(own, paired, paired_base, feasible, baseline))
+        row |= {ratio: _ratio(both.own, both.base)[0], f"{ratio}_low": low[0], f"{ratio}_high": high[0]}
+        row["infeasible"] = "; ".join(_broken(own, base, feasible, baseline))
         rows.append(row)
     table = pd.DataFrame(rows)
     order = table.j_per_good.where(table.infeasible == "").rank(method="min")
@@ -170,16 +182,15 @@ def student_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float
     return float(array.mean()), float(array.mean() - half), float(array.mean() + half)
 
 
-def _broken(
-    own: pd.DataFrame, paired: pd.DataFrame, base: pd.DataFrame, limits: Feasibility, baseline: str
-) -> list[str]:
+def _broken(own: pd.DataFrame, base: pd.DataFrame, limits: Feasibility, baseline: str) -> list[str]:
     """Why a policy does not count; empty when it does."""
-    if not len(base):
+    paired, paired_base = own[own.seed.isin(base.seed)], base[base.seed.isin(own.seed)]
+    if not len(paired):
         return [f"no whole episode to compare with {baseline}"]
     reasons = []
     if own.shut_down.any():
         reasons.append(f"device shut down in {int(own.shut_down.sum())} episode(s)")
-    quality, floor = paired.quality.mean(), base.quality.mean() - limits.quality_margin
+    quality, floor = paired.quality.mean(), paired_base.quality.mean() - limits.quality_margin
     if not quality >= floor:
         reasons.append(f"quality {quality:.3f} < {floor:.3f}")
     late, above = own.late_fraction.mean(), own.above_limit_s.mean()
@@ -191,24 +202,10 @@ def _broken(
 
 
 def _mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Mean over episodes; NaN where there are none."""
+    """Mean over units; NaN where there are none."""
     return values.mean(axis) if len(values) else np.full(values.shape[1:], np.nan)
 
 
 def _ratio(own: np.ndarray, base: np.ndarray, axis: int = 0) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # infinite over infinite
         return _mean(own, axis) / _mean(base, axis)
-
-
-def _interval(own: np.ndarray, base: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Bootstrap interval of the mean (or of the ratio of paired means) over axis 0, [kpis] each."""
-    nothing = np.full(own.shape[1], np.nan)
-    if len(own) < 2:
-        return nothing, nothing
-    data, statistic = ((own,), np.mean) if base is None else ((own, base), _ratio)
-    with np.errstate(invalid="ignore"):  # infinite or missing values give NaN limits
-        result = stats.bootstrap(
-            data, statistic, paired=base is not None, axis=0, vectorized=True, n_resamples=_RESAMPLES,
-            confidence_level=CONFIDENCE, method="percentile", rng=np.random.default_rng(0),
-        )  # fmt: skip
-    return result.confidence_interval.low, result.confidence_interval.high

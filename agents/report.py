@@ -51,13 +51,18 @@ class Row:
     reason: str
 
 
+def energy_column(table: pd.DataFrame) -> Column:
+    """Energy per good answer, in the unit in which a table's numbers read well."""
+    small = table.j_per_good.min() < 0.1
+    return Column("mJ/good" if small else "J/good", "j_per_good", 1e3 if small else 1.0, 2, interval=True)
+
+
 def columns(summary: pd.DataFrame, wide: bool) -> list[Column]:
     """What is shown, in units in which the numbers read well."""
-    small = summary.j_per_good.min() < 0.1
     return [
         column
         for column in (
-            Column("mJ/good" if small else "J/good", "j_per_good", 1e3 if small else 1.0, 2, interval=True),
+            energy_column(summary),
             Column("vs static", "j_per_good_vs_static", 1.0, 3, interval=True),
             Column("quality", "quality", 1.0, 3),
             Column("good/s", "goodput_rps", 1.0, 0),
@@ -90,14 +95,15 @@ def rows(summary: pd.DataFrame, wide: bool) -> list[Row]:
     for record in summary.to_dict("records"):
         cells = [Cell("-" if pd.isna(record["rank"]) else str(record["rank"])), Cell(str(record["policy"]))]
         for column in columns(summary, wide):
-            low, high = (_number(record[f"{column.name}_{end}"], column) for end in ("low", "high"))
+            low, high = (number_text(record[f"{column.name}_{end}"], column) for end in ("low", "high"))
             interval = f"{low}-{high}" if column.interval and "-" not in (low, high) else ""
-            cells.append(Cell(_number(record[column.name], column), interval))
+            cells.append(Cell(number_text(record[column.name], column), interval))
         shown.append(Row(str(record["policy"]), tuple(cells), str(record["infeasible"])))
     return shown
 
 
-def _number(value: float, column: Column) -> str:
+def number_text(value: float, column: Column) -> str:
+    """A value in the column's unit and digits; "-" where there is none."""
     if not math.isfinite(value):
         return "-" if math.isnan(value) else "∞"
     return f"{value * column.factor:.{column.digits}f}"

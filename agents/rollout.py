@@ -75,11 +75,7 @@ class Recording:
     @property
     def origin(self) -> str:
         """Where the numbers come from, for every title that shows them."""
-        if self.world == "live":
-            return f"measured (live, {self.device})"
-        if self.world == "live-cpu":
-            return f"measured work, simulated device (live-cpu, {self.device})"
-        return f"simulated (twin), {self.device}"
+        return origin(self.world, self.device)
 
     @property
     def played(self) -> np.ndarray:
@@ -92,6 +88,15 @@ class Recording:
         per_interval = {name: getattr(self, name)[:stop, i : i + 1] for name in _PER_INTERVAL}
         per_episode = {name: getattr(self, name)[i : i + 1] for name in ("seeds", "length", "shut_down")}
         return replace(self, **per_interval, **per_episode)
+
+
+def origin(world: str, device: str) -> str:
+    """Where numbers of a world come from, in words."""
+    if world == "live":
+        return f"measured (live, {device})"
+    if world == "live-cpu":
+        return f"measured work, simulated device (live-cpu, {device})"
+    return f"simulated (twin), {device}"
 
 
 _PER_INTERVAL = (

@@ -63,8 +63,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def write_origin(folder: Path, config: dict[str, Any]) -> None:
     """Write how a run came about: config.yaml, command.txt, versions.json."""
-    plain = json.loads(json.dumps(config, default=str))  # tuples and paths have no plain YAML form
-    write_file(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+    write_file(folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
     write_file(folder / "command.txt", shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
     versions = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
@@ -73,6 +72,16 @@ def write_origin(folder: Path, config: dict[str, Any]) -> None:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     write_file(folder / "versions.json", json.dumps(versions, indent=1) + "\n")
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings as config.yaml holds them: tuples and paths have no plain YAML form."""
+    return json.loads(json.dumps(config, default=str))
+
+
+def training_runs(folder: str | Path) -> list[Path]:
+    """The runs in a folder of `train_agent.py --seeds`, by seed; none in any other."""
+    return sorted(Path(folder).glob("seed-*/"), key=lambda run: (len(run.name), run.name))
 
 
 def policy_label(name_or_path: str | Path) -> str:

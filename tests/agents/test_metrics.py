@@ -138,7 +138,13 @@ def make_episodes(**policies: dict[str, object]) -> Frame:
     for policy, changed in policies.items():
         frame = pd.DataFrame({name: np.full(6, 0.5) for name in KPIS})
         frame = frame.assign(
-            policy=policy, seed=range(6), whole=True, shut_down=False, late_fraction=0.0, above_limit_s=0.0
+            policy=policy,
+            run="",
+            seed=range(6),
+            whole=True,
+            shut_down=False,
+            late_fraction=0.0,
+            above_limit_s=0.0,
         )
         frames.append(frame.assign(**changed))
     return pd.concat(frames, ignore_index=True)
