@@ -195,7 +195,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
         twin = problem if config.model is not None else Problem.of(scenario)
         earlier = [name for name in config.policy if is_results(name)]
         read = read_results(earlier, problem.scenario, config.seed_list)
-        players = _players(config, not earlier, problem, twin)
+        players = _players(config, problem, twin)
         _refuse_misfits(config, read, players, *_world(problem, env))
         folder = new_run_folder("eval", config.out)
         write_origin(folder, {"evaluate": asdict(config), "scenario": asdict(problem.scenario)})
@@ -236,13 +236,13 @@ class _Player:
     """Which training, where the policy is an algorithm that was trained several times."""
 
 
-def _players(config: EvaluateConfig, always: bool, problem: Problem, twin: Problem) -> dict[str, _Player]:
-    """Label -> what is played, with those always played, where wanted, first."""
+def _players(config: EvaluateConfig, problem: Problem, twin: Problem) -> dict[str, _Player]:
+    """Label -> what is played; without earlier results those always played, first."""
     players: dict[str, _Player] = {}
-    first = (ALWAYS if twin.profile.energy_j is not None else ALWAYS[:1]) if always else ()
-    for name in dict.fromkeys((*first, *config.policy)):
-        if is_results(name):
-            continue
+    named = [name for name in config.policy if not is_results(name)]
+    if len(named) == len(config.policy):
+        named = [*(ALWAYS if twin.profile.energy_j is not None else ALWAYS[:1]), *named]
+    for name in dict.fromkeys(named):
         label = policy_label(name)
         if any(player.name == label for player in players.values()):
             label = f"{Path(name).resolve().parent.name}/{label}"
@@ -272,8 +272,8 @@ def _refuse_misfits(
             refuse_other_world("earlier results", played.episodes, world, device)
     if twice := sorted(names & earlier):
         raise ValueError(
-            f"{', '.join(twice)}: in the earlier results already; leave it out here, or play it into a folder "
-            "of its own and compare the folders"
+            f"{', '.join(twice)}: in the earlier results already; leave it out here, or play it into a "
+            "folder of its own and compare the folders"
         )
     if config.baseline not in names | earlier:
         known = ", ".join(sorted(names | earlier))

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from agents.rollout import Recording
-from agents.statistics import CONFIDENCE, bootstrap_interval, pair, per_unit, unit_name
+from agents.statistics import CONFIDENCE, bootstrap_interval, mean, pair, per_unit, unit_name
 from moe.queueing import latency_quantile
 from thermoe_env.interval import COST_NAMES
 from thermoe_env.knobs import KNOB_NAMES
@@ -158,9 +158,9 @@ def summarize(episodes: pd.DataFrame, feasible: Feasibility, baseline: str = "st
         row: dict[str, object] = {
             "policy": policy, "episodes": len(own), "unit": unit_name(own), "units": len(values)
         }  # fmt: skip
-        mean, (low, high) = _mean(values), bootstrap_interval(np.mean, values)
+        middle, (low, high) = mean(values), bootstrap_interval(mean, values)
         for k, name in enumerate(KPIS):
-            row |= {name: mean[k], f"{name}_low": low[k], f"{name}_high": high[k]}
+            row |= {name: middle[k], f"{name}_low": low[k], f"{name}_high": high[k]}
         both = pair(own, base, ["j_per_good"])
         low, high = bootstrap_interval(_ratio, both.own, both.base, paired=both.paired)
         ratio = f"j_per_good_vs_{baseline}"
@@ -201,11 +201,6 @@ def _broken(own: pd.DataFrame, base: pd.DataFrame, limits: Feasibility, baseline
     return reasons
 
 
-def _mean(values: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Mean over units; NaN where there are none."""
-    return values.mean(axis) if len(values) else np.full(values.shape[1:], np.nan)
-
-
 def _ratio(own: np.ndarray, base: np.ndarray, axis: int = 0) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # infinite over infinite
-        return _mean(own, axis) / _mean(base, axis)
+        return mean(own, axis) / mean(base, axis)

@@ -96,7 +96,7 @@ def rows(summary: pd.DataFrame, wide: bool) -> list[Row]:
         cells = [Cell("-" if pd.isna(record["rank"]) else str(record["rank"])), Cell(str(record["policy"]))]
         for column in columns(summary, wide):
             low, high = (number_text(record[f"{column.name}_{end}"], column) for end in ("low", "high"))
-            interval = f"{low}-{high}" if column.interval and "-" not in (low, high) else ""
+            interval = "" if not column.interval else "-" if "-" in (low, high) else f"{low}-{high}"
             cells.append(Cell(number_text(record[column.name], column), interval))
         shown.append(Row(str(record["policy"]), tuple(cells), str(record["infeasible"])))
     return shown

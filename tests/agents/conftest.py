@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from stable_baselines3 import PPO
 
+from agents import evaluation
 from agents.training import TrainConfig, load_train_config
 from agents.vec import TwinVecEnv
 from moe.profiles import save_profile
 from tests.thermoe_env.conftest import make_profile
-from thermoe_env.scenario import config_path
+from thermoe_env.problem import Problem
+from thermoe_env.scenario import config_path, load_scenario
 
 STEPS = 12
 """Of an episode of `short_scenario`."""
@@ -37,6 +42,53 @@ def short_scenario(tmp_path_factory: pytest.TempPathFactory) -> str:
     raw |= {"profile": str(folder / "profile.json"), "episode_s": STEPS}
     (folder / "short.yaml").write_text(yaml.safe_dump(raw))
     return str(folder / "short.yaml")
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder of its own for what is kept between calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THERMALMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def scenario(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of a scenario of 20 s with two knobs."""
+    folder = tmp_path_factory.mktemp("scenario")
+    save_profile(make_profile(), folder / "profile.json")
+    raw = yaml.safe_load(config_path("scenarios", "default", ".yaml").read_text())
+    raw |= {"profile": str(folder / "profile.json"), "episode_s": 20, "knobs": ["batch_size", "expert_count"]}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
+    return str(folder / "tiny.yaml")
+
+
+@pytest.fixture(scope="session")
+def problem(scenario: str) -> Problem:
+    return Problem.of(load_scenario(scenario))
+
+
+@pytest.fixture(scope="session")
+def run_folder(problem: Problem, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a training run leaves it."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    folder.mkdir()
+    model = PPO(
+        "MlpPolicy",
+        TwinVecEnv(problem, 2),
+        n_steps=8,
+        batch_size=16,
+        policy_kwargs={"net_arch": [8]},
+        device="cpu",
+    )
+    model.save(folder / "best_model.zip")
+    (folder / "config.yaml").write_text("algo: ppo\n")
+    return folder
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "write_figures", lambda *_: [])
 
 
 @pytest.fixture(scope="session")

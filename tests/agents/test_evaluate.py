@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,63 +28,18 @@ from agents.rollout import play_live
 from agents.runs import ModelFileError, RunFolderError, UntrustedModelError, load_policy
 from agents.search import SEARCH_SEEDS
 from agents.vec import TwinVecEnv
-from moe.profiles import save_profile
-from tests.thermoe_env.conftest import make_profile
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.errors import GpuLostError
 from thermoe_env.fields import FIELDS
 from thermoe_env.problem import Problem
-from thermoe_env.scenario import config_path, load_scenario
+from thermoe_env.scenario import load_scenario
 
 
 def read_tables(out: Path) -> list[Any]:
     return [pd.read_csv(out / name) for name in ("summary.csv", "episodes.csv", "steps.csv.gz")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("THERMALMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def scenario(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Path of a scenario of 20 s with two knobs."""
-    folder = tmp_path_factory.mktemp("scenario")
-    save_profile(make_profile(), folder / "profile.json")
-    raw = yaml.safe_load(config_path("scenarios", "default", ".yaml").read_text())
-    raw |= {"profile": str(folder / "profile.json"), "episode_s": 20, "knobs": ["batch_size", "expert_count"]}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
-    return str(folder / "tiny.yaml")
-
-
-@pytest.fixture(scope="module")
-def problem(scenario: str) -> Problem:
-    return Problem.of(load_scenario(scenario))
-
-
-@pytest.fixture(scope="module")
-def run_folder(problem: Problem, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a training run leaves it."""
-    folder = tmp_path_factory.mktemp("runs") / "trained"
-    folder.mkdir()
-    model = PPO(
-        "MlpPolicy",
-        TwinVecEnv(problem, 2),
-        n_steps=8,
-        batch_size=16,
-        policy_kwargs={"net_arch": [8]},
-        device="cpu",
-    )
-    model.save(folder / "best_model.zip")
-    (folder / "config.yaml").write_text("algo: ppo\n")
-    return folder
-
-
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "write_figures", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture
@@ -128,9 +82,9 @@ def test_command_writes_everything(
     assert (out / "command.txt").read_text().endswith(f"{options}\n")
     assert "numpy" in json.loads((out / "versions.json").read_text())
     figures = sorted(path.name for path in (out / "figures").iterdir())
-    assert len(figures) == 6 and all(name.endswith(".png") for name in figures)
+    assert len(figures) == 8 and all(name.endswith(".png") for name in figures)
     report = (out / "report.html").read_text()
-    assert report.index("<table") < report.index("<img") and report.count("data:image/png;base64,") == 6
+    assert report.index("<table") < report.index("<img") and report.count("data:image/png;base64,") == 8
     assert not re.findall(r'(?:src|href)="(?!data:)', report)
     assert not list(out.rglob("*.part"))
 

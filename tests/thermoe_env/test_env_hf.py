@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import thermoe_env  # noqa: F401  (registers the ids)
-from agents.evaluation import EvaluateConfig, _policies
+from agents.evaluation import EvaluateConfig, _players
 from moe.profile import Options, measure
 from moe.profiles import Profile, ProfileError, save_profile
 from tests.moe.hf_models import save_checkpoint
@@ -115,4 +115,4 @@ def test_the_best_constant_needs_a_twin_of_the_checkpoint(
         (with_energies(measured), ["static", "best_constant", "rule_based"]),
     ):
         problem = Problem.of(scenario, profile)
-        assert list(_policies(config, problem, problem)) == labels
+        assert list(_players(config, problem, problem)) == labels
