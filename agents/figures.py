@@ -330,7 +330,7 @@ def intervals(results: pd.DataFrame, where: str) -> Figure:
         axes.set_title(title)
     grid[1].axvline(1.0, color="black", ls="--", lw=0.9)
     grid[-1].axvline(0.5, color="black", ls="--", lw=0.9)
-    grid[-1].set_xlim(-0.03, 1.03)
+    grid[-1].set(xlim=(-0.03, 1.03), xlabel=f"over {results.baseline.iloc[0]}")
     labels = results.policy + " (" + results.units.astype(str) + " " + results.unit + "s)"
     grid[0].set_yticks(range(len(results)), labels.tolist())
     grid[0].set_ylim(len(results) - 0.5, -0.5)
