@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -37,6 +38,9 @@ class EvaluateConfig:
     """Names, run folders or model zips; `static` and `best_constant` are always played too."""
     scenario: str = "default"
     """Name in configs/scenarios or path of a YAML file."""
+    traffic: str | None = None
+    """Replay requests as they arrived in production: a name in configs/traces/requests (azure-conv-2023), or
+    path of a CSV file in the same format (TIMESTAMP,ContextTokens,GeneratedTokens)."""
     seeds: int = 20
     """Episodes per policy."""
     seed: int = 1000
@@ -132,9 +136,12 @@ class Results:
             self.problem.scenario,
             next(iter(self.examples.values())).origin,
         )
+        trace = scenario.traffic.trace
+        replayed = "" if trace is None else f"; requests replayed from {Path(trace).name}"
         scope = (
             f"{origin}; scenario {scenario.name}; {seeds.nunique()} seeds from {seeds.min()}; "
-            f"{scenario.episode_s} s each; virtual temperature limit {scenario.limits.temperature_c:g} °C"
+            f"{scenario.episode_s} s each{replayed}; "
+            f"virtual temperature limit {scenario.limits.temperature_c:g} °C"
         )
         title = f"{', '.join(self.examples)}: {scenario.name}"
         report = write_report(self.folder, title, scope, summary, figures, self.notes)
@@ -163,7 +170,9 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
         KeyboardInterrupt: stopped by the user; likewise.
     """
     console = console or wide_console()
-    overrides = {} if config.duration is None else {"episode_s": config.duration}
+    overrides: dict[str, Any] = {} if config.duration is None else {"episode_s": config.duration}
+    if config.traffic is not None:
+        overrides["traffic"] = {"kind": "trace", "trace": config.traffic}
     scenario = load_scenario(config.scenario, **overrides)
     env = None
     if config.live:
