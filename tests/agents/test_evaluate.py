@@ -148,8 +148,7 @@ def test_live_plays_the_same_episodes(scenario: str, tmp_path: Path, twin_as_liv
 
 
 @pytest.mark.usefixtures("no_figures", "twin_as_live")
-@pytest.mark.parametrize("live", [False, True])
-@pytest.mark.parametrize("by", ["name", "path"])
+@pytest.mark.parametrize(("live", "by"), [(False, "path"), (True, "name")])
 def test_traffic_is_that_of_the_trace(
     scenario: str, problem: Problem, tmp_path: Path, live: bool, by: str
 ) -> None:
