@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import tyro
@@ -45,6 +45,9 @@ class EvaluateConfig:
     """Policy of the comparison against which differences and the probability of improvement are given."""
     scenario: str = "default"
     """Name in configs/scenarios or path of a YAML file."""
+    traffic: str | None = None
+    """Replay requests as they arrived in production: a name in configs/traces/requests (azure-conv-2023), or
+    path of a CSV file in the same format (TIMESTAMP,ContextTokens,GeneratedTokens)."""
     seeds: int = 20
     """Episodes per policy."""
     seed: int = 1000
@@ -146,9 +149,11 @@ class Results:
             self.folder / "figures", self.problem, self.examples, episodes, summary, results
         )
         seeds, scenario = episodes.seed, self.problem.scenario
+        trace = scenario.traffic.trace
+        replayed = "" if trace is None else f"; requests replayed from {Path(trace).name}"
         scope = (
             f"{origin(*world_of(episodes))}; scenario {scenario.name}; "
-            f"{seeds.nunique()} seeds from {seeds.min()}; {scenario.episode_s} s each; "
+            f"{seeds.nunique()} seeds from {seeds.min()}; {scenario.episode_s} s each{replayed}; "
             f"virtual temperature limit {scenario.limits.temperature_c:g} °C"
         )
         notes = [*unit_notes(summary), *self.notes]
@@ -185,7 +190,9 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
         KeyboardInterrupt: stopped by the user; likewise.
     """
     console = console or wide_console()
-    overrides = {} if config.duration is None else {"episode_s": config.duration}
+    overrides: dict[str, Any] = {} if config.duration is None else {"episode_s": config.duration}
+    if config.traffic is not None:
+        overrides["traffic"] = {"kind": "trace", "trace": config.traffic}
     scenario = load_scenario(config.scenario, **overrides)
     env = None
     if config.live:

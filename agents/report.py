@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader
@@ -49,6 +50,17 @@ class Row:
     policy: str
     cells: tuple[Cell, ...]
     reason: str
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The best feasible policy in a few numbers."""
+
+    policy: str
+    energy: Cell
+    unit: str
+    facts: tuple[tuple[str, Cell], ...]
+    """(name, value) of what else decides."""
 
 
 def energy_column(table: pd.DataFrame) -> Column:
@@ -94,12 +106,33 @@ def rows(summary: pd.DataFrame, wide: bool) -> list[Row]:
     shown = []
     for record in summary.to_dict("records"):
         cells = [Cell("-" if pd.isna(record["rank"]) else str(record["rank"])), Cell(str(record["policy"]))]
-        for column in columns(summary, wide):
-            low, high = (number_text(record[f"{column.name}_{end}"], column) for end in ("low", "high"))
-            interval = "" if not column.interval else "-" if "-" in (low, high) else f"{low}-{high}"
-            cells.append(Cell(number_text(record[column.name], column), interval))
+        cells += [_cell(record, column) for column in columns(summary, wide)]
         shown.append(Row(str(record["policy"]), tuple(cells), str(record["infeasible"])))
     return shown
+
+
+def headline(summary: pd.DataFrame) -> Headline | None:
+    """What to say first: the policy of rank 1, None where no policy is feasible."""
+    best = summary.loc[summary["rank"] == 1, :]
+    if not len(best):
+        return None
+    record = best.to_dict("records")[0]
+    shown = {column.name: column for column in columns(summary, wide=False)}
+    energy = shown["j_per_good"]
+    facts = ("j_per_good_vs_static", "quality", "late_fraction", "peak_c")
+    return Headline(
+        str(record["policy"]),
+        _cell(record, energy),
+        energy.head.partition("/")[0],
+        tuple((shown[name].head, _cell(record, shown[name])) for name in facts),
+    )
+
+
+def _cell(record: dict[Any, Any], column: Column) -> Cell:
+    """A number as shown."""
+    low, high = (number_text(record[f"{column.name}_{end}"], column) for end in ("low", "high"))
+    interval = "" if not column.interval else "-" if "-" in (low, high) else f"{low}-{high}"
+    return Cell(number_text(record[column.name], column), interval)
 
 
 def number_text(value: float, column: Column) -> str:
@@ -140,7 +173,10 @@ def write_report(
     figures: Sequence[tuple[str, Path]],
     notes: Sequence[str] = (),
 ) -> Path:
-    """Write report.html: the table first, then the figures, inlined, so that the file can be sent alone.
+    """Write report.html: headline, table, figures, notes, all in one file that can be sent alone.
+
+    It asks for nothing outside of itself, runs no script, and is made for a phone first: one column, a table
+    that scrolls in its box, figures that a tap enlarges (`tests/agents/test_report.py` holds it to that).
 
     Args:
         folder: the run folder; its command.txt and versions.json are shown at the end.
@@ -159,6 +195,7 @@ def write_report(
     html = environment.get_template("report.html.j2").render(
         title=title,
         scope=scope,
+        headline=headline(summary),
         heads=heads(summary, wide=True),
         rows=rows(summary, wide=True),
         notes=notes,

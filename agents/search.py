@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from moe.traffic import traffic_of
 from thermoe_env.batch import TwinBatch
 from thermoe_env.problem import Problem
 
@@ -58,7 +59,9 @@ def constant_returns(problem: Problem, actions: np.ndarray) -> np.ndarray:
 
 def _cache_file(problem: Problem) -> Path:
     tables = [np.round(table, 12).tolist() for table in problem.tables]
-    key = json.dumps([asdict(problem.scenario), asdict(problem.twin), tables, SEARCH_SEEDS], default=str)
+    scenario = problem.scenario
+    trace = traffic_of(scenario.traffic, scenario.episode_s + 1, problem.capacity_rps).trace_rps.tolist()
+    key = json.dumps([asdict(scenario), asdict(problem.twin), tables, SEARCH_SEEDS, trace], default=str)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     root = Path(os.environ.get("THERMALMOE_CACHE", Path.home() / ".cache" / "thermalmoe"))
     return root / "best_constant" / f"{digest}.json"

@@ -49,7 +49,9 @@ class TrafficConfig:
     """`diurnal`: length of a day."""
     interactive_share: float = 0.5
     trace: str | None = None
-    """`trace`: CSV with TIMESTAMP,ContextTokens,GeneratedTokens; scaled to a mean of (low+high)/2."""
+    """`trace`: CSV in the format of the Azure LLM inference traces (TIMESTAMP,ContextTokens,GeneratedTokens).
+    Requests per second are those of the trace, scaled so that the load of the whole trace has mean
+    (low_load + high_load) / 2; an episode begins at a random second. Token counts are not used."""
     shifts: tuple[int, ...] = (0,)
     """Input shifts that take turns (indices into the profile's shifts)."""
     shift_dwell_s: float = 40.0
@@ -110,7 +112,10 @@ def traffic_of(config: TrafficConfig, seconds: int, capacity_rps: float) -> Traf
     if config.trace is not None:
         per_second = _trace_per_second(config.trace)
         if len(per_second) < seconds:
-            raise TraceError(f"{config.trace}: covers {len(per_second)} s, the episode needs {seconds} s")
+            raise TraceError(
+                f"{config.trace}: covers {len(per_second)} s, the episode needs {seconds} s: "
+                "shorten the episode (episode_s), or give a longer trace"
+            )
         trace_rps = 0.5 * (config.low_load + config.high_load) * capacity_rps * per_second
     return Traffic(
         KINDS.index(config.kind), config.low_load * capacity_rps, config.high_load * capacity_rps,

@@ -7,7 +7,7 @@ states the rest. Unknown keys are refused, so a misspelt one cannot vanish.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -298,8 +298,11 @@ def load_scenario(scenario: str | Path | Scenario = "default", **overrides: Any)
         scenario: name in configs/scenarios, path of a YAML file, or a ready `Scenario`.
         overrides: top-level keys to replace (nested ones as mappings, merged into the file's).
 
+    Returns:
+        The scenario; `traffic.trace`, a name in configs/traces/requests or a path, is the path.
+
     Raises:
-        ScenarioError: unknown or missing key, or a value its rule refuses.
+        ScenarioError: unknown or missing key, a value its rule refuses, or no such trace.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -317,9 +320,14 @@ def load_scenario(scenario: str | Path | Scenario = "default", **overrides: Any)
     if not isinstance(raw, dict):
         raise ScenarioError(f"{path}: a scenario is a mapping of keys, got {type(raw).__name__}")
     try:
-        return adapter.validate_python(_merge(raw, overrides))
+        loaded = adapter.validate_python(_merge(raw, overrides))
     except ValidationError as error:
         raise ScenarioError(_explain(path, error)) from error
+    traffic = loaded.traffic
+    if traffic.trace is None:
+        return loaded
+    trace = config_path("traces/requests", traffic.trace, ".csv")
+    return replace(loaded, traffic=replace(traffic, trace=str(trace)))
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

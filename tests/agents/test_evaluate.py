@@ -32,7 +32,7 @@ from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.errors import GpuLostError
 from thermoe_env.fields import FIELDS
 from thermoe_env.problem import Problem
-from thermoe_env.scenario import load_scenario
+from thermoe_env.scenario import config_path, load_scenario
 
 
 def read_tables(out: Path) -> list[Any]:
@@ -99,6 +99,45 @@ def test_live_plays_the_same_episodes(scenario: str, tmp_path: Path, twin_as_liv
         live.episodes.sort_values(order, ignore_index=True),
     )
     assert live.episodes.policy.tolist()[:4] == ["static", "best_constant", "rule_based", "best_constant"]
+
+
+@pytest.mark.usefixtures("no_figures", "twin_as_live")
+@pytest.mark.parametrize(("live", "by"), [(False, "path"), (True, "name")])
+def test_traffic_is_that_of_the_trace(
+    scenario: str, problem: Problem, tmp_path: Path, live: bool, by: str
+) -> None:
+    path = config_path("traces/requests", "azure-conv-2023", ".csv")
+    traffic = path.stem if by == "name" else str(path)
+    config = EvaluateConfig(
+        policy=(), scenario=scenario, traffic=traffic, seeds=2, live=live, out=tmp_path / "out"
+    )
+    results = evaluate(config, quiet())
+    counts = pd.read_csv(path, parse_dates=["TIMESTAMP"]).resample("s", on="TIMESTAMP", origin="start").size()
+    load = results.problem.scenario.traffic
+    rate = 0.5 * (load.low_load + load.high_load) * problem.capacity_rps / counts.mean()
+    stretches = np.lib.stride_tricks.sliding_window_view(rate * counts.to_numpy(), 20)
+    _, _, steps = read_tables(tmp_path / "out")
+    for _, episode in steps.groupby(["policy", "seed"]):
+        arrived = (episode.arrived_interactive + episode.arrived_deferrable).to_numpy()
+        distance = np.abs(arrived - stretches) - 6.0 * np.sqrt(stretches)  # <= 0: within the Poisson noise
+        assert distance.max(axis=1).min() <= 0.0
+    assert "requests replayed from azure-conv-2023.csv" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_unusable_traffic_is_refused_before_a_folder_is_made(scenario: str, tmp_path: Path) -> None:
+    short = tmp_path / "short.csv"
+    short.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00,1,1\n2024-05-10 00:00:09,1,1\n"
+    )
+    telemetry = str(config_path("traces", "h100_steps_telemetry", ".csv"))
+    for traffic, message in (
+        ("azure", r"no traces/requests 'azure': give one of \['azure-conv-2023'\] or the path of a \.csv"),
+        (str(short), r"short\.csv: covers 10 s, the episode needs 21 s: shorten the episode"),
+        (telemetry, "no column TIMESTAMP in the header"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(EvaluateConfig(scenario=scenario, traffic=traffic, out=tmp_path / "out"), quiet())
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("no_figures", "twin_as_live")

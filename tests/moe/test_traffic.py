@@ -4,12 +4,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.lib.stride_tricks import sliding_window_view
 
 from moe.queueing import SLOT_S
 from moe.traffic import TraceError, TrafficConfig, draw_stream
+from thermoe_env.scenario import config_path
 
 SLOTS_PER_S = round(1 / SLOT_S)
 KINDS = ("poisson", "bursts", "diurnal")
@@ -89,6 +92,27 @@ def test_trace_replay_has_the_trace_s_shape(tmp_path):
         [per_second(draw_stream(config, seed, 4, 1000.0).arrivals) for seed in range(50)], axis=0
     )
     assert arrived == pytest.approx([1000.0, 250.0, 0.0, 750.0], rel=0.03)
+
+
+def test_shipped_trace_is_replayed_second_by_second():
+    """An episode is a stretch of the trace: its counts by pandas, times load and capacity over their mean."""
+    path = config_path("traces/requests", "azure-conv-2023", ".csv")
+    table = pd.read_csv(path, parse_dates=["TIMESTAMP"])
+    assert list(table) == ["TIMESTAMP", "ContextTokens", "GeneratedTokens"] and not table.isna().any(
+        axis=None
+    )
+    counts = table.resample("s", on="TIMESTAMP", origin="start").size().to_numpy()
+    assert len(counts) >= 1800 and counts.sum() == len(table) == 10_079
+    capacity = 1e6  # so many that the Poisson noise of the replay is below that of the trace
+    config = TrafficConfig(kind="trace", trace=str(path), low_load=0.2, high_load=1.2)
+    stretches = sliding_window_view(0.7 * capacity * counts / counts.mean(), 120)  # [begins, seconds]
+    begins = []
+    for seed in range(20):
+        arrived = per_second(draw_stream(config, seed, 120, capacity).arrivals)
+        begins.append(int(np.abs(stretches - arrived).sum(axis=1).argmin()))
+        expected = stretches[begins[-1]]
+        assert np.all(np.abs(arrived - expected) <= 6.0 * np.sqrt(expected))
+    assert len(set(begins)) > 15 and max(begins) - min(begins) > 900
 
 
 @pytest.fixture
