@@ -4,7 +4,8 @@ The standard service, the tuned rules, the planner and an agent play the same re
 each from the same temperature, in an order drawn per seed. Then the twin plays the same episodes. Whether the
 agent saves what it should, and the twin predicted it, is computed and written to live_proof.md.
 
-An episode is saved as it ends; the same command goes on where it was stopped. A seed's policies are compared
+An episode is saved as it ends; the same command goes on where it was stopped. The report needs no card, and
+time that the planner takes: --within-s leaves it to --report-only. A seed's policies are compared
 on one card: a seed that was begun on another card, or with other weights, is played again whole.
 """
 
@@ -59,7 +60,8 @@ class LiveProof:
     seconds: int | None = None
     """Length of an episode; default: the folder's, or 100 for a new one."""
     within_s: float | None = None
-    """No episode begins that would end later than this, by what cool-downs and episodes have taken so far."""
+    """No episode begins that would end later than this, by what cool-downs and episodes have taken so far;
+    the report is left to --report-only."""
     cool_down_s: float = 60.0
     """Longest wait before an episode for the device to idle back to its first start temperature."""
     order_seed: int = 0
@@ -88,8 +90,8 @@ class LiveProof:
         return {policy_label(spec): spec for spec in (*self.policies, *self.agent)}
 
 
-def run(config: LiveProof, console: Console | None = None) -> Proof:
-    """Play what is missing, compare, and write the report.
+def run(config: LiveProof, console: Console | None = None) -> Proof | None:
+    """Play what is missing, compare, and write the report; None where that is left for later.
 
     Raises:
         ValueError: nothing to compare, no GPU, another scenario than the recorded one, or a bad policy.
@@ -102,8 +104,17 @@ def run(config: LiveProof, console: Console | None = None) -> Proof:
         _refuse_another(live, config)
     if not config.report_only:
         live = _play(config, live, began, console)
+        missing = [pair for pair in _pairs(config) if not live.has(*pair)]
+        if missing or config.within_s is not None:
+            console.print(
+                f"{len(missing)} episodes are missing in {live.folder}"
+                + ("; the same command goes on" if missing else "")
+                + "; what there is, --report-only compares",
+                highlight=False, markup=False,
+            )  # fmt: skip
+            return None
     if live is None or not live.episodes:
-        raise ValueError(f"{config.out} holds no whole live episode yet: run the command again to play")
+        raise ValueError(f"{config.out} holds no whole live episode yet: play first, without --report-only")
     played = [play_twins(live, live.scenario, from_start_c) for from_start_c in (True, False)]
     proof = Proof.from_episodes(live, *played)
     for folder in (config.out, *([DOCS] if config.docs else [])):
@@ -111,9 +122,6 @@ def run(config: LiveProof, console: Console | None = None) -> Proof:
         console.print(f"written: {path}", highlight=False, markup=False, soft_wrap=True)
     for verdict in proof.all_verdicts:
         console.print(str(verdict), highlight=False, markup=False, soft_wrap=True)
-    missing = [pair for pair in _pairs(config) if not live.has(*pair)]
-    if missing and not config.report_only:
-        console.print(f"{len(missing)} episodes are missing; the same command goes on", highlight=False)
     return proof
 
 

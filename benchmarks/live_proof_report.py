@@ -114,7 +114,7 @@ def _markdown(live: LiveEpisodes, proof: Proof, shown_seed: int) -> str:
                 "is virtual: the scenario sets it, far below the hardware's.",
                 f"* Trained only in the twin: {agents}. The order in which policies play a seed is drawn.",
                 *(f"* Machine: {', '.join(f'{k} {v[:12]}' for k, v in machine)}." for machine in machines),
-                *(f"* Missing: {reason}." for reason in live.lost),
+                *(f"* Interrupted: {reason}." for reason in live.lost),
                 *_aside(live),
             ]
         ),
@@ -134,11 +134,11 @@ def _markdown(live: LiveEpisodes, proof: Proof, shown_seed: int) -> str:
         f"## Power and temperature, seed {shown_seed}",
         "![power and temperature over time](live_proof/time.png)",
         "## Episodes",
-        "In the order of play. The service's clock stands still while a policy decides, so no request waits for "
-        "it. A card cools in that time, and its mean power falls: this makes the recorded energy of a slow "
-        "policy too low. The verdicts on energy therefore count all that the card drew while a policy decided, "
-        "the tables of live and twin do not. The card is named by a hash of its "
-        "identity, and the weights by theirs.",
+        "In the order of play. The service's clock stands still while a policy decides, so no request waits "
+        "for it. A card cools in that time, and its mean power falls: this makes the recorded energy of a "
+        "slow policy too low. The verdicts on energy therefore count all that the card drew while a policy "
+        "decided; the tables of live and twin do not. The card is named by a hash of its identity, and the "
+        "weights by theirs.",
         _episodes(rows),
     ]
     return "\n\n".join(parts) + "\n"

@@ -112,8 +112,8 @@ class Proof:
         rows["wall_s"] = [math.nan if e.wall_s is None else e.wall_s for e in episodes]
         for name, q in (("decision_p50_ms", 0.5), ("decision_p95_ms", 0.95)):
             rows[name] = [1e3 * np.quantile(e.decision_s, q) if e.decision_s else math.nan for e in episodes]
-        # A card's power is its mean from reading to reading, decisions included, so a slow policy's is too low:
-        # what it is judged by counts all that was drawn while it decided.
+        # A card's power is its mean from reading to reading, decisions included, so a slow policy's is too
+        # low: what it is judged by counts all that was drawn while it decided.
         deciding_s = [sum(e.decision_s) if e.recording.world == "live" else 0.0 for e in episodes]
         rows["j_drawn_per_good"] = rows.j_per_good * (1.0 + np.array(deciding_s) / rows.time_s)
         seeds = rows.groupby("seed").policy.nunique()
