@@ -45,9 +45,10 @@ class MpcConfig(PlanConfig):
 
 
 def without_luck(problem: Problem) -> Problem:
-    """The problem with every device as calibrated."""
+    """The problem with every device as calibrated, and with the energies that its twin needs."""
     spread = Randomize(resistance=0.0, time_constant=0.0, leakage=0.0, energy=0.0, inlet_c=0.0)
-    return replace(problem, scenario=replace(problem.scenario, randomize=spread))
+    scenario = replace(problem.scenario, randomize=spread)
+    return replace(problem, scenario=scenario, profile=problem.metered_profile)
 
 
 def levels_in_force(problem: Problem, o: dict[str, np.ndarray]) -> np.ndarray:

@@ -43,7 +43,7 @@ def live_problem(scenario: Scenario, world: str) -> Problem:
     return Problem.of(scenario, load_profile(config_path("profiles", f"cpu-{scenario.task}", ".json")))
 
 
-def twin_problem(scenario: Scenario, world: str, capacity_rps: float, idle_c: float) -> Problem:
+def twin_problem(scenario: Scenario, world: str, capacity_rps: float, idle_c: float | None) -> Problem:
     """The twin of one live episode: the same requests, and one device in the room of that day.
 
     Args:
@@ -51,7 +51,7 @@ def twin_problem(scenario: Scenario, world: str, capacity_rps: float, idle_c: fl
         world: of the recording; a `live-cpu` one is predicted with the profile of that CPU.
         capacity_rps: of the recording: a new profile must not change the requests.
         idle_c: temperature of the real die when it has settled at idle. The inlet is set so that the twin
-            idles there; the slow drift, which nobody can predict, is off.
+            idles there; None leaves it as calibrated. The slow drift, which nobody can predict, is off.
     """
     problem = live_problem(scenario, world)
     problem = replace(problem, profile=problem.metered_profile)
@@ -59,7 +59,8 @@ def twin_problem(scenario: Scenario, world: str, capacity_rps: float, idle_c: fl
     traffic = replace(traffic, low_load=traffic.low_load * ratio, high_load=traffic.high_load * ratio)
     scenario = replace(problem.scenario, traffic=traffic, randomize=Randomize(**NO_SPREAD))
     twin = problem.twin
-    twin = replace(twin, inlet_drift_c=0.0, inlet_c=idle_c - twin.idle_rise_c)
+    inlet_c = twin.inlet_c if idle_c is None else idle_c - twin.idle_rise_c
+    twin = replace(twin, inlet_drift_c=0.0, inlet_c=inlet_c)
     return replace(problem, scenario=scenario, twin=twin)
 
 
@@ -89,17 +90,19 @@ class Pair:
     live: LiveEpisode
     twin: Recording
     idle_c: float
-    """Temperature at which the twin idles, see `LiveEpisodes.settled_c`."""
+    """Temperature at which the twin idles."""
     inlet_c: float
     """Inlet temperature that gives it."""
 
 
-def play_twins(live: LiveEpisodes, scenario: Scenario) -> list[Pair]:
+def play_twins(live: LiveEpisodes, scenario: Scenario, from_start_c: bool = True) -> list[Pair]:
     """Play every recorded episode again in the twin.
 
     Args:
         live: what was recorded.
         scenario: its scenario, or that with another profile or twin.
+        from_start_c: begin at the temperature at which the card began, in a room in which the twin idles as
+            the card does (`LiveEpisodes.settled_c`); else settled, in the room of the calibration.
 
     Raises:
         ValueError: `scenario` asks something else of the card than was recorded.
@@ -110,11 +113,13 @@ def play_twins(live: LiveEpisodes, scenario: Scenario) -> list[Pair]:
     pairs = []
     for episode in live.episodes:
         recording = episode.recording
-        idle_c = live.settled_c(episode)
-        problem = twin_problem(scenario, recording.world, live.capacity_rps, idle_c)
+        settled_c = live.settled_c(episode) if from_start_c else None
+        problem = twin_problem(scenario, recording.world, live.capacity_rps, settled_c)
+        idle_c = problem.twin.inlet_c + problem.twin.idle_rise_c
         policy = policy_of(episode.recipe, problem)
         twin = play_twin(problem, policy, [int(recording.seeds[0])], recording.policy)
-        twin = with_residual_heat(twin, episode.start_c - idle_c, problem.twin.tau_sink_s)
+        if settled_c is not None:
+            twin = with_residual_heat(twin, episode.start_c - settled_c, problem.twin.tau_sink_s)
         pairs.append(Pair(live=episode, twin=twin, idle_c=idle_c, inlet_c=problem.twin.inlet_c))
     return pairs
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field, fields
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from thermoe_env.problem import Problem
 from thermoe_env.scenario import Scenario, configs_dir
 
 EPISODES_FILE = "episodes.npz"
+ASIDE = "aside"
+"""Folder, within a folder of live episodes, of those that have been replaced."""
 CONTRASTS: dict[str, dict[str, int]] = {"small_batches": {"batch_size": 1, "expert_count": 0}}
 """Constant actions as levels from 0: what differs from the standard service."""
 
@@ -101,6 +104,15 @@ class LiveEpisode:
     """UTC, ISO 8601."""
     machine: dict[str, str]
     """Card, driver, versions, and the hash of the weights that answered."""
+    decision_s: list[float] = field(default_factory=list)
+    """Time of each of the policy's decisions; none in files of earlier versions."""
+    wall_s: float | None = None
+    """Time that the episode took, decisions and all."""
+
+    @property
+    def bench(self) -> tuple[str, ...]:
+        """What must be the same where energies are compared: the kind of device, the card, the weights."""
+        return tuple(self.machine.get(name, "-") for name in ("device", "card", "weights_sha256"))
 
 
 @dataclass
@@ -130,6 +142,40 @@ class LiveEpisodes:
         episodes = [LiveEpisode(recording=recording, **rest) for recording, rest in pairs]
         scenario = TypeAdapter(Scenario).validate_python(about["scenario"])
         return cls(folder, scenario, about["capacity_rps"], episodes, about["lost"])
+
+    @property
+    def recipes(self) -> dict[str, dict[str, Any]]:
+        """Of the policies that have been played, by label."""
+        return {e.recording.policy: e.recipe for e in self.episodes}
+
+    def refuse_other_requests(self, problem: Problem) -> None:
+        """Episodes of a folder are comparable only if load 1.0 is as many requests in all of them.
+
+        Raises:
+            ValueError: in this problem it is not.
+        """
+        if not math.isclose(self.capacity_rps, problem.capacity_rps, rel_tol=1e-9):
+            raise ValueError(
+                f"{self.folder} was recorded at {self.capacity_rps:.6g} requests/s for load 1.0, profile "
+                f"{problem.scenario.profile} gives {problem.capacity_rps:.6g}: name that profile, or another "
+                "--out"
+            )
+
+    def set_aside(self, seed: int, machine: dict[str, str]) -> list[LiveEpisode]:
+        """Move a seed's episodes that were played on another bench than this into the folder `aside`."""
+        others = [
+            e for e in self.episodes
+            if e.recording.seeds[0] == seed and e.bench != replace(e, machine=machine).bench
+        ]  # fmt: skip
+        if others:
+            folder = self.folder / ASIDE
+            aside = LiveEpisodes.load(folder) or LiveEpisodes(folder, self.scenario, self.capacity_rps)
+            kept = {(e.recording.policy, e.began) for e in aside.episodes}
+            aside.episodes += [e for e in others if (e.recording.policy, e.began) not in kept]
+            aside.save()  # first: an interruption may leave them in both places, but never in none
+            self.episodes = [e for e in self.episodes if not any(e is other for other in others)]
+            self.save()
+        return others
 
     def add(self, episode: LiveEpisode) -> None:
         """Take in an episode."""

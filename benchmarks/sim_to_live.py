@@ -8,14 +8,11 @@ GPU only the second half runs, so a changed twin or profile is judged on the sam
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
-import platform
 import sys
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,12 +23,11 @@ from tyro.conf import arg
 
 from agents.fidelity import NO_SPREAD, compare, document, live_problem, play_twins, scenario_differences
 from agents.fidelity_report import print_comparison, write_fidelity
-from agents.live_episodes import LiveEpisode, LiveEpisodes, policy_of, recipe_of
-from agents.policies import Policy
+from agents.live_episodes import LiveEpisodes, recipe_of
+from agents.live_session import PER_EPISODE_S, LiveSession, machine_of
 from agents.report import wide_console
-from agents.rollout import cool_down, device_name, play_live
 from agents.runs import new_run_folder, policy_label, write_file
-from agents.segments import Segments, recording_beside
+from agents.segments import recording_beside
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.errors import ThermoeError
 from thermoe_env.problem import Problem
@@ -39,14 +35,8 @@ from thermoe_env.scenario import Scenario, load_scenario
 
 START_S = 25.0
 """Time set aside for building the service and warming it up."""
-PER_EPISODE_S = 3.0
-"""Time set aside beside each episode's own length and its cool-down: the service's clock stands still
-between intervals."""
 DEFAULT_SECONDS = 100
 MIN_EPISODE_S = 10
-IDLE_FOR_S = 10.0
-"""The device counts as settled at idle when its temperature has not fallen for so long."""
-COOL_WITHIN_C = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,12 +176,9 @@ def _play(config: SimToLive, live: LiveEpisodes | None, say: Console) -> LiveEpi
         return live
     scenario = _scenario(config, live)
     problem = live_problem(scenario, "live" if _gpu_answers() else "live-cpu")
-    if live is not None and not math.isclose(live.capacity_rps, problem.capacity_rps, rel_tol=1e-9):
-        raise ValueError(
-            f"{live.folder} was recorded at {live.capacity_rps:.6g} requests/s for load 1.0, profile "
-            f"{scenario.profile} gives {problem.capacity_rps:.6g}: name that profile, or another --out"
-        )
-    known = {} if live is None else {e.recording.policy: e.recipe for e in live.episodes}
+    if live is not None:
+        live.refuse_other_requests(problem)
+    known = {} if live is None else live.recipes
     twin = Problem.of(scenario)
     recipes = {label: known.get(label) or recipe_of(spec, problem, twin) for label, spec in labels.items()}
     for label, recipe in recipes.items():
@@ -210,7 +197,8 @@ def _play(config: SimToLive, live: LiveEpisodes | None, say: Console) -> LiveEpi
     env = ThermalMoEEnv(scenario, world="live")
     try:
         with recording_beside(env, live, config.samples_per_s) as segments:
-            _episodes(config, env, live, recipes, todo, end, segments, say)
+            session = LiveSession(env, live, recipes, machine_of(env), segments, say, config.cool_down_s, end)
+            session.play(todo)
     finally:
         env.close()
     return live
@@ -240,98 +228,6 @@ def _seconds(config: SimToLive, count: int, end: float) -> int:
             f"{MIN_EPISODE_S} are needed: take fewer policies or seeds, or a shorter cool_down_s"
         )
     return min(wanted, room_s)
-
-
-def _episodes(
-    config: SimToLive,
-    env: ThermalMoEEnv,
-    live: LiveEpisodes,
-    recipes: dict[str, dict[str, Any]],
-    todo: list[tuple[str, int]],
-    end: float,
-    segments: Segments,
-    say: Console,
-) -> None:
-    """Play the episodes, each from an idle device; stop where the device or the time is gone."""
-    machine = _machine(env)
-    seconds = env.problem.scenario.episode_s
-    try:
-        idle_c = _settle(env, todo[0][1], config.cool_down_s)
-        say.print(f"{machine['device']}, idle at {idle_c:g} °C")
-        for label, seed in todo:
-            policy: Policy = policy_of(recipes[label], env.problem)
-            start_c = cool_down(env, seed, idle_c + COOL_WITHIN_C, config.cool_down_s)
-            idle_c = min(idle_c, start_c)
-            if time.monotonic() + seconds + PER_EPISODE_S / 2 > end:
-                say.print(f"{label}, seed {seed}: not played, {config.within_s:g} s are over")
-                continue
-            began = datetime.now(UTC).isoformat(timespec="seconds")
-            t0 = segments.now_s()
-            recording = play_live(env, policy, seed, label)
-            segments.add(recording, t0)
-            if recording.error is not None:
-                played_s = float(recording.length[0]) * recording.interval_s
-                error = f"{type(recording.error).__name__} {recording.error}"
-                live.lose(f"{label}, seed {seed}, at {began}: cut short after {played_s:g} s by {error}")
-                say.print(live.lost[-1])
-                if isinstance(recording.error, KeyboardInterrupt):
-                    return
-                continue
-            live.add(
-                LiveEpisode(
-                    recording=recording,
-                    recipe=recipes[label],
-                    idle_c=idle_c,
-                    start_c=start_c,
-                    began=began,
-                    machine=machine,
-                )
-            )
-            power_w, temp_c = recording.gpu["power_w"], recording.gpu["temp_c"]
-            say.print(
-                f"{label}, seed {seed}: {recording.length[0]} intervals from {start_c:g} °C, mean "
-                f"{power_w.mean():.0f} W, peak {temp_c.max():g} °C"
-            )
-    except RuntimeError as error:  # between episodes; what is recorded stays
-        live.lose(f"playing ended: {type(error).__name__} {error}")
-        say.print(live.lost[-1])
-
-
-def _settle(env: ThermalMoEEnv, seed: int, at_most_s: float) -> float:
-    """Wait until a real device idles; returns its temperature. A modelled one idles at every reset."""
-    lowest_c = cool_down(env, seed, math.inf, 0.0)
-    since = began = time.monotonic()
-    while (
-        env.world == "live" and time.monotonic() - began < at_most_s and time.monotonic() - since < IDLE_FOR_S
-    ):
-        temp_c = cool_down(env, seed, lowest_c - 1.0, 1.0)
-        if temp_c < lowest_c:
-            lowest_c, since = temp_c, time.monotonic()
-    return lowest_c
-
-
-def _machine(env: ThermalMoEEnv) -> dict[str, str]:
-    """What plays: device, driver, versions, weights."""
-    import torch
-
-    from moe.weights import weights_path
-
-    driver = "-"
-    if env.world == "live":
-        from thermoe_env.nvml import Gpu
-
-        gpu = Gpu()
-        driver = gpu.driver
-        gpu.close()
-    weights = weights_path(env.problem.scenario.task, env.problem.profile.size)
-    return {
-        "device": device_name(env),
-        "driver": driver,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "-",
-        "python": platform.python_version(),
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
-    }
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,16 @@ def test_same_seed_same_actions(problem: Problem, played: dict[str, Recording]) 
     for name, policy in (("oracle", Oracle(problem, SHORT)), ("mpc", Mpc(problem, SHORT_MPC))):
         again = play_twin(problem, policy, SEEDS[:1], name)
         np.testing.assert_array_equal(again.index[:, 0], played[name].index[:, 0])
+
+
+def test_mpc_plans_with_modelled_energies_where_none_were_measured(problem: Problem) -> None:
+    """As live on a CPU: the same plans as on a profile that holds those energies."""
+    bare = replace(problem.profile, energy_j=None, idle_power_w=None, ttt_energy_j=None)
+    unmetered = replace(problem, profile=bare)
+    metered = replace(problem, profile=unmetered.metered_profile)
+    plain, given = (play_twin(metered, Mpc(own, SHORT_MPC), SEEDS[:1], "mpc") for own in (unmetered, metered))
+    np.testing.assert_array_equal(plain.index, given.index)
+    assert len(np.unique(plain.index[:, 0], axis=0)) > 1  # it plans, and does not stay as it began
 
 
 def test_mpc_goes_by_observations_alone(problem: Problem, played: dict[str, Recording]) -> None:

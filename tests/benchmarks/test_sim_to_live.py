@@ -15,7 +15,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from agents import fidelity_report, segments
+from agents import fidelity_report, live_session, segments
 from agents.archive import load_recordings, save_recordings
 from agents.fidelity import QUANTITIES, compare, play_twins, with_residual_heat
 from agents.live_episodes import LiveEpisodes, policy_of, recipe_of
@@ -76,16 +76,16 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, int
         path.write_text(yaml.safe_dump(twin | {"inlet_c": twin["inlet_c"] + WARMER_C}))
         return ThermalMoEEnv(dataclasses.replace(scenario, twin=str(path)), "twin")
 
-    play = sim_to_live.play_live
+    play = live_session.play_live
 
     def play_and_note(env: Any, policy: Any, seed: int, name: str) -> Recording:
         played.append((name, seed))
         return play(env, policy, seed, name)
 
     monkeypatch.setattr(sim_to_live, "ThermalMoEEnv", build)
-    monkeypatch.setattr(sim_to_live, "play_live", play_and_note)
+    monkeypatch.setattr(live_session, "play_live", play_and_note)
     machine = {"device": "a stand-in", "driver": "-", "torch": "-", "cuda": "-", "python": "-"}
-    monkeypatch.setattr(sim_to_live, "_machine", lambda env: machine | {"weights_sha256": "0" * 64})
+    monkeypatch.setattr(sim_to_live, "machine_of", lambda env: machine | {"weights_sha256": "0" * 64})
     monkeypatch.setattr(sim_to_live, "_gpu_answers", lambda: False)
     monkeypatch.setattr(sim_to_live, "live_problem", lambda scenario, world: Problem.of(scenario))
     return played
@@ -298,7 +298,7 @@ def test_a_start_before_the_card_has_cooled_is_known(
     scenario: str, tmp_path: Path, card: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readings = iter([37.0 + WARMER_C, 41.0, 39.0, 36.0])  # settled, then the starts
-    monkeypatch.setattr(sim_to_live, "cool_down", lambda *_: next(readings))
+    monkeypatch.setattr(live_session, "cool_down", lambda *_: next(readings))
     monkeypatch.setattr(fidelity_report, "save_figure", lambda draw, path: path)
     result = run(config(tmp_path / "x", scenario, seeds=1), quiet())
     assert result is not None
