@@ -21,12 +21,6 @@ from thermoe_env.render import HEIGHT, WIDTH, Dashboard
 from thermoe_env.signals import STAGES
 
 
-@pytest.fixture
-def no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pygame")
-    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-
-
 def play(env: gymnasium.Env, steps: int, seed: int = 0) -> None:
     env.reset(seed=seed)
     env.action_space.seed(seed)
@@ -41,7 +35,7 @@ def frame_of(env: gymnasium.Env) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", [None, "rgb_array", "human"])
-def test_the_checker_accepts_every_render_mode(mode: str | None, problem: Problem, no_screen: None) -> None:
+def test_the_checker_accepts_every_render_mode(mode: str | None, problem: Problem) -> None:
     """Warnings are errors here; the checker itself makes an environment of every declared mode."""
     env = gymnasium.make("ThermalMoETwin-v0", scenario=problem.scenario, render_mode=mode)
     assert env.metadata["render_modes"] == ["human", "rgb_array"]
@@ -142,7 +136,7 @@ def test_frames_can_be_collected(problem: Problem) -> None:
     assert len(frames) == 4 and all((one != other).any() for one, other in pairwise(frames))
 
 
-def test_the_window_shows_the_frame_and_closes(problem: Problem, no_screen: None) -> None:
+def test_the_window_shows_the_frame_and_closes(problem: Problem) -> None:
     import pygame
 
     env = ThermalMoEEnv(problem.scenario, "twin", render_mode="human")
