@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,11 @@ class Training:
         """Whole rounds in the checkpoint; 0 without one."""
         if not self.checkpoint.exists():
             return 0
-        steps = load_scenario(self.config.scenario).steps
-        return read_state(self.checkpoint)["num_timesteps"] // (self.config.n_envs * steps)
+        return read_state(self.checkpoint)["num_timesteps"] // self._round_steps
+
+    @cached_property
+    def _round_steps(self) -> int:
+        return self.config.n_envs * load_scenario(self.config.scenario).steps
 
     def finish(self) -> float:
         """Train, or resume, to the end; returns the median time between two checkpoints, s.
@@ -143,14 +147,18 @@ class Training:
                 process.wait()
 
     def _progress(self, process: subprocess.Popen[bytes]) -> Iterator[tuple[int, float]]:
-        """(rounds kept, time) whenever there is another checkpoint, while the process lives."""
-        known = self.kept_rounds()
+        """(rounds kept, time) whenever another checkpoint has been written, while the process lives."""
+        known = self._written_ns()
         while process.poll() is None:
-            kept = self.kept_rounds()
-            if kept > known:
-                yield kept, time.perf_counter()
-                known = kept
+            written = self._written_ns()
+            if written != known:
+                known = written
+                yield self.kept_rounds(), time.perf_counter()
             time.sleep(_POLL_S)
+
+    def _written_ns(self) -> int:
+        """When the checkpoint was written; 0 without one."""
+        return self.checkpoint.stat().st_mtime_ns if self.checkpoint.exists() else 0
 
     def _output(self) -> str:
         return self.folder.with_suffix(".log").read_text(errors="replace")[-2000:]

@@ -191,7 +191,7 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         return self._encode(), reward, terminated, truncated, info
 
     def render(self) -> np.ndarray | None:
-        """The dashboard as it stands: uint8 [540, 960, 3], or None where it is in a window or not asked for.
+        """The dashboard as it stands: uint8 [540, 960, 3], or None where a window shows it or nobody asked.
 
         Raises:
             ResetNeeded: before the first reset.
@@ -200,7 +200,6 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
             return None
         if self._seed is None:
             raise gym.error.ResetNeeded("call reset() before render(): there is nothing to show yet")
-        self._show()
         return None if self._window is not None else self._dashboard.frame()
 
     def _show(self) -> None:
