@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 VALIDATION_SEEDS = range(800_000, 900_000)
 """Episodes that choose the best model, from the first on; training and evaluation use other seeds."""
+COMPARED = ("return", "return_best", "j_per_good", "quality", "late_fraction", "peak_c", "above_limit_s")
+"""Validation scalars (`eval/...`) by which TensorBoard's tab of hyper-parameters compares runs."""
 
 
 class RolloutLog(BaseCallback):
@@ -154,13 +156,16 @@ class Updates(BaseCallback):
         mean = dict(zip(KPIS, episode_metrics(recording)[list(KPIS)].to_numpy(float).mean(0), strict=True))
         for name, value in mean.items():
             self.logger.record(f"eval/{name}", value)
+        improved = self._best is None or mean["return"] > self._best
+        if improved:
+            self._best = float(mean["return"])
+        self.logger.record("eval/return_best", self._best)
         self.logger.record("eval/return_static", self._static_return)
         figure = expert_figure(recording.tokens_per_expert.sum((0, 1)))
         self.logger.record("eval/expert_share", LoggedFigure(figure, close=True))
         self.logger.dump(self.model.num_timesteps)
         self._validated_at = self.model.num_timesteps
-        if self._best is None or mean["return"] > self._best:
-            self._best = float(mean["return"])
+        if improved:
             save_model(self.model, self._folder / "best_model.zip")
         shown = {"return": mean["return"], "best": self._best, "static": self._static_return}
         self._bar.set_postfix({name: f"{value:.1f}" for name, value in shown.items()})

@@ -29,7 +29,7 @@ from agents.algorithms import (
     lean_to_static,
     refuse_below_one,
 )
-from agents.callbacks import RolloutLog, Updates
+from agents.callbacks import COMPARED, RolloutLog, Updates
 from agents.checkpoints import CheckpointError, read_state, restore, save_model
 from agents.interface import INTERFACE_FILE, interface_of, mismatch
 from agents.runs import new_run_folder, write_file, write_origin
@@ -232,8 +232,7 @@ class _Run:
         config, model, done = self.config, self.model, self.model.num_timesteps
         logger = Logger(str(folder / "tb"), [TensorBoardOutputFormat(str(folder / "tb"))])
         model.set_logger(logger)
-        if state is None:
-            _log_hyperparameters(logger, config)
+        _log_hyperparameters(logger, config)
         bar = tqdm(
             total=config.total_timesteps,
             initial=done,
@@ -257,9 +256,13 @@ class _Run:
 
 
 def _log_hyperparameters(logger: Logger, config: TrainConfig) -> None:
-    """Fill TensorBoard's tab of hyper-parameters, beside the validation it shows them with."""
+    """Fill TensorBoard's tab of hyper-parameters, which shows them beside the last of these validations.
+
+    A continued run says them again: one that was killed early may not have written them.
+    """
     shown = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in config.flat().items()}
-    logger.record("hparams", HParam(shown, {"eval/return": 0.0, "eval/j_per_good": 0.0}))
+    metrics = dict.fromkeys((f"eval/{name}" for name in COMPARED), 0.0)  # names alone: the values are scalars
+    logger.record("hparams", HParam(shown, metrics))
     logger.dump(0)
 
 

@@ -18,6 +18,8 @@ settings.register_profile("search", print_blob=True)
 # ours. It reads this at its first call.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
+os.environ["SDL_VIDEODRIVER"] = "dummy"  # windows without a screen
+
 torch.set_num_threads(1)  # small tensors, and several workers on few cores
 
 

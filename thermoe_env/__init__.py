@@ -1,10 +1,11 @@
 """ThermalMoE: a Gymnasium environment of MoE inference under power and thermal limits.
 
-Importing registers three ids and does nothing else:
+Importing registers five ids and does nothing else:
 
 - `ThermalMoE-v0`: the live world where CUDA and NVML answer, else the twin;
 - `ThermalMoETwin-v0`: the calibrated twin, deterministic;
-- `ThermalMoELive-v0`: real forward passes, read by NVML (on a CPU by the twin's device model).
+- `ThermalMoELive-v0`: real forward passes, read by NVML (on a CPU by the twin's device model);
+- `ThermalMoETwinMO-v0`, `ThermalMoELiveMO-v0`: the same two with a vector of objectives for a reward.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from gymnasium.envs.registration import register
 
 _ENTRY = "thermoe_env.env:ThermalMoEEnv"
+_VECTOR_REWARD = "thermoe_env.objectives:ThermalMoEMultiObjectiveEnv"
 
 # The environment itself refuses a step before a reset, and `check_env` is part of the tests: wrappers that do
 # either on every step would only cost time.
@@ -26,3 +28,5 @@ register(
     **_PLAIN,
 )
 register("ThermalMoELive-v0", _ENTRY, nondeterministic=True, kwargs={"world": "live"}, **_PLAIN)
+register("ThermalMoETwinMO-v0", _VECTOR_REWARD, kwargs={"world": "twin"}, **_PLAIN)
+register("ThermalMoELiveMO-v0", _VECTOR_REWARD, nondeterministic=True, kwargs={"world": "live"}, **_PLAIN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -21,6 +21,9 @@ from thermoe_env.signals import STAGES, draw_power_budget
 from thermoe_env.telemetry import READING_NAMES
 from thermoe_env.twin import GPU_DTYPE
 from thermoe_env.worlds import Checkpoint, build_world
+
+if TYPE_CHECKING:
+    from thermoe_env.render import Dashboard, Window
 
 
 class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
@@ -53,14 +56,16 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
 
     ## Arguments
     `scenario`: name, YAML path or `Scenario`. `world`: `auto`, `twin`, `live`. `action_mode`:
-    `multi_discrete`, `discrete`, `box`. `overrides`: scenario keys to replace. `model`, `profile`: a Hugging
-    Face checkpoint's folder and its profile, for the live world (docs/hf.md).
+    `multi_discrete`, `discrete`, `box`. `overrides`: scenario keys to replace. `render_mode`: `rgb_array`, a
+    dashboard as uint8 [540, 960, 3], or `human`, the same in a window. `model`, `profile`: a Hugging Face
+    checkpoint's folder and its profile, for the live world (docs/hf.md).
 
     ## Version History
     v0: first version.
     """
 
-    metadata = {"render_modes": [], "render_fps": 1}  # noqa: RUF012  (Gymnasium's own form)
+    # Ten intervals in a second of film.
+    metadata = {"render_modes": ["human", "rgb_array"], "render_fps": 10}  # noqa: RUF012  (Gymnasium's form)
 
     def __init__(
         self,
@@ -68,18 +73,29 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         world: str = "auto",
         action_mode: str = "multi_discrete",
         overrides: dict[str, Any] | None = None,
-        render_mode: None = None,
+        render_mode: str | None = None,
         model: str | None = None,
         profile: str | None = None,
     ) -> None:
-        if render_mode is not None:
-            raise ValueError(f"render_mode must be None, got {render_mode!r}; figures come from evaluate.py")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            known = self.metadata["render_modes"]
+            raise ValueError(f"render_mode must be None or one of {known}, got {render_mode!r}")
+        self.render_mode = render_mode
+        self._window: Window | None = None
+        self._dashboard: Dashboard | None = None
+        if render_mode == "human":
+            from thermoe_env.render import Window
+
+            self._window = Window(self.metadata["render_fps"])
         self.scenario = load_scenario(scenario, **(overrides or {}))
         self._world = build_world(self.scenario, world, Checkpoint.of(model, profile))
         self.world = self._world.name
         """Which world this is: `twin`, `live` or `live-cpu`."""
         self.problem = self._world.problem
-        self.render_mode = None
+        if render_mode is not None:
+            from thermoe_env.render import Dashboard
+
+            self._dashboard = Dashboard(self.problem, self.world)
         self.action_mode = action_mode
         self.action_space = self.problem.knobs.action_space(action_mode)
         self.observation_space = observation_space()
@@ -120,6 +136,9 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self._stage = begin_one(self._rules, self._track, self._gpu, self._budget, index, self._raw)
         self._count = 0
         self._running = True
+        if self._dashboard is not None:
+            self._dashboard.begin(reading.temp_c, reading.power_w, self._stage)
+            self._show()
         return self._encode(), {"world": self.world, "reading": dict(vars(reading))}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -165,12 +184,35 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         }
         if terminated:
             info["reason"] = "the device passed its shutdown temperature"
+        if self._dashboard is not None:
+            notice = len(self._budget) - scenario.steps - 1
+            self._dashboard.add(info, self._budget[self._count : self._count + notice])
+            self._show()
         return self._encode(), reward, terminated, truncated, info
 
+    def render(self) -> np.ndarray | None:
+        """The dashboard as it stands: uint8 [540, 960, 3], or None where a window shows it or nobody asked.
+
+        Raises:
+            ResetNeeded: before the first reset.
+        """
+        if self._dashboard is None:
+            return None
+        if self._seed is None:
+            raise gym.error.ResetNeeded("call reset() before render(): there is nothing to show yet")
+        return None if self._window is not None else self._dashboard.frame()
+
+    def _show(self) -> None:
+        """Bring the window up to date, where there is one."""
+        if self._window is not None and self._dashboard is not None:
+            self._window.show(self._dashboard.frame())
+
     def close(self) -> None:
-        """Release model and device. May be called twice."""
+        """Release model, device and window. May be called twice."""
         self._running = False
         self._world.close()
+        if self._window is not None:
+            self._window.close()
 
     def _encode(self) -> np.ndarray:
         observation = np.empty(len(FIELDS), np.float32)

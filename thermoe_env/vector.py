@@ -47,7 +47,10 @@ class ThermalMoEVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         if world != "twin":
             raise ValueError(f"only the twin plays many episodes at once, got world {world!r}: use 'twin'")
         if render_mode is not None:
-            raise ValueError(f"render_mode must be None, got {render_mode!r}; figures come from evaluate.py")
+            raise ValueError(
+                f"render_mode must be None, got {render_mode!r}: a single environment draws itself, "
+                "gymnasium.make(id, render_mode=...)"
+            )
         self.problem = Problem.of(load_scenario(scenario, **(overrides or {})))
         self.world, self.action_mode, self.render_mode = world, action_mode, None
         self.num_envs = num_envs

@@ -15,10 +15,16 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3 import PPO
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
+from tensorboard.plugins.hparams.backend_context import Context
+from tensorboard.plugins.hparams.list_session_groups import Handler
 
-from agents.callbacks import VALIDATION_SEEDS
+from agents.callbacks import COMPARED, VALIDATION_SEEDS
 from agents.checkpoints import CheckpointError
 from agents.models import ModelFileError
 from agents.rollout import play_twin
@@ -134,6 +140,28 @@ def test_every_kind_logs_whole_rounds_and_its_hyper_parameters(
     shown = plugin.HParamsPluginData.FromString(written).session_start_info.hparams
     assert shown["algo"].string_value == algo and shown["n_envs"].number_value == ENVS
     assert shown["learning_rate"].number_value == configs[algo].settings.learning_rate
+
+
+def test_the_tab_of_hyper_parameters_compares_runs(
+    configs: dict[str, TrainConfig], finished_runs: Callable[[str], Path]
+) -> None:
+    """What TensorBoard's own plugin answers for a folder of two runs, against configurations and scalars."""
+    runs = {algo: finished_runs(algo) for algo in ("ppo", "sac")}
+    events = EventMultiplexer().AddRunsFromDirectory(str(runs["ppo"].parent)).Reload()
+    provider = MultiplexerDataProvider(events, str(runs["ppo"].parent))
+    api: Any = api_pb2
+    request = api.ListSessionGroupsRequest(start_index=0, slice_size=100, allowed_statuses=[0, 1, 2, 3])
+    tab = Context(TBContext(data_provider=provider))
+    shown = {group.name: group for group in Handler(RequestContext(), tab, "", request).run().session_groups}
+    for algo, run in runs.items():
+        group = shown[f"{algo}/tb"]
+        assert group.hparams["algo"].string_value == algo
+        assert group.hparams["gamma"].number_value == configs[algo].settings.gamma
+        scalars = EventAccumulator(str(run / "tb")).Reload()
+        values = {metric.name.tag: metric.value for metric in group.metric_values}
+        assert set(values) == {f"eval/{name}" for name in COMPARED}
+        assert values == {tag: scalars.Scalars(tag)[-1].value for tag in values}
+        assert values["eval/return_best"] == max(event.value for event in scalars.Scalars("eval/return"))
 
 
 def test_the_best_model_is_the_one_that_validated_best(finished: Path) -> None:
