@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import json
 import platform
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,7 +30,8 @@ from thermoe_env.problem import Problem
 from thermoe_env.scenario import Scenario, load_scenario
 from thermoe_env.signals import STAGES
 
-_MODEL, _INTERFACE = "best_model.zip", "interface.json"
+_MODEL = "best_model.zip"
+_FILES = (_MODEL, "interface.json", "config.yaml")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Trained:
         """
         if not (run / _MODEL).is_file():
             raise ModelFileError(f"{run} holds no {_MODEL}: give the folder of a training run")
-        names = [name for name in (_MODEL, _INTERFACE) if (run / name).is_file()]
+        names = [name for name in _FILES if (run / name).is_file()]
         return cls(policy_label(run), {name: (run / name).read_bytes() for name in names})
 
     @property
@@ -62,6 +64,12 @@ class Trained:
             for name, content in self.files.items():
                 (Path(folder) / name).write_bytes(content)
             return load_policy(folder, problem)
+
+
+@lru_cache(maxsize=64)
+def _problem(scenario: str, overrides: str) -> Problem:
+    """A variant of a scenario, loaded once: reading its files takes longer than a short play."""
+    return Problem.of(load_scenario(scenario, **json.loads(overrides)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +111,12 @@ class Play:
     @property
     def loaded(self) -> Scenario:
         """The scenario with its keys replaced."""
-        return load_scenario(self.scenario, **self.overrides)
+        return self.problem.scenario
 
-    @cached_property
+    @property
     def problem(self) -> Problem:
         """What is played."""
-        return Problem.of(self.loaded)
+        return _problem(self.scenario, json.dumps(self.overrides))
 
     def settings(self) -> dict[str, Any]:
         """See `Task.settings`."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import pandas as pd
+
 from agents.figures import experts, power_temperature
 from agents.rollout import Recording
 from studies.plays import Options, Play, Trained, Variant, episodes_of
@@ -103,7 +105,8 @@ class Study:
             )
             draw = partial(fronts, summary, groups, ENERGY, (QUALITY, P95), title, joined)
             figures.append((f"Accuracy, energy and latency, {variant.title} ({where})", f"front-{key}", draw))
-        tables = [
+        tables = [("Changes without any signals", self._blind_table(options, episodes))]
+        tables += [
             (variant.title, plays_table(of_variant(summary, key), COLUMNS))
             for key, variant in self.variants.items()
         ]
@@ -116,7 +119,7 @@ class Study:
         )  # fmt: skip
 
     def _changes(
-        self, key: str, options: Options, episodes: Any, compare: Any
+        self, key: str, options: Options, episodes: pd.DataFrame, compare: Any
     ) -> dict[str, dict[str, Change]]:
         """Policy -> condition -> change against the same policy that sees all."""
         return {
@@ -128,35 +131,39 @@ class Study:
             for label in self.variants[key].players(options)
         }
 
-    def _answer(self, options: Options, episodes: Any) -> list[str]:
-        sentences = []
-        for key, variant in self.variants.items():
-            parts = [
-                f"`{label}` {trade(episodes, _name(key, label, SEES_NONE), _name(key, label, SEES_ALL))}"
-                for label in variant.players(options)
-            ]
-            energy = self._changes(key, options, episodes, SHOWN["energy per good answer"][0])
-            sure = [
-                (change.mean, group, label)
-                for label, own in energy.items()
-                for group, change in own.items()
-                if group.startswith("blind to") and change.sure
-            ]
-            most = max(sure, default=None)
-            tells = (
-                "no single group's loss raises the energy beyond doubt"
-                if most is None or most[0] <= 0.0
-                else f"dearest is `{most[2]}` being {most[1]} (+{100 * most[0]:.1f}%)"
-            )
-            sentences.append(f"**{variant.title}**: without any of the signals {'; '.join(parts)}; {tells}.")
+    def _answer(self, options: Options, episodes: pd.DataFrame) -> list[str]:
+        pairs = [(key, label) for key, v in self.variants.items() for label in v.players(options)]
+        energy = [
+            relative(episodes, _name(key, label, SEES_NONE), _name(key, label, SEES_ALL))
+            for key, label in pairs
+        ]
+        dearer, cheaper = (sum(c.sure and c.mean * sign > 0.0 for c in energy) for sign in (1, -1))
         key, variant = next(iter(self.variants.items()))
+        blind = [
+            f"`{label}` {trade(episodes, _name(key, label, SEES_NONE), _name(key, label, SEES_ALL))}"
+            for label in variant.players(options)
+        ]
         biases = _biases(variant, options)
         low, high = (_name(key, self.bases[-1], f"bias {bias:g}") for bias in (biases[0], biases[-1]))
-        sentences.append(
+        return [
+            f"Without any of the signals energy per good answer surely rises for {dearer} of {len(pairs)} "
+            f"pairs of policy and variant, and surely falls for {cheaper}; what else changes is in the first "
+            "table.",
+            f"In *{variant.title}* without signals: {'; '.join(blind)}.",
             f"The strongest constant routing bias against none, over `{self.bases[-1]}`: "
-            f"{trade(episodes, high, low)}."
-        )
-        return sentences
+            f"{trade(episodes, high, low)}.",
+        ]
+
+    def _blind_table(self, options: Options, episodes: pd.DataFrame) -> list[str]:
+        """What all signals together are worth: `SHOWN`, per variant and policy."""
+        heads = ("variant", "policy", *(label for _, _, label in SHOWN.values()))
+        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for key, variant in self.variants.items():
+            for label in variant.players(options):
+                ends = _name(key, label, SEES_NONE), _name(key, label, SEES_ALL)
+                texts = [compare(episodes, *ends).text(factor, "") for compare, factor, _ in SHOWN.values()]
+                lines.append(f"| {variant.title} | {label} | {' | '.join(texts)} |")
+        return lines
 
     def _courses(self, options: Options) -> list[tuple[str, str, Any]]:
         """Power, temperature and use of the experts over the first episode, played again: bit for bit."""

@@ -117,15 +117,16 @@ class Study:
             sentences.append(f"**{variant.title}**, throttles against `{STANDARD}`: {'; '.join(parts)}.")
         key, variant = next(iter(self.variants.items()))
         parts = []
+        standard = _levels_of(variant, STANDARD, options, **_ALL)
         for knob, values in self._values(variant, options).items():
-            names = [_name(key, self.bases[-1], knob, value) for value in values]
-            own = episodes[episodes.policy.isin(names)].groupby("policy").j_per_good.mean()
-            best, worst = values[names.index(own.idxmin())], values[names.index(own.idxmax())]
-            spread = relative(episodes, str(own.idxmin()), str(own.idxmax())).text(100.0, "%")
-            parts.append(f"`{knob}` {spread} from {worst:g} to {best:g}")
+            plays = {_name(key, self.bases[-1], knob, value): value for value in values}
+            own = episodes[episodes.policy.isin(list(plays))].groupby("policy").j_per_good.mean()
+            best = str(own.idxmin())
+            change = trade(episodes, best, _name(key, self.bases[-1], knob, standard[knob]))
+            parts.append(f"`{knob}` from {standard[knob]:g} to {plays[best]:g}: {change}")
         sentences.append(
-            f"Held at its best level instead of its worst, over `{self.bases[-1]}`, energy per good answer "
-            f"changes by: {'; '.join(parts)}."
+            f"Each knob moved from the standard service's level to its most frugal, all else as in "
+            f"`{self.bases[-1]}` ({variant.title}): {'; '.join(parts)}."
         )
         return sentences
 
@@ -149,9 +150,9 @@ class Study:
 _ALL = {"knobs": list(KNOB_NAMES)}
 
 
-def _levels_of(variant: Variant, base: str, options: Options) -> dict[str, float]:
-    """What a policy that never changes sets, where only the scenario's own knobs are controlled."""
-    problem = variant.play("", base, options).problem
+def _levels_of(variant: Variant, base: str, options: Options, **overrides: Any) -> dict[str, float]:
+    """What a policy that never changes sets; without overrides, the scenario's own knobs alone."""
+    problem = variant.play("", base, options, overrides=overrides).problem
     action, _ = make_policy(base, problem).predict(np.zeros((1, len(FIELDS)), np.float32))
     pairs = zip(problem.knobs.controlled, action[0].tolist(), strict=True)
     return {name: problem.knobs.levels[name][level] for name, level in pairs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from studies.routing_figures import limits
 from studies.rq_report import Change, non_dominated
 
 PALETTE = (
@@ -34,7 +35,7 @@ class Axis:
     log: bool = False
 
 
-ENERGY = Axis("j_per_good", "energy per good answer (mJ)", 1e3)
+ENERGY = Axis("j_per_good", "energy per good answer (mJ)", 1e3, log=True)
 QUALITY = Axis("quality", "quality (%)", 100.0, 1)
 P95 = Axis("latency_p95_s", "95th percentile latency (ms)", 1e3, log=True)
 P99 = Axis("latency_p99_s", "99th percentile latency (ms)", 1e3, log=True)
@@ -89,7 +90,8 @@ def fronts(
             for size, row in zip(sizes, own.to_dict("records"), strict=True):
                 _point(axes, row, x, y, colour, MARKERS[number % len(MARKERS)], size)
         axes.set(xlabel=x.label, ylabel=y.label)
-        _scale(axes, x, y)
+        _scale(axes.set_xscale, axes.set_xlim, everyone[x.name].to_numpy() * x.factor, x.log)
+        _scale(axes.set_yscale, axes.set_ylim, everyone[y.name].to_numpy() * y.factor, y.log)
     handles = [
         Line2D([], [], color=PALETTE[n % len(PALETTE)], marker=MARKERS[n % len(MARKERS)], ls="", label=group)
         for n, group in enumerate(groups)
@@ -101,27 +103,32 @@ def fronts(
 
 
 def _point(axes: Axes, row: dict, x: Axis, y: Axis, colour: str, marker: str, size: float) -> None:
-    at = row[x.name] * x.factor, row[y.name] * y.factor
-    axes.plot(
-        [row[f"{x.name}{end}"] * x.factor for end in ("_low", "_high")], [at[1]] * 2, color=colour, lw=0.7
+    """A play and, faint, its intervals: seeds differ more than plays do on the same seeds."""
+    (x_mean, *x_ends), (y_mean, *y_ends) = (
+        [row[f"{axis.name}{end}"] * axis.factor for end in ("", "_low", "_high")] for axis in (x, y)
     )
-    axes.plot(
-        [at[0]] * 2, [row[f"{y.name}{end}"] * y.factor for end in ("_low", "_high")], color=colour, lw=0.7
-    )
-    axes.scatter(*at, s=size, marker=marker, color=colour, zorder=3, lw=0)
+    axes.plot(x_ends, [y_mean] * 2, color=colour, lw=0.7, alpha=0.25)
+    axes.plot([x_mean] * 2, y_ends, color=colour, lw=0.7, alpha=0.25)
+    axes.scatter(x_mean, y_mean, s=size, marker=marker, color=colour, zorder=3, lw=0)
+
+
+def _scale(
+    set_scale: Callable[[str], object], set_limits: Callable[..., object], means: np.ndarray, log: bool
+) -> None:
+    """An axis that shows all finite means; wide intervals may leave it."""
+    finite = means[np.isfinite(means) & ((means > 0.0) | (not log))]
+    if log:
+        set_scale("log")
+        low, high = limits(np.log(finite))
+        set_limits(np.exp(low), np.exp(high))
+    else:
+        set_limits(*limits(finite))
 
 
 def _set_title(figure: Figure, title: str) -> None:
     """The title, in lines that fit."""
     width = round(_CHARACTERS_PER_INCH * figure.get_figwidth())
     figure.suptitle("\n".join(part for line in title.splitlines() for part in textwrap.wrap(line, width)))
-
-
-def _scale(axes: Axes, x: Axis, y: Axis) -> None:
-    if x.log:
-        axes.set_xscale("log")
-    if y.log:
-        axes.set_yscale("log")
 
 
 def curves(summary: pd.DataFrame, panels: Sequence[Panel], ys: Sequence[Axis], title: str) -> Figure:
@@ -133,7 +140,7 @@ def curves(summary: pd.DataFrame, panels: Sequence[Panel], ys: Sequence[Axis], t
         ys: the rows.
         title: with the origin of the numbers.
     """
-    size = (1.2 + 2.6 * max(2, len(panels)), 1.2 + 1.9 * len(ys))
+    size = (1.2 + 2.3 * max(2, len(panels)), 1.2 + 1.6 * len(ys))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(ys), len(panels), squeeze=False, sharey="row", sharex="col")
     table = summary.set_index("policy")

@@ -66,9 +66,7 @@ def run_tasks(tasks: Sequence[Task], folder: Path, ray_address: str | None = Non
         twice = sorted({name for name in names if names.count(name) > 1})
         raise StudyError(f"tasks of a study need different names, {twice} are there twice")
     missing = [task for task in tasks if not is_done(result_path(folder, task), task.settings())]
-    with tqdm(
-        total=len(tasks), initial=len(tasks) - len(missing), desc=folder.parent.name, unit="task"
-    ) as bar:
+    with tqdm(total=len(missing), desc=folder.parent.name, unit="task", delay=2.0) as bar:
 
         def keep(task: Task, result: dict[str, Any]) -> None:
             write_file(result_path(folder, task), json.dumps(result) + "\n")
@@ -150,9 +148,7 @@ def _run_on_ray(tasks: Sequence[Task], address: str, keep: Callable[[Task, dict[
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from error
             except ray.exceptions.RayError as error:
-                raise StudyError(
-                    f"{task.name}: Ray gave up on it ({error}); results so far are kept"
-                ) from error
+                raise StudyError(f"Ray gave up on {task.name} ({error}); what is done is kept") from error
             keep(task, result)
     finally:
         for reference in waiting:
