@@ -186,7 +186,7 @@ def _sentence(task: str, found: list[Claim], metric: str) -> str:
     )
     return (
         f"**{task}**: at no less accuracy the loss surely saves {COST_LABELS[metric]} in {sure} of "
-        f"{len(equal)} models ({savings}). At the same expert count it saves {settings}."
+        f"{len(equal)} models ({savings}). At the same expert count the savings are: {settings}."
     )
 
 

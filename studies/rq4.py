@@ -110,7 +110,12 @@ class Study:
             for key, variant in self.variants.items()
         ]
         if options.routing is not None:
-            tables.append(("Specialisation of trained models, measured", _specialisation(options.routing)))
+            tables.append(
+                (
+                    f"Specialisation of trained models, measured ({options.routing})",
+                    _specialisation(options.routing),
+                )
+            )
         return Findings(
             QUESTION, self._answer(episodes), origin_of(results), tables, figures,
             notes=["Mutual information of expert and thermal stage: how much the device's heat tells of "

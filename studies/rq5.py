@@ -89,7 +89,7 @@ class Study:
                     knob: [_name(key, base, knob, value) for value in own] for knob, own in values.items()
                 }
                 throttles = {name: [f"{key}-{name}"] for name in variant.policies} if base == STANDARD else {}
-                title = f"{variant.title}: levels over {base} (largest: last level), throttles\n{where}"
+                title = f"{variant.title}: each knob's levels over {base}, the last is largest\n{where}"
                 draw = partial(fronts, summary, lines | throttles, ENERGY, (QUALITY, P95), title, list(lines))
                 caption = f"Accuracy, energy and latency over {base}, {variant.title} ({where})"
                 figures.append((caption, f"front-{key}-{base}", draw))

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from studies.routing_figures import limits
 from studies.rq_report import Change, non_dominated
 
 PALETTE = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A4FBF", "#8C6D1F", "#555555",
+    "#B22222", "#3CB371", "#4B0082",
 )  # fmt: skip
 _CHARACTERS_PER_INCH = 12.0
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,14 @@ class Axis:
     better: int = -1
     """-1 where lower is better, 1 where higher."""
     log: bool = False
+    """Logarithmic where the means span more than a decade."""
 
 
 ENERGY = Axis("j_per_good", "energy per good answer (mJ)", 1e3, log=True)
 QUALITY = Axis("quality", "quality (%)", 100.0, 1)
-P95 = Axis("latency_p95_s", "95th percentile latency (ms)", 1e3, log=True)
-P99 = Axis("latency_p99_s", "99th percentile latency (ms)", 1e3, log=True)
-GOODPUT = Axis("goodput_rps", "good answers per second (1000)", 1e-3, 1)
+P95 = Axis("latency_p95_s", "p95 latency (ms)", 1e3, log=True)
+P99 = Axis("latency_p99_s", "p99 latency (ms)", 1e3, log=True)
+GOODPUT = Axis("goodput_rps", "good answers\nper s (1000)", 1e-3, 1)
 PEAK = Axis("peak_c", "peak temperature (°C)")
 POWER = Axis("mean_power_w", "mean power (W)")
 
@@ -81,7 +84,8 @@ def fronts(
         everyone = everyone[~everyone.index.duplicated()]
         best = everyone[non_dominated(np.column_stack([-everyone[a.name] * a.better for a in (x, y)]))]
         best = best.sort_values([x.name, y.name])
-        axes.plot(best[x.name] * x.factor, best[y.name] * y.factor, color="black", lw=1.0, zorder=1)
+        front = best[x.name] * x.factor, best[y.name] * y.factor
+        axes.plot(*front, color="black", lw=1.0, marker="o", ms=11, mfc="none", zorder=1)
         for number, (group, names) in enumerate(groups.items()):
             colour, own = PALETTE[number % len(PALETTE)], table.loc[list(names)]
             if group in joined:
@@ -90,13 +94,13 @@ def fronts(
             for size, row in zip(sizes, own.to_dict("records"), strict=True):
                 _point(axes, row, x, y, colour, MARKERS[number % len(MARKERS)], size)
         axes.set(xlabel=x.label, ylabel=y.label)
-        _scale(axes.set_xscale, axes.set_xlim, everyone[x.name].to_numpy() * x.factor, x.log)
-        _scale(axes.set_yscale, axes.set_ylim, everyone[y.name].to_numpy() * y.factor, y.log)
+        axes.set_xlim(_scale(axes.xaxis, everyone, x))
+        axes.set_ylim(_scale(axes.yaxis, everyone, y))
     handles = [
         Line2D([], [], color=PALETTE[n % len(PALETTE)], marker=MARKERS[n % len(MARKERS)], ls="", label=group)
         for n, group in enumerate(groups)
     ]
-    handles.append(Line2D([], [], color="black", lw=1.0, label="Pareto front"))
+    handles.append(Line2D([], [], color="black", lw=1.0, marker="o", ms=9, mfc="none", label="Pareto front"))
     figure.legend(handles=handles, loc="outside lower center", ncols=5)
     _set_title(figure, title)
     return figure
@@ -112,17 +116,19 @@ def _point(axes: Axes, row: dict, x: Axis, y: Axis, colour: str, marker: str, si
     axes.scatter(x_mean, y_mean, s=size, marker=marker, color=colour, zorder=3, lw=0)
 
 
-def _scale(
-    set_scale: Callable[[str], object], set_limits: Callable[..., object], means: np.ndarray, log: bool
-) -> None:
-    """An axis that shows all finite means; wide intervals may leave it."""
-    finite = means[np.isfinite(means) & ((means > 0.0) | (not log))]
-    if log:
-        set_scale("log")
-        low, high = limits(np.log(finite))
-        set_limits(np.exp(low), np.exp(high))
-    else:
-        set_limits(*limits(finite))
+def _scale(axis: XAxis | YAxis, table: pd.DataFrame, of: Axis) -> tuple[float, float]:
+    """Set the scale of an axis; ends that show all finite means. Wide intervals may leave it."""
+    means = table[of.name].to_numpy() * of.factor
+    means = means[np.isfinite(means)]
+    if not of.log or means.min() <= 0.0 or means.max() < 10.0 * means.min():
+        return limits(means)
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
+    if means.max() < 100.0 * means.min():
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = limits(np.log(means))
+    return float(np.exp(low)), float(np.exp(high))
 
 
 def _set_title(figure: Figure, title: str) -> None:
@@ -155,8 +161,8 @@ def curves(summary: pd.DataFrame, panels: Sequence[Panel], ys: Sequence[Axis], t
                 )
                 axes.plot(at, mean, color=colour, marker=MARKERS[number % len(MARKERS)], ms=4)
                 axes.fill_between(at, low, high, color=colour, alpha=0.15, lw=0)
-            if y.log:
-                axes.set_yscale("log")
+        own = [name for panel in panels for names in panel.lines.values() for name in names]
+        row[0].set_ylim(_scale(row[0].yaxis, table.loc[own], y))
         row[0].set_ylabel(y.label.replace(" (", "\n("))
     for axes, bottom, panel in zip(grid[0], grid[-1], panels, strict=True):
         axes.set_title(panel.title)
