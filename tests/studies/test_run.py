@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from scipy import stats
 
@@ -25,6 +26,7 @@ from agents.training import load_train_config, train
 from moe.traffic import TrafficConfig
 from studies import rq2, rq5, run
 from studies.plays import Options, Play, Trained, by_stage, indicators
+from studies.routing_results import cells_table, claims
 from studies.rq_report import difference, non_dominated, relative
 from studies.run import Arguments, main
 from studies.tasks import StudyError, load_results, run_tasks
@@ -410,7 +412,7 @@ def test_energy_loss_is_collected_from_a_finished_routing_study(tmp_path: Path) 
 
 def test_a_repeat_of_the_routing_study_is_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     study = run.load_settings(rq2.Study, "rq2", "studies")
-    monkeypatch.setattr(rq2, "pick_device", lambda wanted: __import__("torch").device("cpu"))
+    monkeypatch.setattr(rq2, "pick_device", lambda wanted: torch.device("cpu"))
     tasks = study.tasks(Options(seeds=(1, 2, 3)))
     assert len(tasks) == len(study.repeats) * len(study.tasks_of)
     assert tasks[0].name == "vision-tiny-seed0" and tasks[0].gpus == 0
@@ -433,3 +435,50 @@ def test_an_agent_is_carried_to_the_worker_by_its_files(tmp_path: Path, problem:
     np.testing.assert_array_equal(actions, expected)
     settings = Play(name="x", policy=agent, seeds=(1,)).settings()
     assert settings["policy"] == agent.digest and len(json.dumps(settings)) < 5000
+
+
+ROUTING: dict[str, Any] = {
+    "variants": {
+        "standard": {"experts": "even", "fixed_k": 2},
+        "uneven": {"experts": "uneven"},
+        "frugal": {"experts": "uneven", "recipe": {"energy_lambda": 0.3}},
+    },
+    "zero_computation": ["zero"],
+    "expert_counts": [1, 2],
+    "routing_biases": [0.0],
+    "usage_expert_count": 2,
+    "shift": {"vision": "blur@3", "language": "code"},
+    "quality_margin": 0.01,
+    "sizes": {
+        "tiny": {
+            "steps": {"vision": 2, "language": 2},
+            "batch_size": {"vision": 16, "language": 4},
+            "window_s": 0.01,
+            "rounds": 1,
+            "test_samples": {"vision": 50, "language": 50},
+        },
+    },
+}
+
+
+def test_small_form_of_the_energy_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tmp_path / "routing.yaml"
+    settings.write_text(yaml.safe_dump(ROUTING, sort_keys=False))
+    small_form = {
+        "config": str(settings), "size": "tiny", "tasks_of": ("vision",), "repeats": (0, 1, 2),
+        "with_loss": {"uneven": "frugal"},
+    }  # fmt: skip
+    monkeypatch.setattr(rq2, "pick_device", lambda wanted: torch.device("cpu"))
+    monkeypatch.setattr(run, "load_settings", lambda kind, name, folder: kind(**small_form))
+    main(Arguments(questions=("rq2",), out=tmp_path))
+    folder = tmp_path / "rq2"
+    assert {path.stem for path in folder.glob("*.png")} == {"pareto", "savings"}
+    report = (folder / "report.md").read_text()
+    assert "3 repeats" in report and "frugal against uneven" in report and "no energy meter" in report
+    repeats = [json.loads(path.read_text()) for path in sorted((folder / "tasks").glob("*.json"))]
+    assert [repeat["seed"] for repeat in repeats] == [0, 1, 2]
+    (claim,) = [
+        c for c in claims(cells_table(repeats), repeats[0]["settings"], 0.01)
+        if c.question == "frugal against uneven, setting by setting"
+    ]  # fmt: skip
+    assert f"| {100 * claim.saving:.1f}% (" in report
