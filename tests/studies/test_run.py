@@ -1,14 +1,10 @@
-"""The five questions: tasks and their resumption, wrappers of policies, fronts, each question in small."""
+"""The five questions: their plays, paired changes, fronts, and each question in small."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import os
-import subprocess
-import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,100 +25,17 @@ from studies.plays import Options, Play, Trained, by_stage, indicators
 from studies.routing_results import cells_table, claims
 from studies.rq_report import difference, non_dominated, relative
 from studies.run import Arguments, main
-from studies.tasks import StudyError, load_results, run_tasks
-from studies.wrappers import Delayed, Held
+from studies.tasks import StudyError
 from thermoe_env.fields import FIELD_NAMES
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import load_scenario
 
 ROOT = Path(__file__).parents[2]
-FIELDS = ("power_w", "temp_c", "busy")
-COLUMNS = [FIELD_NAMES.index(name) for name in FIELDS]
 
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
     return Problem.of(load_scenario("default", episode_s=20))
-
-
-class Eye:
-    """A policy that remembers what it was shown, and in its state how often it was asked."""
-
-    def __init__(self) -> None:
-        self.shown: list[np.ndarray] = []
-        self.states: list[Any] = []
-
-    def predict(
-        self,
-        observation: np.ndarray,
-        state: Any = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = True,
-    ) -> tuple[np.ndarray, Any]:
-        self.shown.append(observation.copy())
-        self.states.append(state)
-        return np.zeros((len(observation), 4), np.int64), (0 if state is None else state) + 1
-
-
-def watch(delay_s: float | None, restart: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """What comes and what is shown in 12 intervals of 3 environments; one may start anew. [T, n, fields]"""
-    rng, eye, state = np.random.default_rng(0), Eye(), None
-    seen = rng.uniform(-1, 1, (12, 3, len(FIELD_NAMES))).astype(np.float32)
-    policy = Delayed(eye, FIELDS, delay_s, 1.0)
-    for t, observation in enumerate(seen):
-        start = np.array([t == 0, t in (0, restart), t == 0])
-        before = observation.copy()
-        _, state = policy.predict(observation, state, start)
-        np.testing.assert_array_equal(observation, before)  # what is given is left alone
-    assert eye.states == [None, *range(1, 12)]
-    return seen, np.stack(eye.shown)
-
-
-@pytest.mark.parametrize("delay_s", [None, 1.0, 3.0, 15.0])
-def test_late_fields_leave_the_others_untouched(delay_s: float | None) -> None:
-    seen, shown = watch(delay_s)
-    others = [i for i in range(len(FIELD_NAMES)) if i not in COLUMNS]
-    assert shown[..., others].tobytes() == seen[..., others].tobytes()
-
-
-@pytest.mark.parametrize("delay", [1, 3, 15])
-def test_a_delay_is_a_shift_by_hand(delay: int) -> None:
-    seen, shown = watch(float(delay), restart=5)
-    for t in range(12):
-        for n, began in enumerate([0, 5 if t >= 5 else 0, 0]):
-            by_hand = seen[max(began, t - delay), n, COLUMNS]
-            np.testing.assert_array_equal(shown[t, n, COLUMNS], by_hand)
-
-
-def test_without_a_delay_the_start_of_the_episode_stays() -> None:
-    seen, shown = watch(None, restart=5)
-    first = np.repeat(seen[:1], 12, axis=0)
-    first[5:, 1] = seen[5, 1]
-    np.testing.assert_array_equal(shown[..., COLUMNS], first[..., COLUMNS])
-
-
-@pytest.mark.parametrize(("fields", "delay_s"), [(["watts"], None), (["power_w"], 0.0), (["power_w"], 1.5)])
-def test_wrong_fields_and_delays_are_refused(fields: list[str], delay_s: float | None) -> None:
-    with pytest.raises(ValueError, match=r"watts|multiple"):
-        Delayed(Eye(), fields, delay_s, 1.0)
-
-
-def test_held_knobs_are_held_and_the_others_are_the_policys(problem: Problem) -> None:
-    rules = make_policy("rule_based", problem)
-    free = play_twin(problem, rules, [1, 2])
-    held = Held(rules, {"expert_count": 8.0}, problem)
-    state, start = None, np.ones(2, bool)
-    own_state = None
-    for observation in free.observation:
-        action, state = held.predict(observation, state, start)
-        expected, own_state = rules.predict(observation, own_state, start)
-        expected[:, problem.knobs.controlled.index("expert_count")] = 3
-        np.testing.assert_array_equal(action, expected)
-        start = np.zeros(2, bool)
-    with pytest.raises(ValueError, match="expert_count cannot be held at 3"):
-        Held(rules, {"expert_count": 3.0}, problem)
-    with pytest.raises(ValueError, match="pace cannot be held"):
-        Held(rules, {"pace": 1.0}, problem)
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
@@ -183,133 +96,6 @@ def test_a_play_is_the_rollout_and_its_result_plain_json(problem: Problem) -> No
     assert play.record(1).gpu["temp_c"].tobytes() == expected.episode(0).gpu["temp_c"].tobytes()
     assert result["episodes"]["return"] == expected.reward.sum(axis=0).tolist()
     assert result["settings"] == json.loads(json.dumps(play.settings()))
-
-
-@dataclass(frozen=True)
-class Count:
-    """A task that counts how often it was run."""
-
-    number: int
-    ran: list[int] = field(default_factory=list)
-    factor: int = 1
-    fails: bool = False
-    gpus: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"count-{self.number}"
-
-    def settings(self) -> dict[str, Any]:
-        return {"number": self.number, "factor": self.factor}
-
-    def run(self) -> dict[str, Any]:
-        if self.fails:
-            raise ValueError("it fails")
-        self.ran.append(self.number)
-        return {"settings": self.settings(), "value": self.number * self.factor}
-
-
-def test_only_missing_tasks_are_run(tmp_path: Path) -> None:
-    ran: list[int] = []
-    tasks = [Count(n, ran) for n in range(4)]
-    run_tasks(tasks, tmp_path)
-    assert ran == [0, 1, 2, 3] and [p.name for p in tmp_path.glob("*.part")] == []
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    (tmp_path / "count-2.json").unlink()
-    with pytest.raises(StudyError, match="lacks 1 results, count-2 first"):
-        load_results(tasks, tmp_path)
-    run_tasks(tasks, tmp_path)
-    assert ran == [0, 1, 2, 3, 2]
-    after = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert [path.name for path in before if before[path] != after[path]] == ["count-2.json"]
-    assert [result["value"] for result in load_results(tasks, tmp_path).values()] == [0, 1, 2, 3]
-
-
-def test_a_failing_task_leaves_what_was_done(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="it fails"):
-        run_tasks([Count(0), Count(1, fails=True), Count(2)], tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["count-0.json"]
-
-
-def test_results_of_other_settings_or_damaged_ones_are_refused(tmp_path: Path) -> None:
-    run_tasks([Count(1)], tmp_path)
-    with pytest.raises(StudyError, match="other settings"):
-        run_tasks([Count(1, factor=2)], tmp_path)
-    (tmp_path / "count-1.json").write_text("{")
-    with pytest.raises(StudyError, match="is no JSON"):
-        run_tasks([Count(1)], tmp_path)
-    with pytest.raises(StudyError, match="different names"):
-        run_tasks([Count(1), Count(1)], tmp_path)
-
-
-LOST_WORKER = """
-import os, signal, sys
-from dataclasses import dataclass
-from pathlib import Path
-
-import ray
-from studies.tasks import load_results, run_tasks
-
-@dataclass(frozen=True)
-class Fragile:
-    number: int
-    folder: str
-    gpus: int = 0
-
-    @property
-    def name(self):
-        return f"fragile-{self.number}"
-
-    def settings(self):
-        return {"number": self.number}
-
-    def run(self):
-        with open(Path(self.folder) / f"tries-{self.number}", "a") as file:
-            file.write("x")
-        tries = (Path(self.folder) / f"tries-{self.number}").stat().st_size
-        if self.number == 1 and tries == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.number == 2:
-            raise ValueError("two is refused")
-        return {"settings": self.settings(), "value": self.number, "pid": os.getpid()}
-
-folder = Path(sys.argv[1])
-ray.init(num_cpus=1, include_dashboard=False, object_store_memory=80_000_000, log_to_driver=False)
-tasks = [Fragile(number, str(folder)) for number in range(2)]
-run_tasks(tasks, folder / "tasks", "local")
-results = load_results(tasks, folder / "tasks")
-assert [result["value"] for result in results.values()] == [0, 1], results
-assert os.getpid() not in {result["pid"] for result in results.values()}
-try:
-    run_tasks([*tasks, Fragile(2, str(folder))], folder / "tasks", "local")
-except ValueError as error:
-    print("refused:", error)
-print([(folder / f"tries-{number}").stat().st_size for number in range(3)])
-ray.shutdown()
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: pip install '.[ray]'")
-def test_a_lost_workers_task_is_done_again_and_a_refused_one_is_not(tmp_path: Path) -> None:
-    script = tmp_path / "lost.py"
-    script.write_text(LOST_WORKER)
-    command, path = [sys.executable, str(script), str(tmp_path)], {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert {"refused: two is refused", "[1, 2, 1]"} <= set(done.stdout.splitlines())  # Ray speaks too
-
-
-def test_without_an_address_ray_is_not_imported(tmp_path: Path) -> None:
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom studies.plays import Play\n"
-        "from studies.tasks import run_tasks\nimport studies.run\n"
-        "play = Play(name='x', policy='static', seeds=(1,), overrides={'episode_s': 10})\n"
-        "run_tasks([play], Path(sys.argv[1]))\nprint('ray' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["False"]
 
 
 def test_too_few_seeds_and_chosen_ones_are_refused() -> None:
