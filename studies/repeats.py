@@ -27,6 +27,7 @@ from moe import data
 from moe.config import TASKS, Size, Task
 from moe.recipes import RECIPES, Recipe
 from moe.train import device_name, pick_device
+from studies.tasks import StudyError, is_done, read_result
 from thermoe_env.scenario import config_path
 
 WARMUP_SHARE = 0.25
@@ -68,10 +69,6 @@ class Settled(Protocol):
 
 
 _Study = TypeVar("_Study", bound=Settled)
-
-
-class StudyError(ValueError):
-    """Settings or results of a study cannot be used; the message names the file and the reason."""
 
 
 def load_settings(kind: type[_S], config: str) -> _S:
@@ -166,9 +163,7 @@ def ensure_repeat(
         StudyError: The file is there, of other settings.
     """
     path = folder / f"{task}-{size}-seed{seed}.json"
-    if path.exists():
-        if read_repeat(path)["settings"] != json.loads(json.dumps(settings)):
-            raise StudyError(f"{path} was made with other settings: give another --out, or move it away")
+    if is_done(path, settings):
         print(f"{path} is there")
         return path
     start_s = time.perf_counter()
@@ -185,7 +180,7 @@ def load_repeats(folder: Path, task: Task, size: Size) -> list[dict[str, Any]]:
     Raises:
         StudyError: A file is damaged, or of other settings than the others.
     """
-    repeats = [read_repeat(path) for path in folder.glob(f"{task}-{size}-seed*.json")]
+    repeats = [read_result(path) for path in folder.glob(f"{task}-{size}-seed*.json")]
     repeats.sort(key=lambda repeat: repeat["seed"])
     for repeat in repeats[1:]:
         if repeat["settings"] != repeats[0]["settings"]:
@@ -194,18 +189,6 @@ def load_repeats(folder: Path, task: Task, size: Size) -> list[dict[str, Any]]:
                 "made with different settings; move those of one apart"
             )
     return repeats
-
-
-def read_repeat(path: Path) -> dict[str, Any]:
-    """Read one repeat.
-
-    Raises:
-        StudyError: The file is damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise StudyError(f"{path} is no JSON ({error}); remove it to run it again") from error
 
 
 def origin(repeats: Sequence[dict[str, Any]]) -> str:

@@ -85,7 +85,7 @@ def _markdown(
         f"{repeats[0]['torch']}. Cost: {COST_LABELS[metric]}. 95% intervals over repeats.", "",
         "![fronts](pareto.png)", "", "| " + " | ".join(CLAIM_HEADS) + " |", "|---" * len(CLAIM_HEADS) + "|",
     ]  # fmt: skip
-    lines += ["| " + " | ".join(_claim_row(claim)) + " |" for claim in found]
+    lines += ["| " + " | ".join(claim_row(claim)) + " |" for claim in found]
     unit, factor = ("µJ", 1e6) if metric == ENERGY else ("µs", 1e6)
     heads = ("task", "variant", "k", f"{unit} per token", "quality, %", "ms per micro-batch")
     lines += ["", "Without routing bias:", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -98,7 +98,8 @@ def _markdown(
     return "\n".join(lines) + "\n"
 
 
-def _claim_row(claim: Claim) -> list[str]:
+def claim_row(claim: Claim) -> list[str]:
+    """A claim as shown, under `CLAIM_HEADS`."""
     saving = range_text(claim.saving, claim.saving_low, claim.saving_high, 100, "%")
     change = range_text(
         claim.quality_change, claim.quality_change_low, claim.quality_change_high, 100, "", "+"
@@ -113,7 +114,7 @@ def _claims_table(found: Sequence[Claim]) -> Table:
         table.add_column(head, overflow="fold")
     for claim in found:
         style = None if claim.met is None else "green" if claim.met else "red"
-        table.add_row(*_claim_row(claim), style=style)
+        table.add_row(*claim_row(claim), style=style)
     return table
 
 

@@ -172,9 +172,9 @@ def _markdown(
         "virtual: the scenario sets them, far below the hardware's.", "", *notes, "",
     ]  # fmt: skip
     for result in results:
-        lines += [f"## {_heading(result)}", "", *_rows(COLUMNS, result.table), ""]
+        lines += [f"## {_heading(result)}", "", *markdown_rows(COLUMNS, result.table), ""]
         others = result.table.loc[result.table.policy != BASELINE, :]
-        lines += [f"Less `{BASELINE}`:", "", *_rows(DIFFERENCES, others), "", _ladder(result), ""]
+        lines += [f"Less `{BASELINE}`:", "", *markdown_rows(DIFFERENCES, others), "", _ladder(result), ""]
     lines += ["Columns:", "", *(f"* `{name}`: {meaning}" for name, meaning in INDICATORS.items())]
     lines += [f"* `{EXTRA}`: {EXTRA_MEANING}", ""]
     lines += [f"![{caption}]({path.name})" for caption, path in figures]
@@ -190,8 +190,8 @@ def _ladder(result: Played) -> str:
     return f"mJ per added good answer, from gate to gate: {', '.join(steps) or 'no gate gives more'}."
 
 
-def _rows(columns: Sequence[Column], table: pd.DataFrame) -> list[str]:
-    """A table in Markdown."""
+def markdown_rows(columns: Sequence[Column], table: pd.DataFrame) -> list[str]:
+    """A table of policies in Markdown: means and half the width of their intervals."""
     lines = [f"| policy | {' | '.join(c.head for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row in table.to_dict("records"):
         lines.append(f"| {row['policy']} | {' | '.join(_text(row, column) for column in columns)} |")
