@@ -252,7 +252,7 @@ class Bench:
         """Power under five loads, each mostly of one phase, in the order of the phases."""
         model, clock, adaptation = self._model, self._clock, self._adaptations[name]
         batch = next(iter(self._streams.values()))[0]
-        watched, learner = (Learner(model, adaptation, clock, guarded) for guarded in (True, False))
+        watched, learner = (self._learner(adaptation, guarded) for guarded in (True, False))
         guard, settings = watched.guard, adaptation.make_settings()
         assert guard is not None
         logits = learner.answer(batch.inputs, batch.targets).logits
