@@ -31,13 +31,13 @@ TRACK_DTYPE = np.dtype(
             "quality_debt", "since_change_s", "adapted_since_change_s",
         )
     ]
-    + [("change_test", np.float64, (CHANGE_TEST,))]
+    + [("change_test", np.float64, (2, CHANGE_TEST))]
 )  # fmt: skip
 """What the environment remembers between intervals."""
 
 
-CHANGE_THRESHOLD, CHANGE_TOLERANCE = 0.009, 0.0035
-"""Of the change test of confidence: about what tuning found for the gate that adapts at changes."""
+CHANGE_THRESHOLD, CHANGE_TOLERANCE = 0.006, 0.0025
+"""Of the change tests of confidence and entropy: several standard errors of a second's few thousand answers."""
 
 _TTT_STEPS = KNOB_NAMES.index("ttt_steps")
 
@@ -195,7 +195,11 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw,
         track.adapted_since_change_s += dt
     indicator, change = 0.0, 0.0
     if answered > 0:
-        if changed(track.change_test, work.confidence, CHANGE_THRESHOLD, CHANGE_TOLERANCE):
+        # A shift may leave confidence where it was and show in entropy alone.
+        of_confidence = changed(track.change_test[0], work.confidence, CHANGE_THRESHOLD, CHANGE_TOLERANCE)
+        of_entropy = changed(track.change_test[1], work.entropy, CHANGE_THRESHOLD, CHANGE_TOLERANCE)
+        if of_confidence or of_entropy:
+            track.change_test[:] = 0.0
             track.since_change_s, track.adapted_since_change_s = 0.0, 0.0
         if track.answered_sum > 0.0:
             change = work.confidence - track.confidence
