@@ -5,6 +5,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
+from moe.queueing import jit
+
+CHANGE_TEST = 6
+"""Numbers that a change test remembers: values so far, their mean, and two sums with their lowest."""
+
+
+@jit
+def changed(test, value, threshold, tolerance):
+    """Show a value to a two-sided test of change (Page-Hinkley; Page, Biometrika 1954).
+
+    The deviations from the running mean, less a tolerance, are summed up on either side; an alarm is a sum
+    further than the threshold above its lowest so far. After an alarm the test starts anew.
+
+    Args:
+        test: float [CHANGE_TEST], zeros at first; updated.
+        value: the next one.
+        threshold: sum of deviations that is an alarm.
+        tolerance: deviation of a value that counts as none.
+
+    Returns:
+        Whether there is an alarm.
+    """
+    test[0] += 1.0
+    test[1] += (value - test[1]) / test[0]
+    alarm = False
+    for side in range(2):
+        deviation = test[1] - value if side == 0 else value - test[1]
+        test[2 + side] += deviation - tolerance
+        test[4 + side] = min(test[4 + side], test[2 + side])
+        alarm |= test[2 + side] - test[4 + side] > threshold
+    if alarm:
+        test[:] = 0.0
+    return alarm
+
 
 @dataclass(frozen=True)
 class Observed:
@@ -79,12 +115,10 @@ class EntropyThreshold:
 
 
 class ConfidenceChange:
-    """Adapt for some batches from a change of confidence on (two-sided Page-Hinkley; Page, Biometrika 1954).
+    """Adapt for some batches from a change of confidence (`changed`) on.
 
     A drop is what a shift does to a model that knows nothing of it; a rise, as when a model adapted to other
-    inputs is confidently wrong, counts as well. The deviations from the running mean, less a tolerance, are
-    summed up on either side; an alarm is a sum further than `threshold` above its lowest value so far. After
-    an alarm the test starts anew. What comes first is new: the start counts as an alarm.
+    inputs is confidently wrong, counts as well. What comes first is new: the start counts as an alarm.
 
     Args:
         threshold: Sum of deviations that is an alarm, positive.
@@ -100,26 +134,15 @@ class ConfidenceChange:
             )
         self.threshold, self.tolerance, self.adapt_for = threshold, tolerance, adapt_for
         self._to_adapt = adapt_for
-        self._restart()
+        self._test = np.zeros(CHANGE_TEST)
 
     def decide(self, observed: Observed) -> bool:
         """Whether to adapt to the batch."""
-        self._n += 1
-        self._mean += (observed.confidence - self._mean) / self._n
-        below = self._mean - observed.confidence
-        for side, deviation in enumerate((below, -below)):
-            self._sum[side] += deviation - self.tolerance
-            self._lowest[side] = min(self._lowest[side], self._sum[side])
-        if any(total - low > self.threshold for total, low in zip(self._sum, self._lowest, strict=True)):
+        if changed(self._test, observed.confidence, self.threshold, self.tolerance):
             self._to_adapt = self.adapt_for
-            self._restart()
         adapts = self._to_adapt > 0
         self._to_adapt -= adapts
         return adapts
-
-    def _restart(self) -> None:
-        self._n, self._mean = 0, 0.0
-        self._sum, self._lowest = [0.0, 0.0], [0.0, 0.0]  # of drops, of rises
 
 
 class WhenCool:

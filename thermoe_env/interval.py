@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe.budget import share_of
+from moe.gates import CHANGE_TEST, changed
 from moe.queueing import jit
 from thermoe_env.knobs import KNOB_NAMES
 from thermoe_env.physics import approach, decay
@@ -27,12 +28,16 @@ TRACK_DTYPE = np.dtype(
             "step", "stage", "temp_c", "power_slow_w", "energy_j", "load_fast", "load_slow",
             "late_share_slow", "confidence", "confidence_slow", "confidence_sum", "answered_sum",
             "ttt_effort",
-            "quality_debt",
+            "quality_debt", "since_change_s", "adapted_since_change_s",
         )
     ]
+    + [("change_test", np.float64, (2, CHANGE_TEST))]
 )  # fmt: skip
 """What the environment remembers between intervals."""
 
+
+CHANGE_THRESHOLD, CHANGE_TOLERANCE = 0.006, 0.0025
+"""Of the change tests of confidence and entropy: several standard errors of a second's few thousand answers."""
 
 _TTT_STEPS = KNOB_NAMES.index("ttt_steps")
 
@@ -185,8 +190,17 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw,
     track.power_slow_w = approach(track.power_slow_w, gpu.power_w, rules.keep_20s)
     track.energy_j += gpu.energy_j
     track.ttt_effort = approach(track.ttt_effort, 1.0 if index[_TTT_STEPS] > 0 else 0.0, rules.keep_30s)
+    track.since_change_s += dt
+    if index[_TTT_STEPS] > 0:
+        track.adapted_since_change_s += dt
     indicator, change = 0.0, 0.0
     if answered > 0:
+        # A shift may leave confidence where it was and show in entropy alone.
+        of_confidence = changed(track.change_test[0], work.confidence, CHANGE_THRESHOLD, CHANGE_TOLERANCE)
+        of_entropy = changed(track.change_test[1], work.entropy, CHANGE_THRESHOLD, CHANGE_TOLERANCE)
+        if of_confidence or of_entropy:
+            track.change_test[:] = 0.0
+            track.since_change_s, track.adapted_since_change_s = 0.0, 0.0
         if track.answered_sum > 0.0:
             change = work.confidence - track.confidence
         track.confidence = work.confidence
@@ -215,6 +229,7 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw,
     raw.confidence, raw.entropy = work.confidence, work.entropy
     raw.confidence_change = change
     raw.shift_indicator = indicator
+    raw.since_change_s, raw.adapted_since_change_s = track.since_change_s, track.adapted_since_change_s
     raw.confidence_mean = track.confidence_sum / max(1.0, track.answered_sum)
     raw.ttt_effort = track.ttt_effort
     raw.ttt_budget = work.budget_share
