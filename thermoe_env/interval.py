@@ -37,7 +37,7 @@ TRACK_DTYPE = np.dtype(
 
 
 CHANGE_THRESHOLD, CHANGE_TOLERANCE = 0.006, 0.0025
-"""Of the change tests of confidence and entropy: several standard errors of a second's few thousand answers."""
+"""Of the change tests of confidence and entropy: several standard errors of a second's mean answer."""
 
 _TTT_STEPS = KNOB_NAMES.index("ttt_steps")
 
