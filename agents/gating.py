@@ -14,13 +14,25 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from agents.rules import NOTHING_ANSWERED, load_settings
-from moe.gates import Always, ConfidenceChange, EntropyThreshold, Gate, Never, Observed, Periodic, WhenCool
+from moe.gates import (
+    Always,
+    ConfidenceChange,
+    EntropyThreshold,
+    Gate,
+    InputShift,
+    Never,
+    Observed,
+    Periodic,
+    WhenCool,
+)
 from thermoe_env.fields import decode
 from thermoe_env.problem import Problem
 from thermoe_env.signals import STAGES
 
 if TYPE_CHECKING:
     from agents.policies import Policy
+
+Base = Literal["rule_based", "static", "best_constant"]
 
 NOTHING_TO_GAIN = {"entropy": 0.0, "confidence": 1.0}
 """Answers than which none are surer."""
@@ -32,8 +44,8 @@ class GateConfig:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    base: Literal["rule_based", "static"] = "rule_based"
-    """Policy that sets the other knobs."""
+    base: Base = "rule_based"
+    """Policy that sets the other knobs; `shift` has its own."""
     steps: int = 1
     """Adaptation steps per batch in an interval with adaptation; a level of the knob `ttt_steps`."""
     every: int = 10
@@ -46,12 +58,25 @@ class GateConfig:
     """`change`, `thermal`: deviation of an interval that counts as none."""
     adapt_for: int = 3
     """`change`, `thermal`: intervals to adapt in from the start, or an alarm, on."""
+    shift_base: Base = "best_constant"
+    """`shift`: policy that sets the other knobs. Over one that leaves them alone, changes of confidence and
+    entropy come from inputs and adaptation only."""
+    shift_threshold: float = 0.006
+    """`shift`: sum of the deviations of confidence, or of entropy, that is an alarm."""
+    shift_tolerance: float = 0.0025
+    """`shift`: deviation of an interval that counts as none."""
+    shift_for: int = 1
+    """`shift`: intervals to adapt in from the start, or an alarm, on."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}; gate-never is the one without")
         for make in GATES.values():
             make(self)  # each refuses its own settings
+
+    def base_of(self, rule: str) -> Base:
+        """The policy that a gate is played over."""
+        return self.shift_base if rule == "shift" else self.base
 
 
 def _change(config: GateConfig) -> Gate:
@@ -65,6 +90,7 @@ GATES: dict[str, Callable[[GateConfig], Gate]] = {
     "entropy": lambda config: EntropyThreshold(config.entropy_above),
     "change": _change,
     "thermal": lambda config: WhenCool(_change(config)),
+    "shift": lambda config: InputShift(config.shift_threshold, config.shift_tolerance, config.shift_for),
 }
 """Rules by name; the policies are called `gate-<name>`."""
 

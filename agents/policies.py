@@ -119,7 +119,7 @@ def _random(problem: Problem) -> Policy:
 def _gated(rule: str) -> Callable[[Problem], Policy]:
     def make(problem: Problem) -> Policy:
         config = load_gate_config()
-        return Gated(problem, POLICIES[config.base](problem), rule, config)
+        return Gated(problem, POLICIES[config.base_of(rule)](problem), rule, config)
 
     return make
 

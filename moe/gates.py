@@ -1,9 +1,13 @@
-"""When to adapt: rules that look at what serving gave and say yes or no. Pure; most remember something."""
+"""When to adapt: rules that look at what serving gave and say yes or no. Pure; most remember something.
+
+What tells a shift of the inputs is the change test `changed`: of confidence (`ConfidenceChange`), or of
+confidence and entropy (`InputShift`), as the environment's observation has it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -126,6 +130,8 @@ class ConfidenceChange:
         adapt_for: Batches to adapt to from the start, or an alarm, on.
     """
 
+    _tested: ClassVar[tuple[str, ...]] = ("confidence",)
+
     def __init__(self, threshold: float = 0.5, tolerance: float = 0.02, adapt_for: int = 20) -> None:
         if not threshold > 0 or not tolerance >= 0 or adapt_for < 1:
             raise ValueError(
@@ -133,16 +139,41 @@ class ConfidenceChange:
                 f"{threshold}, {tolerance}, {adapt_for}"
             )
         self.threshold, self.tolerance, self.adapt_for = threshold, tolerance, adapt_for
-        self._to_adapt = adapt_for
-        self._test = np.zeros(CHANGE_TEST)
+        self._to_adapt, self._adapted = adapt_for, False
+        self._tests = np.zeros((len(self._tested), CHANGE_TEST))
 
     def decide(self, observed: Observed) -> bool:
         """Whether to adapt to the batch."""
-        if changed(self._test, observed.confidence, self.threshold, self.tolerance):
+        if self._alarm(observed):
             self._to_adapt = self.adapt_for
-        adapts = self._to_adapt > 0
-        self._to_adapt -= adapts
-        return adapts
+        self._adapted = self._to_adapt > 0
+        self._to_adapt -= self._adapted
+        return self._adapted
+
+    def _alarm(self, observed: Observed) -> bool:
+        """Show the batch to the tests; an alarm of one starts all anew."""
+        alarm = False
+        for test, name in zip(self._tests, self._tested, strict=True):
+            alarm |= changed(test, getattr(observed, name), self.threshold, self.tolerance)
+        if alarm:
+            self._tests[:] = 0.0
+        return alarm
+
+
+class InputShift(ConfidenceChange):
+    """Adapt for some batches from a change of confidence or of entropy on.
+
+    Some shifts leave confidence where it was and show in entropy alone. What adaptation itself changes is no
+    shift: a batch that follows one adapted to is not tested, and the tests start anew after it.
+    """
+
+    _tested = ("confidence", "entropy")
+
+    def _alarm(self, observed: Observed) -> bool:
+        if self._adapted:
+            self._tests[:] = 0.0
+            return False
+        return super()._alarm(observed)
 
 
 class WhenCool:

@@ -24,8 +24,8 @@ from agents.report import wide_console
 from agents.rollout import play_twin
 from agents.rules import load_settings
 from agents.runs import load_policy, policy_label, write_file, write_origin
-from studies.repeats import StudyError, read_repeat
 from studies.robustness_report import BASELINE, Cell, Row, write_report
+from studies.tasks import StudyError, read_result
 from thermoe_env.errors import ThermoeError
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import Scenario, load_scenario
@@ -130,7 +130,7 @@ def _cell(arguments: Arguments, condition: str, problem: Problem, label: str, po
         "policy": _digest(policy) or policy,
     }
     if path.exists():
-        kept = read_repeat(path)
+        kept = read_result(path)
         plain = json.loads(json.dumps(settings))
         if other := [key for key in plain if kept["settings"].get(key) != plain[key]]:
             raise StudyError(f"{path} was played with another {', '.join(other)}: give another --out")

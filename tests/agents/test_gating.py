@@ -12,11 +12,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agents import tune_gates
 from agents.gating import GATES, GateConfig, Gated, load_gate_config
 from agents.policies import POLICIES, ConstantPolicy, RandomPolicy, make_policy
 from agents.rollout import play_twin
 from agents.tune_gates import BOUNDS
-from agents.tune_rules import search
+from agents.tune_rules import mean_return, search
 from moe.gates import Observed
 from moe.profiles import save_profile
 from tests.thermoe_env.conftest import make_profile
@@ -29,7 +30,10 @@ from thermoe_env.signals import STAGES
 
 SEEDS = [3, 11, 2**40]
 TTT = KNOB_NAMES.index("ttt_steps")
-CONFIG = GateConfig(every=3, entropy_above=0.2, change_threshold=0.1, change_tolerance=0.01, adapt_for=2)
+CONFIG = GateConfig(
+    every=3, entropy_above=0.2, change_threshold=0.1, change_tolerance=0.01, adapt_for=2, shift_threshold=0.1,
+    shift_tolerance=0.01, shift_for=2,
+)  # fmt: skip
 Seen = tuple[float, float, int]
 """Confidence, entropy, number of the stage; no confidence where nothing was answered."""
 
@@ -176,12 +180,20 @@ def test_thermal_adapts_in_nominal_alone_and_only_where_change_would(
     np.testing.assert_array_equal(adapts[1:], wanted & (stage[:-1] == 0))
 
 
+def test_shift_sees_what_shows_in_entropy_alone(problem: Problem) -> None:
+    before, after = (0.9, 0.1, 0), (0.9, 0.4, 0)
+    course = [before] * 5 + [after] * 5
+    assert np.flatnonzero(decisions(gated(problem, "change"), [course])).tolist() == [0, 1]
+    assert np.flatnonzero(decisions(gated(problem, "shift"), [course])).tolist() == [0, 1, 5, 6]
+
+
+@pytest.mark.usefixtures("own_cache")
 def test_every_gate_is_a_policy_by_name_with_the_shipped_settings(problem: Problem) -> None:
     assert {name for name in POLICIES if name.startswith("gate-")} == {f"gate-{rule}" for rule in GATES}
-    config = load_gate_config()
+    config, bases = load_gate_config(), {"shift": "best_constant"}
     for rule in GATES:
         named = play_twin(problem, make_policy(f"gate-{rule}", problem), SEEDS[:2])
-        built = Gated(problem, make_policy(config.base, problem), rule, config)
+        built = Gated(problem, make_policy(bases.get(rule, "rule_based"), problem), rule, config)
         np.testing.assert_array_equal(named.index, play_twin(problem, built, SEEDS[:2]).index)
 
 
@@ -191,6 +203,8 @@ def test_every_gate_is_a_policy_by_name_with_the_shipped_settings(problem: Probl
         ({"every": 0}, "every must be at least 1"),
         ({"entropy_above": 1.5}, "above must be within"),
         ({"change_threshold": 0.0}, "threshold must be positive"),
+        ({"shift_threshold": 0.0}, "threshold must be positive"),
+        ({"shift_base": "mpc"}, "best_constant"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"base": "gate-always"}, "rule_based"),
         ({"evry": 3}, "known keys"),
@@ -221,3 +235,18 @@ def test_the_search_finds_a_maximum_and_keeps_whole_numbers() -> None:
     assert found.adapt_for == 17 and isinstance(found.adapt_for, int)
     assert found.change_threshold == pytest.approx(0.3, abs=0.02)
     assert best == pytest.approx(value(found)) and found.every == CONFIG.every
+
+
+def test_a_search_of_one_gate_leaves_the_others_as_shipped(
+    short_scenario: str, own_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune_gates, "TUNING_SEEDS", (1, 2))
+    config = tune_gates.TuneConfig(rules=("shift",), scenario=short_scenario, trials=5)
+    found, returns = tune_gates.tune(config)
+    shipped = load_gate_config()
+    assert replace(found, **{name: getattr(shipped, name) for name in BOUNDS["shift"]}) == shipped
+    problem = Problem.of(load_scenario(short_scenario))
+    policy = Gated(problem, make_policy("best_constant", problem), "shift", found)
+    assert returns == {"shift": mean_return(problem, policy, (1, 2))}
+    with pytest.raises(ValueError, match=r"rules must be of.*'periodic'"):
+        tune_gates.TuneConfig(rules=("always",))

@@ -312,7 +312,7 @@ def test_live_episodes_are_kept_and_continued(
         ttt_service.main(arguments, Console(quiet=True))
     stop_after.clear()
     (result,) = ttt_service.main(arguments, Console(quiet=True))
-    assert len(steps) == 2 * 7 * 12 + 7 and set(result.rows.policy) == {*GATES, "rule_based"}
+    assert len(steps) == 2 * (len(GATES) + 1) * 12 + 7 and set(result.rows.policy) == {*GATES, "rule_based"}
     steps.clear()
     (same,) = ttt_service.main(arguments, Console(quiet=True))
     assert not steps
