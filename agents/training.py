@@ -225,7 +225,9 @@ class _Run:
     def __init__(self, config: TrainConfig, problem: Problem) -> None:
         self.config = config
         self.env = TwinVecEnv(problem, config.n_envs, config.seed, config.action_mode)
-        self.model = build_model(config, self.env)
+        # The first weights are orthogonal, and their decomposition depends on the number of threads.
+        with _threads(config.torch_threads):
+            self.model = build_model(config, self.env)
 
     def learn(self, folder: Path, state: dict[str, Any] | None, progress: bool, watch: Watch | None) -> None:
         """Learn until the configured number of steps."""
