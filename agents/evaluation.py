@@ -18,7 +18,7 @@ from agents.metrics import episode_metrics, steps_table, summarize, world_of
 from agents.policies import POLICIES, Policy, for_episodes
 from agents.report import print_summary, wide_console, write_report
 from agents.results import results_table, statistics_table, unit_notes, write_results
-from agents.rollout import Recording, cool_down, device_name, origin, play_live, play_twin
+from agents.rollout import COOL_WITHIN_C, Recording, cool_down, device_name, origin, play_live, play_twin
 from agents.runs import load_policy, new_run_folder, policy_label, training_runs, write_origin
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.problem import Problem
@@ -28,7 +28,6 @@ ALWAYS = ("static", "best_constant")
 """Played beside whatever is asked for, unless results of an earlier evaluation are taken in."""
 RESERVED_SEEDS = range(800_000, 1_000_000)
 """Episodes that choose the best model and the best constant action."""
-COOL_WITHIN_C = 1.0
 COOL_AT_MOST_S = 120.0
 _COOL_EVERY_S = 2.0
 

@@ -15,7 +15,7 @@ from agents.gating import load_gate_config
 from agents.policies import POLICIES, ConstantPolicy, Policy, make_policy
 from agents.rollout import Recording
 from agents.rules import RuleBased, RuleConfig, load_rule_config
-from agents.runs import load_policy
+from agents.runs import load_policy, model_file
 from thermoe_env.problem import Problem
 from thermoe_env.scenario import Scenario, configs_dir
 
@@ -77,8 +77,7 @@ def policy_of(recipe: dict[str, Any], problem: Problem) -> Policy:
 
 def _sha256(spec: str) -> str | None:
     """Hash of a model's file, or of a named policy's settings; None where there are none, or not here."""
-    path = Path(spec) / "best_model.zip" if Path(spec).is_dir() else Path(spec)
-    files = [path]
+    files = [model_file(spec)]
     if spec in POLICIES:
         names = ("gates", load_gate_config().base) if spec.startswith("gate-") else (spec,)
         files = [configs_dir() / "agents" / f"{name}.yaml" for name in names]

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from agents.live_episodes import LiveEpisode, LiveEpisodes, policy_of
 from agents.policies import Policy, for_episodes
-from agents.rollout import cool_down, device_name, play_live
+from agents.rollout import COOL_WITHIN_C, cool_down, device_name, play_live
 from agents.segments import Segments
 from thermoe_env.env import ThermalMoEEnv
 
@@ -25,7 +25,6 @@ PER_EPISODE_S = 3.0
 between intervals."""
 IDLE_FOR_S = 10.0
 """The device counts as settled at idle when its temperature has not fallen for so long."""
-COOL_WITHIN_C = 1.0
 
 
 class Timed:

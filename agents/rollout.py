@@ -240,6 +240,10 @@ def play_live(
     )  # fmt: skip
 
 
+COOL_WITHIN_C = 1.0
+"""A device is as cool as another time if it is no more than this above."""
+
+
 def cool_down(env: ThermalMoEEnv, seed: int, below_c: float, at_most_s: float, every_s: float = 1.0) -> float:
     """Leave the device idle until it is no warmer than `below_c`, or `at_most_s` have passed.
 

@@ -92,6 +92,11 @@ def policy_label(name_or_path: str | Path) -> str:
     return path.stem if path.suffix == ".zip" else path.resolve().name
 
 
+def model_file(path: str | Path) -> Path:
+    """Where a trained policy is kept: the best model of a run's folder, or the file itself."""
+    return Path(path) / "best_model.zip" if Path(path).is_dir() else Path(path)
+
+
 def load_policy(name_or_path: str | Path, problem: Problem, trust_pickle: bool = False) -> Policy:
     """Load a policy: by name, from a run folder (its best model), or from a Stable-Baselines3 zip.
 

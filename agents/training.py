@@ -225,9 +225,7 @@ class _Run:
     def __init__(self, config: TrainConfig, problem: Problem) -> None:
         self.config = config
         self.env = TwinVecEnv(problem, config.n_envs, config.seed, config.action_mode)
-        # The first weights are orthogonal, and their decomposition depends on the number of threads.
-        with _threads(config.torch_threads):
-            self.model = build_model(config, self.env)
+        self.model = build_model(config, self.env)
 
     def learn(self, folder: Path, state: dict[str, Any] | None, progress: bool, watch: Watch | None) -> None:
         """Learn until the configured number of steps."""
@@ -292,14 +290,16 @@ def build_model(config: TrainConfig, env: TwinVecEnv) -> BaseAlgorithm:
         ValueError: settings that do not fit the environments.
     """
     chosen = ALGORITHMS[config.algo]
-    model = chosen.model(
-        chosen.networks[config.action_mode],
-        env,
-        seed=config.seed,
-        stats_window_size=config.n_envs,
-        device="cpu",
-        **config.settings.arguments(env),
-    )
+    # The first weights are orthogonal, and their decomposition depends on the number of threads.
+    with _threads(config.torch_threads):
+        model = chosen.model(
+            chosen.networks[config.action_mode],
+            env,
+            seed=config.seed,
+            stats_window_size=config.n_envs,
+            device="cpu",
+            **config.settings.arguments(env),
+        )
     bias = getattr(config.settings, "static_bias", 0.0)
     if bias:
         lean_to_static(model, config.action_mode, env.batch.problem.knobs, bias)

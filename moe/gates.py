@@ -46,6 +46,27 @@ def changed(test, value, threshold, tolerance):
     return alarm
 
 
+@jit
+def any_changed(tests, values, threshold, tolerance):
+    """Show values of one time to a test each (`changed`); an alarm of one starts all anew.
+
+    Args:
+        tests: float [n, CHANGE_TEST], zeros at first; updated.
+        values: tuple of n numbers.
+        threshold: of every test.
+        tolerance: of every test.
+
+    Returns:
+        Whether there is an alarm.
+    """
+    alarm = False
+    for i in range(len(values)):
+        alarm |= changed(tests[i], values[i], threshold, tolerance)
+    if alarm:
+        tests[:] = 0.0
+    return alarm
+
+
 @dataclass(frozen=True)
 class Observed:
     """What a rule may look at, of one batch that was served.
@@ -151,13 +172,9 @@ class ConfidenceChange:
         return self._adapted
 
     def _alarm(self, observed: Observed) -> bool:
-        """Show the batch to the tests; an alarm of one starts all anew."""
-        alarm = False
-        for test, name in zip(self._tests, self._tested, strict=True):
-            alarm |= changed(test, getattr(observed, name), self.threshold, self.tolerance)
-        if alarm:
-            self._tests[:] = 0.0
-        return alarm
+        """Show the batch to the tests."""
+        values = tuple(float(getattr(observed, name)) for name in self._tested)
+        return any_changed(self._tests, values, self.threshold, self.tolerance)
 
 
 class InputShift(ConfidenceChange):

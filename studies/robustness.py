@@ -23,7 +23,7 @@ from agents.metrics import episode_metrics
 from agents.report import wide_console
 from agents.rollout import play_twin
 from agents.rules import load_settings
-from agents.runs import load_policy, policy_label, write_file, write_origin
+from agents.runs import load_policy, model_file, policy_label, write_file, write_origin
 from studies.robustness_report import BASELINE, Cell, Row, write_report
 from studies.tasks import StudyError, read_result
 from thermoe_env.errors import ThermoeError
@@ -149,7 +149,7 @@ def _cell(arguments: Arguments, condition: str, problem: Problem, label: str, po
 
 def _digest(policy: str) -> str | None:
     """What identifies a trained model; a policy by name has none."""
-    path = Path(policy) / "best_model.zip" if Path(policy).is_dir() else Path(policy)
+    path = model_file(policy)
     return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else None
 
 

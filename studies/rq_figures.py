@@ -131,6 +131,15 @@ def _scale(axis: XAxis | YAxis, table: pd.DataFrame, of: Axis) -> tuple[float, f
     return float(np.exp(low)), float(np.exp(high))
 
 
+def _set_legend(figure: Figure, labels: Sequence[str]) -> None:
+    """Name the colours and markers, in their order, below the figure."""
+    handles = [
+        Line2D([], [], color=PALETTE[n % len(PALETTE)], marker=MARKERS[n % len(MARKERS)], ms=4, label=label)
+        for n, label in enumerate(labels)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(labels)))
+
+
 def _set_title(figure: Figure, title: str) -> None:
     """The title, in lines that fit."""
     width = round(_CHARACTERS_PER_INCH * figure.get_figwidth())
@@ -168,11 +177,7 @@ def curves(summary: pd.DataFrame, panels: Sequence[Panel], ys: Sequence[Axis], t
         axes.set_title(panel.title)
         bottom.set_xticks(range(len(panel.ticks)), panel.ticks)
         bottom.set_xlabel(panel.label)
-    handles = [
-        Line2D([], [], color=PALETTE[n % len(PALETTE)], marker=MARKERS[n % len(MARKERS)], ms=4, label=label)
-        for n, label in enumerate(labels)
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(labels)))
+    _set_legend(figure, labels)
     _set_title(figure, title)
     return figure
 
@@ -204,11 +209,7 @@ def changes(
         axes.set(title=variant, xlabel=label)
         axes.set_yticks(range(len(rows)), rows)
         axes.set_ylim(len(rows) - 0.5, -0.5)
-    handles = [
-        Line2D([], [], color=PALETTE[n % len(PALETTE)], marker=MARKERS[n % len(MARKERS)], ms=4, label=policy)
-        for n, policy in enumerate(policies)
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(policies)))
+    _set_legend(figure, policies)
     _set_title(figure, title)
     return figure
 

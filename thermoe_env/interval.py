@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe.budget import share_of
-from moe.gates import CHANGE_TEST, changed
+from moe.gates import CHANGE_TEST, any_changed
 from moe.queueing import jit
 from thermoe_env.knobs import KNOB_NAMES
 from thermoe_env.physics import approach, decay
@@ -196,10 +196,8 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw,
     indicator, change = 0.0, 0.0
     if answered > 0:
         # A shift may leave confidence where it was and show in entropy alone.
-        of_confidence = changed(track.change_test[0], work.confidence, CHANGE_THRESHOLD, CHANGE_TOLERANCE)
-        of_entropy = changed(track.change_test[1], work.entropy, CHANGE_THRESHOLD, CHANGE_TOLERANCE)
-        if of_confidence or of_entropy:
-            track.change_test[:] = 0.0
+        answers = (work.confidence, work.entropy)
+        if any_changed(track.change_test, answers, CHANGE_THRESHOLD, CHANGE_TOLERANCE):
             track.since_change_s, track.adapted_since_change_s = 0.0, 0.0
         if track.answered_sum > 0.0:
             change = work.confidence - track.confidence
