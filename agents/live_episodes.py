@@ -79,7 +79,8 @@ def _sha256(spec: str) -> str | None:
     """Hash of a model's file, or of a named policy's settings; None where there are none, or not here."""
     files = [model_file(spec)]
     if spec in POLICIES:
-        names = ("gates", load_gate_config().base) if spec.startswith("gate-") else (spec,)
+        gate = spec.removeprefix("gate-")
+        names = (spec,) if gate == spec else ("gates", load_gate_config().base_of(gate))
         files = [configs_dir() / "agents" / f"{name}.yaml" for name in names]
     content = [file.read_bytes() for file in files if file.is_file()]
     return hashlib.sha256(b"".join(content)).hexdigest() if content else None
