@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -21,6 +22,16 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 os.environ["SDL_VIDEODRIVER"] = "dummy"  # windows without a screen
 
 torch.set_num_threads(1)  # small tensors, and several workers on few cores
+
+
+@pytest.fixture(scope="session")
+def compiled_gates() -> None:
+    """The gates that test for a change, compiled: else a property's first example is too slow."""
+    from moe.gates import CHANGE_TEST, ConfidenceChange, InputShift, Observed, changed
+
+    for gate in (ConfidenceChange(), InputShift()):
+        gate.decide(Observed(entropy=0.1, confidence=0.9))
+    changed(np.zeros(CHANGE_TEST), 0.9, 0.5, 0.02)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,6 +28,8 @@ from thermoe_env.problem import Problem
 from thermoe_env.scenario import load_scenario
 from thermoe_env.signals import STAGES
 
+pytestmark = pytest.mark.usefixtures("compiled_gates")
+
 SEEDS = [3, 11, 2**40]
 TTT = KNOB_NAMES.index("ttt_steps")
 CONFIG = GateConfig(

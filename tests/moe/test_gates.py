@@ -21,6 +21,8 @@ from moe.gates import (
 )
 from tests.moe.page_hinkley import rise
 
+pytestmark = pytest.mark.usefixtures("compiled_gates")
+
 
 def seen(confidence: float = 0.9, entropy: float = 0.1, stage: str = "NOMINAL") -> Observed:
     return Observed(entropy=entropy, confidence=confidence, stage=stage)
