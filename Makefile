@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint type bench clean help
+.PHONY: demo test freeze lint type bench clean help
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -14,6 +14,9 @@ demo: $(INSTALLED)  ## train an agent in the twin, compare it with static and ru
 test: $(INSTALLED)  ## run all tests
 	$(BIN)/python -m pytest -q tests/agents/test_training.py -k the_seed_decides
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+freeze: $(INSTALLED)  ## renew the digests of what must not move (tests/frozen.json); say in the commit what moved
+	$(BIN)/python -m tests.frozen --renew
 
 lint: $(INSTALLED)  ## check style and formatting
 	$(BIN)/ruff check .
