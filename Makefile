@@ -12,7 +12,7 @@ demo: $(INSTALLED)  ## train an agent in the twin, compare it with static and ru
 
 # First one short training, alone: it compiles the twin, which the workers of the tests would all do at once.
 test: $(INSTALLED)  ## run all tests
-	$(BIN)/python -m pytest -q tests/agents/test_training.py -k the_seed_decides
+	$(BIN)/python -m pytest -q tests/agents/learning/test_training.py -k the_seed_decides
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 freeze: $(INSTALLED)  ## renew the digests of what must not move (tests/frozen.json); say in the commit what moved

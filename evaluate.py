@@ -6,7 +6,7 @@ import sys
 
 import tyro
 
-from agents.evaluation import EvaluateConfig, evaluate
+from agents.evaluation.command import EvaluateConfig, evaluate
 from thermoe_env.errors import ThermoeError
 
 

@@ -10,13 +10,14 @@ from typing import Annotated
 import tyro
 import yaml
 
-from agents.checkpoints import CheckpointError
-from agents.runs import RunFolderError
-from agents.seeds import train_seeds
-from agents.training import load_train_config, resume, train
-from agents.tuning import tune
+from agents.files import RunFolderError
+from agents.learning.checkpoints import CheckpointError
+from agents.learning.config import load_train_config
+from agents.learning.seeds import train_seeds
+from agents.learning.training import resume, train
+from agents.learning.tuning import tune
 from thermoe_env.errors import ThermoeError
-from thermoe_env.scenario import load_scenario
+from thermoe_env.problem.scenario import load_scenario
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from typing import Any
 
 import tyro
 
-from agents.evaluation import EvaluateConfig, Results, evaluate
-from agents.metrics import summarize
-from agents.runs import new_run_folder
+from agents.evaluation.command import EvaluateConfig, Results, evaluate
+from agents.files import new_run_folder
+from agents.play.metrics import summarize
 from thermoe_env.errors import ThermoeError
 
 
@@ -28,7 +28,8 @@ def demo(
         total_timesteps: length of the training, in place of the one in configs/agents/ppo.yaml.
         out: folder for the results; runs/demo-<time> where none is given.
     """
-    from agents.training import load_train_config, train
+    from agents.learning.config import load_train_config
+    from agents.learning.training import train
 
     overrides: dict[str, Any] = {"scenario": scenario}
     if total_timesteps is not None:

@@ -18,15 +18,15 @@ import numpy as np
 import tyro
 
 import thermoe_env  # noqa: F401  (registers the ids)
-from agents.evaluation import held_out_seeds
-from agents.rollout import Recording, play_twin
-from agents.runs import load_policy, policy_label
+from agents.evaluation.command import held_out_seeds
+from agents.load import load_policy, policy_label
+from agents.play.rollout import Recording, play_twin
+from moe.workload import KNOB_NAMES
 from thermoe_env.errors import ThermoeError
-from thermoe_env.interval import COST_NAMES
-from thermoe_env.knobs import KNOB_NAMES
-from thermoe_env.problem import Problem
-from thermoe_env.reward import REWARD_TERMS
-from thermoe_env.scenario import load_scenario
+from thermoe_env.mdp.interval import COST_NAMES
+from thermoe_env.mdp.reward import REWARD_TERMS
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
 
 if TYPE_CHECKING:
     from minari import MinariDataset

@@ -16,15 +16,17 @@ import pandas as pd
 import tyro
 from tqdm import tqdm
 
-from agents.algorithms import ALGORITHMS
-from agents.checkpoints import read_state
-from agents.metrics import episode_metrics, summarize
-from agents.rollout import play_twin
-from agents.runs import load_policy, new_run_folder, write_file
-from agents.training import TrainConfig, load_train_config, train
+from agents.files import new_run_folder, write_file
+from agents.learning.algorithms import ALGORITHMS
+from agents.learning.checkpoints import read_state
+from agents.learning.config import TrainConfig, load_train_config
+from agents.learning.training import train
+from agents.load import load_policy
+from agents.play.metrics import episode_metrics, summarize
+from agents.play.rollout import play_twin
 from benchmarks.env_speed import cpu_name
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import load_scenario
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
 
 BASELINES = ("random", "static")
 

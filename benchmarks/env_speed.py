@@ -30,12 +30,13 @@ from rich.console import Console
 from rich.table import Table
 
 import thermoe_env  # noqa: F401  (registers the ids)
-from agents.training import build_model, load_train_config
-from agents.vec import TwinVecEnv
-from thermoe_env.batch import TwinBatch
-from thermoe_env.fields import FIELDS
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import load_scenario
+from agents.learning.config import load_train_config
+from agents.learning.training import build_model
+from agents.learning.vec import TwinVecEnv
+from thermoe_env.mdp.fields import FIELDS
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
+from thermoe_env.twin.core import TwinBatch
 
 _FIRST_CALL = {
     "single environment": "env = gymnasium.make('ThermalMoETwin-v0'); env.reset(seed=0); "

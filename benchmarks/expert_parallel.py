@@ -10,7 +10,7 @@ energies.
 
 The signals are set, not read from the devices: what is measured is what routing makes of them. An expert's
 energy is taken to be in proportion to its width. Beside the tokens measured stands their forecast from the
-profile that one device measured (`moe.heat`).
+profile that one device measured (`moe.profiling.heat`).
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ import tyro
 from torch import Tensor
 
 from benchmarks.expert_parallel_report import add_forecast, draw, summarise
-from moe import data
-from moe.config import Size
-from moe.distributed import distribute, tokens_per_device
-from moe.meter import EnergyCounter, MeterUnavailableError, Tick, open_meter
-from moe.model import ModelOutput, MoEModel
+from moe.data import datasets as data
+from moe.device.meter import EnergyCounter, MeterUnavailableError, Tick, open_meter
+from moe.device.torch_device import device_name
+from moe.model.config import Size
+from moe.model.distributed import distribute, tokens_per_device
+from moe.model.transformer import ModelOutput, MoEModel
 from moe.placement import Placement
 from moe.profiles import load_profile
-from moe.train import device_name
-from moe.weights import load_model
-from thermoe_env.scenario import config_path
+from moe.training.weights import load_model
+from thermoe_env.configs import config_path
 
 SETTLE_S = 0.15
 """Work before a window opens: power follows a change of load within about this time."""

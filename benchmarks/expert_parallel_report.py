@@ -10,11 +10,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from agents.metrics import student_interval
-from moe.config import ModelConfig
-from moe.heat import forecast_expert_share
+from agents.play.metrics import student_interval
+from moe.model.config import ModelConfig
 from moe.placement import Placement
 from moe.profiles import Profile
+from moe.profiling.heat import forecast_expert_share
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

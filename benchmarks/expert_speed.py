@@ -22,11 +22,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from moe.config import Size, model_config
-from moe.experts import Experts
-from moe.model import MoEModel, initialise
-from moe.router import Routing
-from moe.train import device_name, serving_dtype
+from moe.device.torch_device import device_name, serving_dtype
+from moe.model.config import Size, model_config
+from moe.model.experts import Experts
+from moe.model.router import Routing
+from moe.model.transformer import MoEModel, initialise
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,11 +29,11 @@ import tyro
 import yaml
 from tqdm import tqdm
 
-from agents.checkpoints import read_state
-from agents.runs import new_run_folder, write_file
-from agents.training import TrainConfig, load_train_config
+from agents.files import new_run_folder, write_file
+from agents.learning.checkpoints import read_state
+from agents.learning.config import TrainConfig, load_train_config
 from benchmarks.env_speed import cpu_name
-from thermoe_env.scenario import load_scenario
+from thermoe_env.problem.scenario import load_scenario
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL: dict[str, dict[str, Any]] = {

@@ -24,20 +24,20 @@ import torch
 import tyro
 from rich.console import Console
 
-from agents.evaluation import held_out_seeds
-from agents.fidelity import NO_SPREAD, live_problem, play_twins, scenario_differences
-from agents.live_episodes import LiveEpisodes, policy_of, recipe_of
-from agents.live_session import LiveSession, machine_of
-from agents.policies import for_episodes
-from agents.report import wide_console
-from agents.runs import policy_label
-from agents.segments import recording_beside
+from agents.evaluation.command import held_out_seeds
+from agents.evaluation.report import wide_console
+from agents.live.compare import NO_SPREAD, live_problem, play_twins, scenario_differences
+from agents.live.episodes import LiveEpisodes, policy_of, recipe_of
+from agents.live.segments import recording_beside
+from agents.live.session import LiveSession, machine_of
+from agents.load import policy_label
+from agents.policies.policy import for_episodes
 from benchmarks.live_proof_report import write_proof
 from benchmarks.live_proof_results import Proof
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.errors import ThermoeError
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import Scenario, load_scenario
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import Scenario, load_scenario
 
 DEFAULT_SECONDS = 100
 DOCS = Path("docs/results")
@@ -178,7 +178,7 @@ def _play(config: LiveProof, live: LiveEpisodes | None, began: float, say: Conso
         for_episodes(policy_of(recipe, problem), [config.seed], "live")  # refused now, not after hours
         say.print(f"{label}: {recipe}", highlight=False, markup=False)
     if on_gpu:
-        from moe.weights import load_model
+        from moe.training.weights import load_model
 
         load_model(scenario.task, problem.profile.size, "cuda")  # on first use this trains it
     live.save()  # from here on the folder can be taken up again

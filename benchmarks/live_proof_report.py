@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from agents.fidelity import live_problem
-from agents.figures import colours, power_temperature, save_figure
-from agents.live_episodes import ASIDE, LiveEpisodes
-from agents.runs import write_file
+from agents.evaluation.figures import colours, power_temperature, save_figure
+from agents.files import write_file
+from agents.live.compare import live_problem
+from agents.live.episodes import ASIDE, LiveEpisodes
 from benchmarks.live_proof_results import NUMBERS, TWIN_PERCENT, Proof
 
 _BARS = ("j_per_good", "mean_power_w", "quality", "peak_c")

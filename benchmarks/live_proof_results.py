@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from agents.fidelity import Pair, Quantity
-from agents.live_episodes import LiveEpisodes
-from agents.metrics import episode_metrics, student_interval
-from agents.policies import POLICIES
-from agents.rollout import Recording
+from agents.live.compare import Pair, Quantity
+from agents.live.episodes import LiveEpisodes
+from agents.play.metrics import episode_metrics, student_interval
+from agents.play.rollout import Recording
+from agents.policies.registry import POLICIES
 
 SEEDS, SECONDS = 5, 100
 SAVING = 0.25
@@ -82,7 +82,7 @@ class Proof:
     """All episodes in three tables of the same rows."""
 
     live: Any
-    """DataFrame: `agents.metrics.episode_metrics`, an episode's circumstances, and `j_drawn_per_good`."""
+    """DataFrame: `metrics.episode_metrics`, an episode's circumstances, and `j_drawn_per_good`."""
     twin: Any
     """The twin, begun at the live episode's start temperature."""
     blind: Any
@@ -97,7 +97,7 @@ class Proof:
 
     @classmethod
     def from_episodes(cls, live: LiveEpisodes, pairs: Sequence[Pair], blind: Sequence[Pair]) -> Proof:
-        """From the recorded episodes, and from what the twin makes of them (`agents.fidelity.play_twins`)."""
+        """From the recorded episodes, and from what the twin makes of them (`compare.play_twins`)."""
         episodes = live.episodes
         tables = []
         for recordings in (

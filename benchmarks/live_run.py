@@ -23,16 +23,18 @@ from pathlib import Path
 import tyro
 import yaml
 
-from agents.evaluation import Results
-from agents.policies import Policy, make_policy
-from agents.report import wide_console
-from agents.rollout import Recording, play_live
-from agents.rules import RuleBased, load_rule_config
-from agents.runs import load_policy, new_run_folder, write_origin
-from moe.profile import Options, measure
+from agents.evaluation.command import Results
+from agents.evaluation.report import wide_console
+from agents.files import new_run_folder, write_origin
+from agents.load import load_policy
+from agents.play.rollout import Recording, play_live
+from agents.policies.policy import Policy
+from agents.policies.registry import make_policy
+from agents.policies.rules import RuleBased, load_rule_config
 from moe.profiles import save_profile
+from moe.profiling.command import Options, measure
+from thermoe_env.configs import config_path
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.scenario import config_path
 
 SERVICE_CORES = 4
 """Cores kept for the live service while policies are trained beside it."""
@@ -84,7 +86,7 @@ def main(config: LiveRun) -> None:
     scenario.write_text(yaml.safe_dump({**raw, "profile": str(profile)}, sort_keys=False))
     print(f"profile after {time.monotonic() - began:.0f} s: {profile}", flush=True)
     cores = sorted(os.sched_getaffinity(0))
-    tuner = _beside(cores, folder / "tune.log", "-m", "agents.tune_rules", "--scenario", str(scenario),
+    tuner = _beside(cores, folder / "tune.log", "-m", "agents.tuning.rules", "--scenario", str(scenario),
                     "--trials", str(config.trials), "--out", str(folder / "rule_based.yaml"))  # fmt: skip
     trainer = _beside(cores, folder / "train.log", "train_agent.py", "--algo", "ppo", "--scenario",
                       str(scenario), "-n", str(config.timesteps), "-f", str(folder / "ppo"))  # fmt: skip
@@ -98,7 +100,7 @@ def main(config: LiveRun) -> None:
         write_origin(folder, {"live_run": asdict(config), "scenario": asdict(env.problem.scenario)})
         results = Results(folder, env.problem)
         results.add(_play(env, make_policy("static", env.problem), config.seed, "static"))
-        _finish(tuner, "agents.tune_rules")
+        _finish(tuner, "agents.tuning.rules")
         rules = RuleBased(env.problem, load_rule_config(folder / "rule_based.yaml"))
         results.add(_play(env, rules, config.seed, "rule_based"))
         trainer.send_signal(signal.SIGINT)  # what it has by now is its best model

@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from moe.config import Size, Task
-from moe.live import LiveWorkload
-from moe.runner import Runner
-from moe.samples import SamplePool
-from moe.traffic import TrafficConfig
-from moe.train import device_name
-from moe.weights import load_model
+from moe.data.pools import SamplePool
+from moe.device.torch_device import device_name
+from moe.model.config import Size, Task
+from moe.service.score.live import LiveWorkload
+from moe.service.score.runner import Runner
+from moe.service.traffic import TrafficConfig
+from moe.training.weights import load_model
 from moe.workload import Knobs
 
 OVERLOAD = TrafficConfig(kind="poisson", low_load=2.0, high_load=2.0)

@@ -21,17 +21,18 @@ import tyro
 from rich.console import Console
 from tyro.conf import arg
 
-from agents.fidelity import NO_SPREAD, compare, document, live_problem, play_twins, scenario_differences
-from agents.fidelity_report import print_comparison, write_fidelity
-from agents.live_episodes import LiveEpisodes, recipe_of
-from agents.live_session import PER_EPISODE_S, LiveSession, machine_of
-from agents.report import wide_console
-from agents.runs import new_run_folder, policy_label, write_file
-from agents.segments import recording_beside
+from agents.evaluation.report import wide_console
+from agents.files import new_run_folder, write_file
+from agents.live.compare import NO_SPREAD, compare, document, live_problem, play_twins, scenario_differences
+from agents.live.episodes import LiveEpisodes, recipe_of
+from agents.live.report import print_comparison, write_fidelity
+from agents.live.segments import recording_beside
+from agents.live.session import PER_EPISODE_S, LiveSession, machine_of
+from agents.load import policy_label
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.errors import ThermoeError
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import Scenario, load_scenario
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import Scenario, load_scenario
 
 START_S = 25.0
 """Time set aside for building the service and warming it up."""
@@ -184,7 +185,7 @@ def _play(config: SimToLive, live: LiveEpisodes | None, say: Console) -> LiveEpi
     for label, recipe in recipes.items():
         say.print(f"{label}: {recipe}")
     if _gpu_answers():
-        from moe.weights import load_model
+        from moe.training.weights import load_model
 
         # On first use this trains the model, for a time that nobody knows before.
         load_model(scenario.task, problem.profile.size, "cuda")

@@ -14,10 +14,11 @@ import tyro
 from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from agents.callbacks import RolloutLog, Updates
-from agents.training import load_train_config, train
-from agents.vec import TwinVecEnv
-from thermoe_env.scenario import load_scenario
+from agents.learning.callbacks import RolloutLog, Updates
+from agents.learning.config import load_train_config
+from agents.learning.training import train
+from agents.learning.vec import TwinVecEnv
+from thermoe_env.problem.scenario import load_scenario
 
 _PARTS: dict[str, tuple[type, str]] = {
     "environments, intervals": (TwinVecEnv, "step_wait"),

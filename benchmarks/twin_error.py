@@ -14,18 +14,18 @@ from pathlib import Path
 
 import tyro
 
-from thermoe_env.calibration import TwinParams, load_twin
-from thermoe_env.errors import TraceFormatError
-from thermoe_env.fitting_power import fit_power
-from thermoe_env.scenario import config_path, configs_dir
-from thermoe_env.traces import (
+from thermoe_env.calibration.power import fit_power
+from thermoe_env.calibration.traces import (
     driver_info_path,
     load_driver_info,
     load_segments,
     load_trace,
     segments_path,
 )
-from thermoe_env.validation import HORIZONS_S, PowerErrors, validate_twin
+from thermoe_env.calibration.validation import HORIZONS_S, PowerErrors, validate_twin
+from thermoe_env.configs import config_path, configs_dir
+from thermoe_env.device.parameters import TwinParams, load_twin
+from thermoe_env.errors import TraceFormatError
 
 HELD_OUT_FOLDER = Path(__file__).parent / "traces"
 AIMS_C = (0.45, 0.75, 1.3, 1.6)

@@ -1,4 +1,4 @@
-"""The profile: what one model costs and answers on one machine, as measured (`python -m moe.profile`).
+"""The profile: what one model costs and answers on one machine, as measured (`python -m moe.profiling`).
 
 A profile is a JSON file. Every cell in it was measured; a cell that could not be measured is absent,
 and the file is refused. Energies are per micro-batch and above the idle power of the device.
@@ -53,7 +53,7 @@ class Profile:
     provenance: dict[str, Any]
     """Where, when, with what versions, seed and options it was measured."""
     model: dict[str, Any]
-    """Identity of what was measured, as `moe.weights.identity` gives it."""
+    """Identity of what was measured, as `moe.training.weights.identity` gives it."""
     shifts: tuple[str, ...]
     """[S] names of the input shifts; the first is "clean"."""
     batch_size: np.ndarray
@@ -97,17 +97,17 @@ class Profile:
     """[S, Q, K, R] mean entropy of the answer over its maximum."""
     mixture: np.ndarray | None
     """[S, M, P, 3] accuracy, confidence and entropy of mixtures of two states at the model's own expert count
-    and without bias, as `moe.adaptation.tabulate` reads them."""
+    and without bias, as `moe.service.adaptation.tabulate` reads them."""
     adapt_rate: float | None
     """Share of the norms' statistics that one adaptation step replaces."""
     adaptation_error: dict[str, float] | None
-    """Error of `moe.adaptation` on random sequences of shifts and steps, played on the model itself."""
+    """Error of `service.adaptation` on random sequences of shifts and steps, played on the model itself."""
     expert_share: np.ndarray
     """[K, R, L, E] share of a layer's routed tokens that each expert takes."""
     expert_cost: np.ndarray
     """[E] cost from 0 to 1 that the router's bias went by while all this was measured."""
     expert_latency_s: np.ndarray
-    """[E] device time of one token in one expert of one layer, as `moe.expert_cost` measures it."""
+    """[E] device time of one token in one expert of one layer, as `moe.profiling.expert_cost` measures it."""
     expert_energy_j: np.ndarray | None
     """[E] energy of that above idle."""
 
@@ -178,7 +178,7 @@ def refuse_beyond(knob: str, value: float, levels: np.ndarray) -> None:
     if not levels[0] <= value <= levels[-1]:
         raise ProfileError(
             f"{knob}={value} lies outside of what was measured, {levels[0]} to {levels[-1]}; measure it "
-            "with `python -m moe.profile`"
+            "with `python -m moe.profiling`"
         )
 
 
@@ -188,7 +188,7 @@ def load_profile(path: str | Path) -> Profile:
     try:
         raw = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise ProfileError(f"{path}: no such profile; measure one with `python -m moe.profile`") from error
+        raise ProfileError(f"{path}: no such profile; measure one with `python -m moe.profiling`") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ProfileError(f"{path}: not a JSON document ({error}); measure it again") from error
     known = {f.name for f in dataclasses.fields(Profile)}
@@ -286,7 +286,7 @@ def _check_tables(path: Path, p: Profile) -> None:
         if table is None:
             if name in _METERED + _ADAPTING + _METERED_AND_ADAPTING:
                 continue
-            raise ProfileError(f"{path}: {name} is absent; measure it with `python -m moe.profile`")
+            raise ProfileError(f"{path}: {name} is absent; measure it with `python -m moe.profiling`")
         if table.shape != shape:
             raise ProfileError(
                 f"{path}: {name} has shape {table.shape}, the axes say {shape}: a cell is missing"

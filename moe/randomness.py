@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from moe.queueing import inlined, jit
+from moe.compiled import inlined, jit
 
 SMALL_MEAN = 30.0
 """Poisson means up to this one are drawn exactly, above it from a normal approximation."""

@@ -1,8 +1,8 @@
 """The seam between a service that answers requests and whoever steers it.
 
 A `Workload` is reset with a seed, run for an interval under a set of `Knobs`, and says what
-happened in a `WorkStats`. The live service (`moe.live`) and the profiled one
-(`thermoe_env.profiled`) are interchangeable behind it. This module imports no torch.
+happened in a `WorkStats`. The live service (`moe.service.score.live`) and the profiled one
+(`thermoe_env.twin.score`) are interchangeable behind it. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -43,6 +43,19 @@ class Knobs:
             raise ValueError(f"batch_size and expert_count must be >= 1 and ttt_steps >= 0, got {self}")
         if not 0.0 < self.pace <= 1.0 or not 0.0 < self.sm_clock <= 1.0:
             raise ValueError(f"pace and sm_clock must lie in (0, 1], got {self.pace} and {self.sm_clock}")
+
+
+KNOBS: dict[str, tuple[str, str]] = {
+    "routing_bias": ("1", "strength of the expert-cost term in the router's choice"),
+    "batch_size": ("requests", "requests per micro-batch"),
+    "expert_count": ("experts", "experts per token"),
+    "ttt_steps": ("steps", "adaptation steps after each micro-batch"),
+    "pace": ("1", "cap on the device's busy fraction (idle injection, needs no privilege)"),
+    "sm_clock": ("1", "SM clock over its maximum (modelled in the twin; needs privilege live)"),
+}
+"""Name -> (unit, meaning)."""
+
+KNOB_NAMES = tuple(KNOBS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +99,7 @@ class WorkStats:
     ttt_rolled_back: float = 0.0
     """Returns of the model to an earlier state. Live only."""
     budget_share: float = 1.0
-    """Joules that adaptation may spend at the end over a full bank (`moe.budget`); 1 where unlimited."""
+    """Joules that adaptation may spend at the end over a full bank (`service.budget`); 1 where unlimited."""
     confidence: float = 0.0
     """Mean probability of the answer given, 0 when nothing was answered."""
     entropy: float = 0.0

@@ -20,20 +20,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from tqdm import tqdm
 
-from agents.figures import save_figure
-from agents.runs import new_run_folder, write_file
-from moe.config import Size, Task
-from moe.expert_cost import measure_expert_cost
-from moe.live import LiveWorkload
-from moe.meter import MeterUnavailableError, open_meter
-from moe.profile_cost import Cell, Load
-from moe.runner import Runner
-from moe.samples import SamplePool
-from moe.traffic import TrafficConfig
-from moe.train import device_name, pick_device
-from moe.weights import WeightsError, load_model
+from agents.evaluation.figures import save_figure
+from agents.files import new_run_folder, write_file
+from moe.data.pools import SamplePool
+from moe.device.meter import MeterUnavailableError, open_meter
+from moe.device.torch_device import device_name, pick_device
+from moe.model.config import Size, Task
+from moe.profiling.cost import Cell, Load
+from moe.profiling.expert_cost import measure_expert_cost
+from moe.service.score.live import LiveWorkload
+from moe.service.score.runner import Runner
+from moe.service.traffic import TrafficConfig
+from moe.training.weights import WeightsError, load_model
 from moe.workload import Knobs
-from thermoe_env.signals import thermal_signal
+from thermoe_env.mdp.signals import thermal_signal
 
 FAR_C = 10.0
 """Margin to the limit before the rise, at which the signal is just 0."""

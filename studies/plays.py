@@ -18,17 +18,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from agents.metrics import episode_metrics
-from agents.models import ModelFileError
-from agents.policies import Policy, make_policy
-from agents.rollout import Recording, play_twin
-from agents.runs import load_policy, policy_label
-from moe.statistics import load_imbalance, specialisation
+from agents.learning.models import ModelFileError
+from agents.load import load_policy, policy_label
+from agents.play.metrics import episode_metrics
+from agents.play.rollout import Recording, play_twin
+from agents.policies.policy import Policy
+from agents.policies.registry import make_policy
+from moe.model.usage import load_imbalance, specialisation
 from studies.ttt_service_results import episode_rows
 from studies.wrappers import Delayed, Held
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import Scenario, load_scenario
-from thermoe_env.signals import STAGES
+from thermoe_env.mdp.signals import STAGES
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import Scenario, load_scenario
 
 _MODEL = "best_model.zip"
 _FILES = (_MODEL, "interface.json", "config.yaml")
@@ -59,7 +60,7 @@ class Trained:
         return hashlib.sha256(self.files[_MODEL]).hexdigest()
 
     def policy(self, problem: Problem) -> Policy:
-        """The agent, as `agents.runs.load_policy` loads it."""
+        """The agent, as `agents.files.load_policy` loads it."""
         with tempfile.TemporaryDirectory() as folder:
             for name, content in self.files.items():
                 (Path(folder) / name).write_bytes(content)
@@ -91,7 +92,7 @@ class Play:
 
     name: str
     policy: str | Trained
-    """Name in `agents.policies.POLICIES`, or an agent."""
+    """Name in `agents.policies.registry.POLICIES`, or an agent."""
     seeds: tuple[int, ...]
     scenario: str = "default"
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -191,7 +192,7 @@ def by_stage(recording: Recording) -> np.ndarray:
 def indicators(recording: Recording, problem: Problem) -> pd.DataFrame:
     """Indicators of every episode, one row each.
 
-    Those of `agents.metrics.episode_metrics` and `studies.ttt_service_results.episode_rows`, and
+    Those of `agents.play.metrics.episode_metrics` and `studies.ttt_service_results.episode_rows`, and
 
     * `temp_sd_c`: spread of the die temperature over time, degC;
     * `device_spread_c`: hottest less coolest device, mean over time, degC; NaN where there is one;

@@ -21,14 +21,14 @@ import pandas as pd
 import torch
 import yaml
 
-from agents.metrics import student_interval
-from agents.runs import write_file
-from moe import data
-from moe.config import TASKS, Size, Task
-from moe.recipes import RECIPES, Recipe
-from moe.train import device_name, pick_device
+from agents.files import write_file
+from agents.play.metrics import student_interval
+from moe.data import datasets as data
+from moe.device.torch_device import device_name, pick_device
+from moe.model.config import TASKS, Size, Task
+from moe.training.recipes import RECIPES, Recipe
 from studies.tasks import StudyError, is_done, read_result
-from thermoe_env.scenario import config_path
+from thermoe_env.configs import config_path
 
 WARMUP_SHARE = 0.25
 """Most of a training that its warm-up may take: the studies' trainings are short."""

@@ -18,17 +18,18 @@ import tyro
 from rich.console import Console
 from tqdm import tqdm
 
-from agents.evaluation import held_out_seeds
-from agents.metrics import episode_metrics
-from agents.report import wide_console
-from agents.rollout import play_twin
-from agents.rules import load_settings
-from agents.runs import load_policy, model_file, policy_label, write_file, write_origin
+from agents.evaluation.command import held_out_seeds
+from agents.evaluation.report import wide_console
+from agents.files import write_file, write_origin
+from agents.load import load_policy, model_file, policy_label
+from agents.play.metrics import episode_metrics
+from agents.play.rollout import play_twin
+from agents.policies.rules import load_settings
 from studies.robustness_report import BASELINE, Cell, Row, write_report
 from studies.tasks import StudyError, read_result
 from thermoe_env.errors import ThermoeError
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import Scenario, load_scenario
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import Scenario, load_scenario
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from agents.figures import save_figure
-from agents.metrics import summarize
-from agents.runs import write_file
-from thermoe_env.problem import Problem
+from agents.evaluation.figures import save_figure
+from agents.files import write_file
+from agents.play.metrics import summarize
+from thermoe_env.problem.problem import Problem
 
 BASELINE = "static"
 """Policy that the others are compared with, in the same condition."""
@@ -33,7 +33,7 @@ class Cell:
     not_played: str
     """Why it does not fit; empty where it was played."""
     episodes: list[dict[str, Any]]
-    """Rows of `agents.metrics.episode_metrics`."""
+    """Rows of `agents.play.metrics.episode_metrics`."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Row:
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """`agents.metrics.summarize`, one row per policy in order, with those that were not played."""
+        """`agents.play.metrics.summarize`, one row per policy in order, with those that were not played."""
         episodes = pd.DataFrame([e for cell in self.cells.values() for e in cell.episodes])
         table = summarize(episodes, self.problem.scenario.feasible, BASELINE)
         table = table.set_index("policy").reindex(list(self.cells)).reset_index().fillna({"infeasible": ""})

@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from moe.config import ModelConfig, Size, Task, ZeroComputation, model_config
-from moe.recipes import Recipe
-from moe.variants import even, fixed_k, with_zero_computation
+from moe.model.config import ModelConfig, Size, Task, ZeroComputation, model_config
+from moe.model.variants import even, fixed_k, with_zero_computation
+from moe.training.recipes import Recipe
 from studies.repeats import load_settings, short_recipe
 
 Layout = Literal["even", "uneven", "zero-computation"]
@@ -27,7 +27,7 @@ class Variant:
     fixed_k: int | None = None
     """Experts per token in training; None trains for all numbers."""
     recipe: dict[str, float] = field(default_factory=dict)
-    """Fields of `moe.train.Recipe` that differ."""
+    """Fields of `moe.training.recipes.Recipe` that differ."""
 
     def __post_init__(self) -> None:
         known = {f.name for f in dataclasses.fields(Recipe)}
@@ -75,7 +75,7 @@ class Study:
     usage_expert_count: int
     """Experts per token at which routing is also counted on shifted inputs."""
     shift: dict[Task, str]
-    """The shifted inputs, as `moe.samples` names them."""
+    """The shifted inputs, as `moe.data.pools` names them."""
     quality_margin: float
     """What a cheaper setting may cost, as a fraction of all answers."""
     sizes: dict[Size, SizeSettings]

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from agents.figures import save_figure
-from moe.config import ModelConfig
-from moe.statistics import specialisation, specialisation_bias
+from agents.evaluation.figures import save_figure
+from moe.model.config import ModelConfig
+from moe.model.usage import specialisation, specialisation_bias
 from studies.repeats import select
 from studies.routing_config import REFERENCE
 from studies.routing_results import CELL, COST_LABELS, Key, pareto_front

@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moe import data
-from moe.config import ModelConfig, Size, Task
-from moe.evaluate import TEXT_LIMIT, evaluate_language, evaluate_vision
-from moe.expert_cost import ExpertCost, measure_expert_cost
-from moe.meter import EnergyCounter, open_meter
-from moe.model import MoEModel, initialise
-from moe.profile_cost import Cell, Load, Visit, idle_power_w, visit
-from moe.runner import Runner
-from moe.samples import SamplePool
-from moe.statistics import BYTE_CLASSES, RoutingCounts
-from moe.train import fit, serving_dtype
+from moe.data import datasets as data
+from moe.data.pools import SamplePool
+from moe.device.meter import EnergyCounter, open_meter
+from moe.device.torch_device import serving_dtype
+from moe.model.config import ModelConfig, Size, Task
+from moe.model.transformer import MoEModel, initialise
+from moe.model.usage import BYTE_CLASSES, RoutingCounts
+from moe.profiling.cost import Cell, Load, Visit, idle_power_w, visit
+from moe.profiling.expert_cost import ExpertCost, measure_expert_cost
+from moe.service.score.runner import Runner
+from moe.training.evaluate import TEXT_LIMIT, evaluate_language, evaluate_vision
+from moe.training.fit import fit
 from studies.repeats import provenance
 from studies.routing_config import Study
 

@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from agents.runs import write_file
+from agents.files import write_file
 from studies.repeats import origin, range_text, select, summarize
 from studies.routing_figures import write_figures
 from studies.routing_results import (

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from agents.metrics import student_interval
-from moe.statistics import class_entropy, load_entropy, load_imbalance, specialisation, specialisation_bias
+from agents.play.metrics import student_interval
+from moe.model.usage import class_entropy, load_entropy, load_imbalance, specialisation, specialisation_bias
 from studies.repeats import StudyError
 from studies.routing_config import REFERENCE
 

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from agents.figures import experts, power_temperature
-from agents.rollout import Recording
+from agents.evaluation.figures import experts, power_temperature
+from agents.play.rollout import Recording
 from studies.plays import Options, Play, Trained, Variant, episodes_of
 from studies.rq_figures import ENERGY, P95, QUALITY, changes, fronts
 from studies.rq_report import (
@@ -28,7 +28,7 @@ from studies.rq_report import (
     summary_of,
     trade,
 )
-from thermoe_env.problem import Problem
+from thermoe_env.problem.problem import Problem
 
 QUESTION = "How well do real-time GPU signals steer routing to save energy without losing quality?"
 SEES_ALL, SEES_NONE = "sees all", "blind"

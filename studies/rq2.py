@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import pandas as pd
 import torch
 
-from moe.config import Size, Task
-from moe.train import pick_device
+from moe.device.torch_device import pick_device
+from moe.model.config import Size, Task
 from studies.plays import Options
 from studies.repeats import origin, range_text, select, summarize
 from studies.routing_config import REFERENCE, load_study

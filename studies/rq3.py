@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import pandas as pd
 
-from agents.figures import power_temperature
-from agents.gating import GATES
+from agents.evaluation.figures import power_temperature
+from agents.policies.gates import GATES
 from studies.plays import Options, Play, Variant, episodes_of
 from studies.rq_figures import ENERGY, P95, PEAK, QUALITY, Axis, Panel, curves, fronts
 from studies.rq_report import (
@@ -47,7 +47,7 @@ class Study:
     fractions: tuple[float | None, ...]
     """Energy that adaptation may spend over that of serving; None is unlimited and comes last."""
     gates: tuple[str, ...]
-    """Names in `agents.gating.GATES`; `never` is always there."""
+    """Names in `agents.policies.gates.GATES`; `never` is always there."""
     answer: tuple[str, float]
     """Gate and fraction that the answer is about."""
     variants: dict[str, Variant]

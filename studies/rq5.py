@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from agents.figures import power_temperature
-from agents.policies import make_policy
-from agents.throttles import THROTTLES
+from agents.evaluation.figures import power_temperature
+from agents.policies.registry import make_policy
+from agents.policies.throttles import THROTTLES
+from moe.workload import KNOB_NAMES
 from studies.plays import Options, Play, Variant, episodes_of
 from studies.rq_figures import ENERGY, GOODPUT, P95, P99, POWER, QUALITY, Panel, curves, fronts
 from studies.rq_report import (
@@ -28,8 +29,7 @@ from studies.rq_report import (
     summary_of,
     trade,
 )
-from thermoe_env.fields import FIELDS
-from thermoe_env.knobs import KNOB_NAMES
+from thermoe_env.mdp.fields import FIELDS
 
 QUESTION = "What does each throttle do to efficiency and latency?"
 STANDARD = "static"
@@ -50,7 +50,9 @@ class Study:
     def __post_init__(self) -> None:
         wrong = {name: knob for name, knob in self.knobs.items() if THROTTLES.get(name) != (knob,)}
         if wrong:
-            raise ValueError(f"knobs must name throttles of agents.throttles and their knob, got {wrong}")
+            raise ValueError(
+                f"knobs must name throttles of agents.policies.throttles and their knob, got {wrong}"
+            )
 
     def tasks(self, options: Options) -> list[Play]:
         """All plays."""

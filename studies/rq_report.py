@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from agents.figures import save_figure
-from agents.metrics import student_interval
-from agents.runs import write_file
+from agents.evaluation.figures import save_figure
+from agents.files import write_file
+from agents.play.metrics import student_interval
 from studies.repeats import range_text, summarize
 from studies.ttt_service_report import Column, markdown_rows
 from studies.ttt_service_results import ratio_interval

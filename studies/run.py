@@ -14,11 +14,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from agents.evaluation import held_out_seeds
-from agents.rules import load_settings
+from agents.evaluation.command import held_out_seeds
+from agents.policies.rules import load_settings
+from moe.device.meter import MeterUnavailableError
 from moe.errors import DataCorruptError, DataMissingError
-from moe.meter import MeterUnavailableError
-from moe.train import TrainingDiverged
+from moe.training.fit import TrainingDiverged
 from studies import rq1, rq2, rq3, rq4, rq5
 from studies.plays import Options, Trained
 from studies.rq_report import write_findings

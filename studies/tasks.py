@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from agents.runs import write_file
+from agents.files import write_file
 
 RETRIES = 3
 """How often a task is begun again whose worker was lost."""

@@ -13,9 +13,9 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from moe.device.meter import MeterUnavailableError
 from moe.errors import DataCorruptError, DataMissingError
-from moe.meter import MeterUnavailableError
-from moe.train import TrainingDiverged
+from moe.training.fit import TrainingDiverged
 from moe.ttt import AdaptationDiverged
 from studies.repeats import RepeatArguments, StudyError, ensure_repeats, load_all
 from studies.ttt_config import load_study

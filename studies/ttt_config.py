@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from moe import ttt
-from moe.config import NORMS, TASKS, TTT_METHODS, Norm, Size, Task, model_config
-from moe.corruptions import KINDS
-from moe.gates import Always, ConfidenceChange, EntropyThreshold, Gate, Periodic
-from moe.streams import Schedule, StreamConfig
+from moe.data.corruptions import KINDS
+from moe.data.streams import Schedule, StreamConfig
+from moe.model.config import NORMS, TASKS, TTT_METHODS, Norm, Size, Task, model_config
+from moe.service.gates import Always, ConfidenceChange, EntropyThreshold, Gate, Periodic
 from moe.ttt import Group
 from studies.repeats import StudyError, load_settings
 
@@ -81,7 +81,7 @@ class Adaptation:
 
 @dataclass(frozen=True, kw_only=True)
 class GateSettings:
-    """A rule of `moe.gates` with its settings."""
+    """A rule of `moe.service.gates` with its settings."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 

@@ -13,8 +13,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from agents.figures import save_figure
-from agents.metrics import student_interval
+from agents.evaluation.figures import save_figure
+from agents.play.metrics import student_interval
 from studies.repeats import select
 from studies.routing_figures import limits
 from studies.ttt_config import NEVER

@@ -13,16 +13,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from moe import data, ttt
-from moe.budget import EnergyBudget
-from moe.config import Norm, Size, Task, model_config
-from moe.evaluate import evaluate_language, evaluate_vision
-from moe.meter import EnergyCounter, open_meter
-from moe.model import MoEModel
-from moe.samples import SamplePool
-from moe.train import fit
-from moe.variants import with_norm, with_rotation_head
-from moe.weights import load_model
+from moe import ttt
+from moe.data import datasets as data
+from moe.data.pools import SamplePool
+from moe.device.meter import EnergyCounter, open_meter
+from moe.model.config import Norm, Size, Task, model_config
+from moe.model.transformer import MoEModel
+from moe.model.variants import with_norm, with_rotation_head
+from moe.service.budget import EnergyBudget
+from moe.training.evaluate import evaluate_language, evaluate_vision
+from moe.training.fit import fit
+from moe.training.weights import load_model
 from studies.repeats import provenance, short_recipe
 from studies.ttt_config import METHODS, Adaptation, Run, Study
 from studies.ttt_meter import (

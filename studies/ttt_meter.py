@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe.meter import PERIOD_S, EnergyCounter
+from moe.device.meter import PERIOD_S, EnergyCounter
 
 PHASES: tuple[str, ...] = ("serve", "adapt_forward", "adapt_update", "guard", "host")
 """Answering a batch; forward passes of adaptation; its loss, backward pass and step; judging, checking and

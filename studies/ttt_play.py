@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe import ttt
-from moe.budget import EnergyBudget
-from moe.gates import Gate, Observed
-from moe.model import MoEModel
+from moe.model.transformer import MoEModel
+from moe.service.budget import EnergyBudget
+from moe.service.gates import Gate, Observed
 from studies.ttt_config import METHODS, Adaptation
 from studies.ttt_meter import FORWARD, GUARD, HOST, SERVE, UPDATE, PhaseClock
 

@@ -12,7 +12,7 @@ import pandas as pd
 from rich.console import Console
 from rich.markdown import Markdown
 
-from agents.runs import write_file
+from agents.files import write_file
 from studies.repeats import origin, range_text, select, summarize
 from studies.ttt_config import NEVER
 from studies.ttt_figures import write_figures

@@ -16,21 +16,23 @@ from typing import Any, ClassVar, Literal
 import tyro
 from rich.console import Console
 
-from agents.archive import load_recordings, save_recordings
-from agents.evaluation import held_out_seeds, play_live_paired
-from agents.gating import GATES, Gated, load_gate_config
-from agents.policies import POLICIES, Policy
-from agents.report import wide_console
-from agents.rollout import Recording, play_twin
-from agents.rules import load_settings
-from agents.runs import load_policy, policy_label, write_origin
+from agents.evaluation.command import held_out_seeds, play_live_paired
+from agents.evaluation.report import wide_console
+from agents.files import write_origin
+from agents.load import load_policy, policy_label
+from agents.play.archive import load_recordings, save_recordings
+from agents.play.rollout import Recording, play_twin
+from agents.policies.gates import GATES, Gated, load_gate_config
+from agents.policies.policy import Policy
+from agents.policies.registry import POLICIES
+from agents.policies.rules import load_settings
 from studies.repeats import StudyError
 from studies.ttt_service_report import Played, write_report
 from studies.ttt_service_results import BASELINE
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.errors import ThermoeError
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import Scenario, load_scenario
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import Scenario, load_scenario
 
 TRAINING = "python train_agent.py --algo ppo --log-folder runs/ppo"
 """The command that makes a run for `--run`."""
@@ -92,7 +94,7 @@ def main(arguments: Arguments, console: Console | None = None) -> list[Played]:
 
     Raises:
         StudyError: an unknown variant, another world than asked for, or episodes there of other settings.
-        ValueError, ThermoeError, KeyboardInterrupt: as `agents.evaluation.evaluate`; live episodes are kept.
+        ValueError, ThermoeError, KeyboardInterrupt: as `evaluate`; live episodes are kept.
     """
     console = console or wide_console()
     study = load_settings(Study, arguments.config, "studies")

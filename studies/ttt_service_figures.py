@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from agents.metrics import student_interval
-from agents.rollout import Recording
+from agents.play.metrics import student_interval
+from agents.play.rollout import Recording
+from moe.workload import KNOB_NAMES
 from studies.ttt_service_results import BASELINE, EXTRA, changes_of_shift
-from thermoe_env.knobs import KNOB_NAMES
 
 _COLOURS = {
     BASELINE: "#555555", "always": "#D55E00", "periodic": "#009E73", "entropy": "#CC79A7",

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from agents.figures import save_figure
-from agents.gating import GATES
-from agents.rollout import Recording
-from agents.runs import write_file
+from agents.evaluation.figures import save_figure
+from agents.files import write_file
+from agents.play.rollout import Recording
+from agents.policies.gates import GATES
 from studies.ttt_service_figures import around_shift, find_changes, overview
 from studies.ttt_service_results import (
     BASELINE,
@@ -32,7 +32,7 @@ from studies.ttt_service_results import (
     plain,
     price_steps,
 )
-from thermoe_env.problem import Problem
+from thermoe_env.problem.problem import Problem
 
 AROUND_SHIFT = (BASELINE, "always", "change")
 """Policies whose course around a change of shift is drawn."""

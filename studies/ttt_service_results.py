@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from agents.metrics import episode_metrics, student_interval
-from agents.rollout import Recording
-from thermoe_env.knobs import KNOB_NAMES
-from thermoe_env.physics import idle_power_w
-from thermoe_env.problem import Problem, batch_nodes
+from agents.play.metrics import episode_metrics, student_interval
+from agents.play.rollout import Recording
+from moe.workload import KNOB_NAMES
+from thermoe_env.device.physics import idle_power_w
+from thermoe_env.problem.problem import Problem, batch_nodes
 
 BASELINE = "never"
 """Policy to compare with: the same service without adaptation."""
@@ -47,7 +47,7 @@ def adapting_j(recording: Recording, problem: Problem) -> np.ndarray:
     An approximation: batches of an interval differ in size, some end in the next interval, and devices leak
     differently. Over twin episodes it came within 0.5% of a replay without the steps' energy for policies
     that adapt in long stretches, within 2.5% for single intervals. Where the working machine has no meter
-    the share is that of busy time, as the modelled device has it then (`thermoe_env.shadow`).
+    the share is that of busy time, as the modelled device has it then (`thermoe_env.twin.shadow`).
     """
     work, twin = recording.work, problem.twin
     idle_w = len(problem.scenario.devices) * idle_power_w(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from moe.config import Size, Task, model_config
-from moe.samples import SamplePool, TextPool
-from moe.streams import STREAM_KINDS, StreamConfig, draw_shifts
-from moe.streams import play as play_stream
+from moe.data.pools import SamplePool, TextPool
+from moe.data.streams import STREAM_KINDS, StreamConfig, draw_shifts
+from moe.data.streams import play as play_stream
+from moe.model.config import Size, Task, model_config
 from studies.ttt_play import Batch
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from agents.policies import Policy
-from thermoe_env.fields import FIELD_NAMES
-from thermoe_env.problem import Problem
+from agents.policies.policy import Policy
+from thermoe_env.mdp.fields import FIELD_NAMES
+from thermoe_env.problem.problem import Problem
 
 
 class Delayed:

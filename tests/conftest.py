@@ -27,7 +27,7 @@ torch.set_num_threads(1)  # small tensors, and several workers on few cores
 @pytest.fixture(scope="session")
 def compiled_gates() -> None:
     """The gates that test for a change, compiled: else a property's first example is too slow."""
-    from moe.gates import CHANGE_TEST, ConfidenceChange, InputShift, Observed, changed
+    from moe.service.gates import CHANGE_TEST, ConfidenceChange, InputShift, Observed, changed
 
     for gate in (ConfidenceChange(), InputShift()):
         gate.decide(Observed(entropy=0.1, confidence=0.9))

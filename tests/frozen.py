@@ -29,13 +29,15 @@ import torch
 import yaml
 from stable_baselines3.common.save_util import load_from_zip_file
 
-from agents.rollout import play_twin
-from agents.runs import load_policy
-from agents.training import load_train_config, train
-from thermoe_env.batch import TwinBatch
-from thermoe_env.fields import FIELD_NAMES
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import configs_dir, load_scenario
+from agents.learning.config import load_train_config
+from agents.learning.training import train
+from agents.load import load_policy
+from agents.play.rollout import play_twin
+from thermoe_env.configs import configs_dir
+from thermoe_env.mdp.fields import FIELD_NAMES
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
+from thermoe_env.twin.core import TwinBatch
 
 FILE = Path(__file__).with_name("frozen.json")
 PACKAGES = ("numpy", "numba", "scipy", "torch", "stable-baselines3", "sb3-contrib", "gymnasium")

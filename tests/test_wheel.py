@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EPISODE = """
-import json, gymnasium, thermoe_env, moe.data
+import json, gymnasium, thermoe_env, moe.data.datasets
 env = gymnasium.make("ThermalMoETwin-v0", max_episode_steps=5)
 env.action_space.seed(0)
 observation, info = env.reset(seed=0)
@@ -22,8 +22,8 @@ while not truncated:
     observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
     assert env.observation_space.contains(observation) and not terminated
     rewards.append(reward)
-images, labels = moe.data.load_vision("test", full=False)
-sources = [thermoe_env.__file__, moe.data.__file__]
+images, labels = moe.data.datasets.load_vision("test", full=False)
+sources = [thermoe_env.__file__, moe.data.datasets.__file__]
 print(json.dumps({"rewards": rewards, "images": len(images), "from": sources}))
 """
 
@@ -56,7 +56,7 @@ def test_wheel_holds_the_data_files_and_nothing_else_of_the_checkout(wheel: Path
     names = set(zipfile.ZipFile(wheel).namelist())
     configs = {f"thermoe_env/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.*")}
     assert configs <= names
-    assert {f"moe/datasets/fashion_mnist/{name}" for name in ("train.xz", "test.xz", "LICENSE")} <= names
+    assert {f"moe/data/files/fashion_mnist/{name}" for name in ("train.xz", "test.xz", "LICENSE")} <= names
     top = {name.partition("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"moe", "thermoe_env", "agents"}
 

@@ -10,16 +10,16 @@ import gymnasium as gym
 import numpy as np
 
 from moe.workload import ARRAY_NAMES, STAT_NAMES
+from thermoe_env.device.telemetry import READING_NAMES
 from thermoe_env.errors import ReadingError
-from thermoe_env.fields import FIELDS, RAW_DTYPE, encode_finite, fields_table, observation_space
-from thermoe_env.interval import COST_NAMES, TRACK_DTYPE, begin_one, prices_of, rules_of, settle_one
-from thermoe_env.profiled import WORK_DTYPE
-from thermoe_env.reward import REWARD_TERMS
-from thermoe_env.scenario import Scenario, load_scenario
+from thermoe_env.mdp.fields import FIELDS, RAW_DTYPE, encode_finite, fields_table, observation_space
+from thermoe_env.mdp.interval import COST_NAMES, TRACK_DTYPE, begin_one, prices_of, rules_of, settle_one
+from thermoe_env.mdp.reward import REWARD_TERMS
+from thermoe_env.mdp.signals import STAGES, draw_power_budget
+from thermoe_env.problem.scenario import Scenario, load_scenario
 from thermoe_env.seeding import episode_seed
-from thermoe_env.signals import STAGES, draw_power_budget
-from thermoe_env.telemetry import READING_NAMES
-from thermoe_env.twin import GPU_DTYPE
+from thermoe_env.twin.heat import GPU_DTYPE
+from thermoe_env.twin.score import WORK_DTYPE
 from thermoe_env.worlds import Checkpoint, build_world
 
 if TYPE_CHECKING:

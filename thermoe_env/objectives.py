@@ -16,8 +16,8 @@ from gymnasium import spaces
 from gymnasium.utils import RecordConstructorArgs
 
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.interval import COST_NAMES
-from thermoe_env.reward import REWARD_TERMS
+from thermoe_env.mdp.interval import COST_NAMES
+from thermoe_env.mdp.reward import REWARD_TERMS
 
 _LOW = np.array([0.0 if name == "good" else -np.inf for name in REWARD_TERMS])
 _HIGH = np.array([np.inf if name in ("good", "quality") else 0.0 for name in REWARD_TERMS])

@@ -19,9 +19,9 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from thermoe_env.knobs import KNOBS
-from thermoe_env.problem import Problem
-from thermoe_env.signals import STAGES
+from moe.workload import KNOBS
+from thermoe_env.mdp.signals import STAGES
+from thermoe_env.problem.problem import Problem
 
 WIDTH, HEIGHT = 960, 540
 """Of a frame, in pixels."""

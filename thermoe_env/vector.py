@@ -9,12 +9,12 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from thermoe_env.batch import BatchStep, TwinBatch
-from thermoe_env.fields import observation_space
-from thermoe_env.interval import COST_NAMES
-from thermoe_env.problem import Problem
-from thermoe_env.reward import REWARD_TERMS
-from thermoe_env.scenario import Scenario, load_scenario
+from thermoe_env.mdp.fields import observation_space
+from thermoe_env.mdp.interval import COST_NAMES
+from thermoe_env.mdp.reward import REWARD_TERMS
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import Scenario, load_scenario
+from thermoe_env.twin.core import BatchStep, TwinBatch
 
 
 class ThermalMoEVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 
 from moe.profiles import load_profile
 from moe.workload import Workload
+from thermoe_env.configs import config_path
+from thermoe_env.device.telemetry import Telemetry
 from thermoe_env.errors import GpuUnavailableError, ScenarioError
-from thermoe_env.problem import Problem
-from thermoe_env.profiled import ProfiledWorkload
-from thermoe_env.scenario import Scenario, config_path
-from thermoe_env.telemetry import Telemetry
-from thermoe_env.twin import TwinTelemetry
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import Scenario
+from thermoe_env.twin.heat import TwinTelemetry
+from thermoe_env.twin.score import ProfiledWorkload
 
 if TYPE_CHECKING:
-    from moe.runner import Runner
+    from moe.service.score.runner import Runner
 
 WORLDS = ("auto", "twin", "live")
 _LOG = logging.getLogger("thermoe_env")
@@ -45,7 +46,7 @@ class Checkpoint:
     model: str
     """Its folder."""
     profile: str
-    """Its profile, as `python -m moe.profile --model` measured it on this machine."""
+    """Its profile, as `python -m moe.profiling --model` measured it on this machine."""
 
     @classmethod
     def of(cls, model: str | None, profile: str | None) -> Checkpoint | None:
@@ -57,7 +58,7 @@ class Checkpoint:
         if (model is None) != (profile is None):
             raise ValueError(
                 f"model and profile go together, got model={model!r} and profile={profile!r}: measure a "
-                "checkpoint with `python -m moe.profile --model FOLDER`; a scenario names its own profile"
+                "checkpoint with `python -m moe.profiling --model FOLDER`; a scenario names its own profile"
             )
         return None if model is None or profile is None else cls(model, profile)
 
@@ -110,7 +111,7 @@ def _no_gpu_reason() -> str | None:
 
     if not torch.cuda.is_available():
         return "CUDA is not available"
-    from thermoe_env.nvml import NvmlTelemetry
+    from thermoe_env.device.nvml import NvmlTelemetry
 
     try:
         NvmlTelemetry().close()
@@ -122,7 +123,7 @@ def _no_gpu_reason() -> str | None:
 def warn_of_another_card(card: str, problem: Problem) -> None:
     """Log where a scenario's calibration or profile is that of another card than the one at work."""
     twin = ("twin", problem.twin.gpu, "calibrate record, then fit")
-    made = (twin, ("profile", problem.profile.device, "moe.profile"))
+    made = (twin, ("profile", problem.profile.device, "moe.profiling"))
     for what, device, remedy in made:
         if device != card:
             _LOG.warning(
@@ -134,7 +135,7 @@ def warn_of_another_card(card: str, problem: Problem) -> None:
 def _live_problem(scenario: Scenario, on_gpu: bool, checkpoint: Checkpoint | None) -> Problem:
     """What a live world plays: the scenario on the profile of the machine and model that will do the work."""
     if checkpoint is not None:
-        from moe.hf_runner import check_checkpoint
+        from moe.hf.runner import check_checkpoint
 
         profile = load_profile(checkpoint.profile)
         check_checkpoint(profile, checkpoint.model)
@@ -150,11 +151,11 @@ def _runner(problem: Problem, device: str, checkpoint: Checkpoint | None) -> Run
     """What answers in a live world."""
     import torch
 
-    from moe.hf_runner import load_runner
-    from moe.runner import Runner
-    from moe.samples import SamplePool
+    from moe.data.pools import SamplePool
+    from moe.hf.runner import load_runner
+    from moe.service.score.runner import Runner
+    from moe.training.weights import check_profile, load_model
     from moe.ttt import METHODS, Adapter, GuardSettings
-    from moe.weights import check_profile, load_model
 
     profile = problem.profile
     if checkpoint is not None:
@@ -178,9 +179,9 @@ def _live(scenario: Scenario, checkpoint: Checkpoint | None) -> World:
         raise ScenarioError(f"{several}; play it in the twin")
     import torch
 
-    from moe.live import LiveWorkload
-    from thermoe_env.nvml import NvmlTelemetry
-    from thermoe_env.shadow import Shadow
+    from moe.service.score.live import LiveWorkload
+    from thermoe_env.device.nvml import NvmlTelemetry
+    from thermoe_env.twin.shadow import Shadow
 
     on_gpu = torch.cuda.is_available()
     problem = _live_problem(scenario, on_gpu, checkpoint)

@@ -2,7 +2,8 @@
 
 `methods` and `rotation` are functions of one shape over `state`, of a group of parameters (`groups`), out of
 the parts in `steps`; `service` is the step of the default one. `guards` watch over them, and `adapter` puts
-all of it together for one model. When to adapt, and for how much energy: `moe.gates`, `moe.budget`.
+all of it together for one model. When to adapt, and for how much energy:
+`moe.service.gates`, `moe.service.budget`.
 """
 
 from moe.ttt.adapter import METHODS, Adapter

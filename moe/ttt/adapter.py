@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 
 from torch import Tensor
 
-from moe.config import TTT_METHODS, Method
-from moe.model import MoEModel
+from moe.model.config import TTT_METHODS, Method
+from moe.model.transformer import MoEModel
 from moe.ttt.groups import Group
 from moe.ttt.guards import Guard, GuardCounters, GuardSettings
 from moe.ttt.methods import batch_statistics, dynamic_evaluation, eata, sar, tent

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from moe.config import GROUPS, Group
-from moe.model import BatchNorm, Block, GroupNorm, LayerNorm, RmsNorm
-from moe.router import Router
+from moe.model.config import GROUPS, Group
+from moe.model.router import Router
+from moe.model.transformer import BatchNorm, Block, GroupNorm, LayerNorm, RmsNorm
 
 NORMS = (BatchNorm, GroupNorm, LayerNorm, RmsNorm)
 

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.model import BatchNorm, MoEModel
+from moe.model.transformer import BatchNorm, MoEModel
 from moe.ttt.groups import batch_norms, running_statistics
 from moe.ttt.service import AdaptationDiverged
 from moe.ttt.state import AdaptationState, Saved

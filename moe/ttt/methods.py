@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.model import ModelOutput, MoEModel
+from moe.model.transformer import ModelOutput, MoEModel
 from moe.ttt.groups import batch_statistics_in_force
 from moe.ttt.service import adapt
 from moe.ttt.state import (

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.model import ModelOutput, MoEModel
+from moe.model.transformer import ModelOutput, MoEModel
 from moe.ttt.state import AdaptationState, Rotation
 from moe.ttt.steps import Step, check_batch, descend, look, set_statistics, statistics_held
 
@@ -50,7 +50,7 @@ def rotation(
     check_batch(model, inputs)
     if model.rotation_head is None:
         raise ValueError(
-            "the model has no rotation head: train one with `python -m moe.train --task vision "
+            "the model has no rotation head: train one with `python -m moe.training --task vision "
             "--rotation-head`, or adapt by another method"
         )
     moved = look(model, inputs, top_k, routing_bias)[1] if model.config.norm == "batch" else []

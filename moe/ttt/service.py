@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.model import MoEModel
+from moe.model.transformer import MoEModel
 from moe.ttt.groups import batch_statistics_in_force
 
 LEARNING_RATE = 1e-3

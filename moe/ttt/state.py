@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe.model import MoEModel
+from moe.model.transformer import MoEModel
 from moe.ttt.groups import Group, batch_norms, collect_params, running_statistics
 from moe.ttt.service import LEARNING_RATE, STATISTICS_MOMENTUM
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe.model import ModelOutput, MoEModel
+from moe.model.transformer import ModelOutput, MoEModel
 from moe.ttt.groups import batch_statistics_in_force, running_statistics
 from moe.ttt.service import AdaptationDiverged
 from moe.ttt.state import AdaptationState

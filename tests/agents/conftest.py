@@ -10,13 +10,14 @@ import pytest
 import yaml
 from stable_baselines3 import PPO
 
-from agents import evaluation
-from agents.training import TrainConfig, load_train_config
-from agents.vec import TwinVecEnv
+from agents.evaluation import command as evaluation
+from agents.learning.config import TrainConfig, load_train_config
+from agents.learning.vec import TwinVecEnv
 from moe.profiles import save_profile
 from tests.thermoe_env.conftest import make_profile
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import config_path, load_scenario
+from thermoe_env.configs import config_path
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
 
 STEPS = 12
 """Of an episode of `short_scenario`."""

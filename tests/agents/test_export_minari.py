@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from agents.export_minari import Options, export
-from agents.training import TrainConfig, train
+from agents.learning.config import TrainConfig
+from agents.learning.training import train
 from tests.agents.conftest import STEPS
-from thermoe_env.interval import COST_NAMES
-from thermoe_env.reward import REWARD_TERMS
+from thermoe_env.mdp.interval import COST_NAMES
+from thermoe_env.mdp.reward import REWARD_TERMS
 
 minari: Any = pytest.importorskip("minari")
 DATASET = "thermalmoe/short/mixed-v0"

@@ -15,17 +15,17 @@ import torch
 import yaml
 from rich.console import Console
 
-from agents import live_session
-from agents.live_episodes import ASIDE, LiveEpisodes
-from agents.rollout import Recording
+from agents.live import session as live_session
+from agents.live.episodes import ASIDE, LiveEpisodes
+from agents.play.rollout import Recording
 from benchmarks import live_proof, live_proof_report
 from benchmarks.live_proof import LiveProof, order, run
 from benchmarks.live_proof_results import NUMBERS, Estimate, Proof
 from moe.profiles import save_profile
 from tests.thermoe_env.conftest import make_profile
+from thermoe_env.configs import config_path
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import config_path
+from thermoe_env.problem.problem import Problem
 
 POLICIES = ("static", "rule_based", "random")
 MACHINE = {"device": "a stand-in", "card": "first", "driver": "-", "weights_sha256": "0" * 64}

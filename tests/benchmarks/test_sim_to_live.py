@@ -15,24 +15,27 @@ import torch
 import yaml
 from rich.console import Console
 
-from agents import fidelity_report, live_session, segments
-from agents.archive import load_recordings, save_recordings
-from agents.fidelity import QUANTITIES, compare, play_twins, with_residual_heat
-from agents.live_episodes import LiveEpisodes, policy_of, recipe_of
-from agents.metrics import episode_metrics
-from agents.policies import make_policy
-from agents.rollout import Recording, play_twin
+from agents.live import report as fidelity_report
+from agents.live import segments
+from agents.live import session as live_session
+from agents.live.compare import QUANTITIES, compare, play_twins, with_residual_heat
+from agents.live.episodes import LiveEpisodes, policy_of, recipe_of
+from agents.play.archive import load_recordings, save_recordings
+from agents.play.metrics import episode_metrics
+from agents.play.rollout import Recording, play_twin
+from agents.policies.registry import make_policy
 from benchmarks import sim_to_live
 from benchmarks.sim_to_live import SimToLive, run
 from moe.profiles import load_profile, save_profile
+from tests.thermoe_env.calibration.test_recorder import PYNVML, ROOT
 from tests.thermoe_env.conftest import make_profile
-from tests.thermoe_env.test_recorder import PYNVML, ROOT
+from thermoe_env.calibration.traces import load_driver_info, load_segments, load_trace
+from thermoe_env.configs import config_path
+from thermoe_env.device.physics import relax
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.errors import GpuLostError
-from thermoe_env.physics import relax
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import config_path, load_scenario
-from thermoe_env.traces import load_driver_info, load_segments, load_trace
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
 
 POLICIES = ("static", "rule_based", "small_batches")
 WARMER_C = 5

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe.config import model_config
+from moe.model.config import model_config
+from moe.model.router import route
+from moe.model.usage import tokens_per_expert
 from moe.placement import Placement, PlacementError
-from moe.router import route
-from moe.statistics import tokens_per_expert
 
 N_EXPERTS = 8
 LOGITS = st.builds(

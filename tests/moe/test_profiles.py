@@ -13,9 +13,9 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe import weights
-from moe.config import model_config
+from moe.model.config import model_config
 from moe.profiles import Profile, ProfileError, load_profile, save_profile
+from moe.training import weights
 from tests.moe.conftest import CELL, made_up
 
 
@@ -142,7 +142,7 @@ def test_unknown_and_missing_fields_and_files_are_refused(saved, tmp_path):
     saved.write_text(json.dumps(raw))
     with pytest.raises(ProfileError, match="energy_j"):
         load_profile(saved)
-    with pytest.raises(ProfileError, match=r"moe\.profile"):
+    with pytest.raises(ProfileError, match=r"moe\.profiling"):
         load_profile(tmp_path / "none.json")
 
 
@@ -174,7 +174,7 @@ def test_a_profile_of_the_model_that_is_here_is_accepted():
 def test_a_profile_of_something_else_is_refused(changes, message):
     with pytest.raises(ProfileError, match=message) as caught:
         weights.check_profile(tiny_profile(**changes))
-    assert "python -m moe.profile --task vision" in str(caught.value)
+    assert "python -m moe.profiling --task vision" in str(caught.value)
 
 
 def test_another_training_of_a_base_model_is_logged_and_not_refused(tmp_path, caplog):

@@ -14,16 +14,17 @@ import yaml
 from rich.console import Console
 from stable_baselines3 import PPO
 
-from agents import evaluation
-from agents.evaluation import EvaluateConfig, evaluate
-from agents.interface import INTERFACE_FILE, interface_of
-from agents.runs import ModelFileError
-from agents.vec import TwinVecEnv
+from agents.evaluation import command as evaluation
+from agents.evaluation.command import EvaluateConfig, evaluate
+from agents.learning.interface import INTERFACE_FILE, interface_of
+from agents.learning.models import ModelFileError
+from agents.learning.vec import TwinVecEnv
 from studies import robustness
 from studies.repeats import StudyError
 from studies.robustness import Arguments, Condition, Study, main
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import config_path, load_scenario
+from thermoe_env.configs import config_path
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
 
 CONDITIONS: dict[str, Any] = {
     "default": {"title": "default"},

@@ -15,13 +15,13 @@ import torch
 import yaml
 from scipy import stats
 
-from agents.metrics import student_interval
-from moe import data
-from moe.config import model_config
-from moe.evaluate import evaluate_language
-from moe.model import MoEModel, initialise
-from moe.recipes import Recipe
-from moe.statistics import BYTE_CLASSES
+from agents.play.metrics import student_interval
+from moe.data import datasets as data
+from moe.model.config import model_config
+from moe.model.transformer import MoEModel, initialise
+from moe.model.usage import BYTE_CLASSES
+from moe.training.evaluate import evaluate_language
+from moe.training.recipes import Recipe
 from studies import routing
 from studies.repeats import StudyError, load_repeats, summarize
 from studies.routing import Arguments

@@ -15,20 +15,21 @@ import torch
 import yaml
 from scipy import stats
 
-from agents.policies import make_policy
-from agents.rollout import play_twin
-from agents.runs import load_policy
-from agents.training import load_train_config, train
-from moe.traffic import TrafficConfig
+from agents.learning.config import load_train_config
+from agents.learning.training import train
+from agents.load import load_policy
+from agents.play.rollout import play_twin
+from agents.policies.registry import make_policy
+from moe.service.traffic import TrafficConfig
 from studies import rq2, rq5, run
 from studies.plays import Options, Play, Trained, by_stage, indicators
 from studies.routing_results import cells_table, claims
 from studies.rq_report import difference, non_dominated, relative
 from studies.run import Arguments, main
 from studies.tasks import StudyError
-from thermoe_env.fields import FIELD_NAMES
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import load_scenario
+from thermoe_env.mdp.fields import FIELD_NAMES
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
 
 ROOT = Path(__file__).parents[2]
 

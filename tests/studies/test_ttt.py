@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 
-from moe import data
-from moe.config import model_config
-from moe.gates import Always
-from moe.model import MoEModel, initialise
-from moe.streams import StreamConfig, StreamError, draw_shifts
+from moe.data import datasets as data
+from moe.data.streams import StreamConfig, StreamError, draw_shifts
+from moe.model.config import model_config
+from moe.model.transformer import MoEModel, initialise
+from moe.service.gates import Always
 from studies import ttt as study_command
 from studies.repeats import StudyError, load_repeats, select
 from studies.ttt import Arguments
@@ -183,7 +183,7 @@ def test_a_batch_is_scored_before_it_is_learned_from(repeats):
 
 def test_a_language_run_is_dynamic_evaluation_written_out(finished, repeats):
     """A second copy: score all bytes, then a plain SGD step of the routers on the bytes seen."""
-    from moe.weights import load_model
+    from moe.training.weights import load_model
 
     study, model = load_study(finished.config), load_model("language", "tiny", "cpu")
     config = study.stream_config("text", "tiny")

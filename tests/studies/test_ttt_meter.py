@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe.config import model_config
-from moe.meter import EnergyCounter, Tick, open_meter
-from moe.model import MoEModel, initialise
-from moe.streams import StreamConfig
+from moe.data.streams import StreamConfig
+from moe.device.meter import EnergyCounter, Tick, open_meter
+from moe.model.config import model_config
+from moe.model.transformer import MoEModel, initialise
 from studies.ttt_config import Run, load_study
 from studies.ttt_measure import Bench
 from studies.ttt_meter import HOST, PHASES, PhaseClock, energy_around, measure_power, solve_power

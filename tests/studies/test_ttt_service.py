@@ -15,9 +15,9 @@ import yaml
 from rich.console import Console
 from scipy import stats
 
-from agents.gating import GATES, GateConfig, Gated
-from agents.policies import make_policy
-from agents.rollout import Recording, play_twin
+from agents.play.rollout import Recording, play_twin
+from agents.policies.gates import GATES, GateConfig, Gated
+from agents.policies.registry import make_policy
 from moe.workload import STAT_NAMES
 from studies import ttt_service, ttt_service_report
 from studies.repeats import StudyError
@@ -35,13 +35,13 @@ from studies.ttt_service_results import (
     price_steps,
     ratio_interval,
 )
-from thermoe_env.batch import TwinBatch
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.fields import decode
-from thermoe_env.problem import Problem
-from thermoe_env.profiled import ProfiledWorkload
-from thermoe_env.scenario import load_scenario
+from thermoe_env.mdp.fields import decode
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
 from thermoe_env.seeding import episode_seed
+from thermoe_env.twin.core import TwinBatch
+from thermoe_env.twin.score import ProfiledWorkload
 
 SEEDS = [3, 11, 2**40]
 

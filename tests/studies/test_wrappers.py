@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agents.policies import make_policy
-from agents.rollout import play_twin
+from agents.play.rollout import play_twin
+from agents.policies.registry import make_policy
 from studies.wrappers import Delayed, Held
-from thermoe_env.fields import FIELD_NAMES
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import load_scenario
+from thermoe_env.mdp.fields import FIELD_NAMES
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
 
 FIELDS = ("power_w", "temp_c", "busy")
 COLUMNS = [FIELD_NAMES.index(name) for name in FIELDS]

@@ -9,10 +9,10 @@ import pytest
 
 from moe.profiles import Profile, save_profile
 from tests.thermoe_env.recorded import RECORDED, SHIPPED
-from thermoe_env.calibration import TwinParams, load_twin
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import load_scenario
-from thermoe_env.traces import Trace, load_trace
+from thermoe_env.calibration.traces import Trace, load_trace
+from thermoe_env.device.parameters import TwinParams, load_twin
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
 
 WIDTHS = [160] * 4 + [96] * 4
 SHIFTS = ("clean", "gaussian_noise@5", "contrast@5", "blur@5")

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from thermoe_env.calibration import TwinParams
-from thermoe_env.traces import (
+from thermoe_env.calibration.traces import (
     COLUMNS,
     SENSOR_LAG_S,
     load_driver_info,
 )
+from thermoe_env.device.parameters import TwinParams
 
 ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "configs/traces/h100_steps_telemetry.csv"

@@ -11,11 +11,11 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 import thermoe_env  # noqa: F401  (registers the ids)
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.errors import GpuLostError, ScenarioError
-from thermoe_env.fields import FIELD_NAMES, FIELDS, decode
-from thermoe_env.knobs import ACTION_MODES
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import load_scenario
-from thermoe_env.twin import TwinTelemetry
+from thermoe_env.mdp.fields import FIELD_NAMES, FIELDS, decode
+from thermoe_env.problem.knobs import ACTION_MODES
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
+from thermoe_env.twin.heat import TwinTelemetry
 
 
 @pytest.mark.parametrize("mode", ACTION_MODES)

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import thermoe_env  # noqa: F401  (registers the ids)
-from agents.evaluation import EvaluateConfig, _players
-from moe.profile import Options, measure
+from agents.evaluation.command import EvaluateConfig, _players
 from moe.profiles import Profile, ProfileError, save_profile
-from tests.moe.hf_models import save_checkpoint
+from moe.profiling.command import Options, measure
+from tests.moe.hf.hf_models import save_checkpoint
+from thermoe_env.configs import config_path
 from thermoe_env.errors import ScenarioError
-from thermoe_env.problem import Problem
-from thermoe_env.scenario import config_path, load_scenario
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
 from thermoe_env.worlds import Checkpoint, build_world
 
 SHORT = {"interval_s": 0.5, "episode_s": 10}
@@ -107,7 +108,7 @@ def test_power_is_that_of_the_checkpoints_own_profile_where_it_has_energies(meas
 def test_the_best_constant_needs_a_twin_of_the_checkpoint(
     measured: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agents.evaluation.load_policy", lambda name, home, trust: (name, home))
+    monkeypatch.setattr("agents.evaluation.command.load_policy", lambda name, home, trust: (name, home))
     config = EvaluateConfig(live=True, model="x", profile="y")
     scenario = load_scenario("language", static={"expert_count": 2})
     for profile, labels in (

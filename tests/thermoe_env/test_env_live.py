@@ -12,8 +12,8 @@ from stable_baselines3.common.env_checker import check_env as sb3_check
 import thermoe_env  # noqa: F401  (registers the ids)
 from moe import ttt
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.knobs import ACTION_MODES
-from thermoe_env.problem import Problem
+from thermoe_env.problem.knobs import ACTION_MODES
+from thermoe_env.problem.problem import Problem
 from thermoe_env.worlds import warn_of_another_card
 
 

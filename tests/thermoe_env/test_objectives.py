@@ -11,10 +11,10 @@ from gymnasium.envs.registration import EnvSpec
 
 import thermoe_env  # noqa: F401  (registers the ids)
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.interval import COST_NAMES
+from thermoe_env.mdp.interval import COST_NAMES
+from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.objectives import ScalarCost, ThermalMoEMultiObjectiveEnv
-from thermoe_env.problem import Problem
-from thermoe_env.reward import REWARD_TERMS
+from thermoe_env.problem.problem import Problem
 
 HOT = {"episode_s": 20, "limits": {"temperature_c": 40.0}, "power_budget": {"normal_w": 200.0}}
 """Every term is charged somewhere."""

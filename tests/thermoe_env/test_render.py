@@ -15,11 +15,11 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import RecordVideo, RenderCollection
 
 import thermoe_env  # noqa: F401  (registers the ids)
+from moe.workload import KNOB_NAMES
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.knobs import KNOB_NAMES
-from thermoe_env.problem import Problem
+from thermoe_env.mdp.signals import STAGES
+from thermoe_env.problem.problem import Problem
 from thermoe_env.render import HEIGHT, WIDTH, Dashboard
-from thermoe_env.signals import STAGES
 
 
 def play(env: gymnasium.Env, steps: int, seed: int = 0) -> None:

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import thermoe_env  # noqa: F401  (registers the ids)
-from thermoe_env.batch import TwinBatch
-from thermoe_env.knobs import ACTION_MODES, KNOB_NAMES
-from thermoe_env.problem import Problem
+from moe.workload import KNOB_NAMES
+from thermoe_env.problem.knobs import ACTION_MODES
+from thermoe_env.problem.problem import Problem
+from thermoe_env.twin.core import TwinBatch
 from thermoe_env.vector import ThermalMoEVectorEnv
 
 STEPS = 12

@@ -1,0 +1,1 @@
+"""Comparison of policies on paired seeds: `evaluate.py`."""

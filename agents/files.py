@@ -1,0 +1,80 @@
+"""Run folders: where results go, and what they say about their origin."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_PACKAGES = (
+    "thermalmoe", "numpy", "numba", "scipy", "pandas", "matplotlib", "gymnasium", "torch",
+    "stable-baselines3", "sb3-contrib", "optuna",
+)  # fmt: skip
+
+
+class RunFolderError(FileExistsError):
+    """A run folder that was asked for already holds results."""
+
+
+def new_run_folder(kind: str, out: str | Path | None = None) -> Path:
+    """Create the folder of a run: `out`, or `runs/<kind>-<time>` where none is given.
+
+    Raises:
+        RunFolderError: `out` exists and is not empty.
+    """
+    if out is not None:
+        folder = Path(out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunFolderError(
+                f"{folder} exists and is not empty: give another --out, or move it away first"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    name = f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
+    for number in range(1, 1000):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise RunFolderError(f"runs/{name} and a thousand more exist; give --out")
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file in one step: after an interruption it is the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may write a file
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(part, path)
+
+
+def write_origin(folder: Path, config: dict[str, Any]) -> None:
+    """Write how a run came about: config.yaml, command.txt, versions.json."""
+    write_file(folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
+    write_file(folder / "command.txt", shlex.join([Path(sys.executable).name, *sys.argv]) + "\n")
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    write_file(folder / "versions.json", json.dumps(versions, indent=1) + "\n")
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings as config.yaml holds them: tuples and paths have no plain YAML form."""
+    return json.loads(json.dumps(config, default=str))
+
+
+def training_runs(folder: str | Path) -> list[Path]:
+    """The runs in a folder of `train_agent.py --seeds`, by seed; none in any other."""
+    return sorted(Path(folder).glob("seed-*/"), key=lambda run: (len(run.name), run.name))

@@ -1,0 +1,1 @@
+"""Learning algorithms, their training in the twin, and what a run leaves."""

@@ -1,0 +1,154 @@
+"""Trained models as policies: any Stable-Baselines3 zip, whatever its algorithm and action mode."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from agents.learning.interface import mismatch
+from agents.policies.policy import Policy
+from moe.workload import KNOB_NAMES
+from thermoe_env.mdp.fields import FIELDS, observation_space
+from thermoe_env.problem.knobs import KnobTable
+from thermoe_env.problem.problem import Problem
+
+_MODE_OF_SPACE = {"MultiDiscrete": "multi_discrete", "Discrete": "discrete", "Box": "box"}
+
+
+class ModelFileError(ValueError):
+    """A trained model cannot be used; the message names the file."""
+
+
+class UntrustedModelError(ModelFileError):
+    """Loading a model would run code from its file, and nobody said that the file is trusted."""
+
+
+class ModelPolicy:
+    """A trained model as a `Policy`: whatever its action mode, it answers with levels."""
+
+    def __init__(self, network: Any, mode: str, knobs: KnobTable) -> None:
+        """Take a Stable-Baselines3 policy network and the action mode that it acts in."""
+        self._network, self._mode, self._knobs = network, mode, knobs
+        self._columns = [KNOB_NAMES.index(name) for name in knobs.controlled]
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, Any]:
+        """Levels of the controlled knobs; see `Policy.predict`."""
+        action, state = self._network.predict(observation, state, episode_start, deterministic)
+        return self._knobs.indices(action, self._mode)[:, self._columns], state
+
+
+def load_model(path: Path, problem: Problem, trust_pickle: bool) -> Policy:
+    """Read a zip and check that it fits `problem`.
+
+    Without `trust_pickle` nothing is unpickled: the network's class comes from the `algo` in the config.yaml
+    beside the zip, its spaces from `problem`, its sizes from JSON, its weights as tensors.
+
+    Raises:
+        ModelFileError: the model is cut, damaged, or made for other observations or actions.
+        UntrustedModelError: it can only be loaded with `trust_pickle`.
+    """
+    from stable_baselines3.common.save_util import load_from_zip_file
+
+    content = path.read_bytes()
+    data = _read_data(path, content)
+    mode = _action_mode(path, data)
+    if changed := mismatch(path.parent, problem):
+        raise ModelFileError(
+            f"{path} was trained for something else than this scenario has: {changed}. Give the scenario it "
+            "was trained on, or train it again"
+        )
+    _check_spaces(path, data, problem, mode)
+    try:
+        known, weights, _ = load_from_zip_file(io.BytesIO(content), load_data=trust_pickle, device="cpu")
+        kind, arguments = _named(known) if known is not None else _unpickled(path, data, mode)
+        spaces = observation_space(), problem.knobs.action_space(mode)
+        network = kind(*spaces, lambda _: 0.0, **arguments)  # the learning rate is for training only
+        network.load_state_dict(weights["policy"])
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ModelFileError):
+            raise
+        raise ModelFileError(f"{path} is not a model of this version ({error}); train it again") from error
+    return ModelPolicy(network, mode, problem.knobs)
+
+
+def _named(known: dict[str, Any]) -> tuple[type, dict[str, Any]]:
+    """Class and arguments of the network, as the zip itself names them."""
+    exploring = {"use_sde": True} if known.get("use_sde") else {}
+    return known["policy_class"], {**known["policy_kwargs"], **exploring}
+
+
+def _unpickled(path: Path, data: dict[str, Any], mode: str) -> tuple[type, dict[str, Any]]:
+    """Class and arguments of the network, from the run's configuration and plain JSON."""
+    from agents.learning.algorithms import algorithm, check_action_mode
+    from agents.learning.config import load_train_config
+
+    config, arguments = path.parent / "config.yaml", data["policy_kwargs"]
+    try:
+        name = yaml.safe_load(config.read_text())["algo"]
+        check_action_mode(name, mode)
+        if ":serialized:" in arguments:  # some algorithms add a class, which is pickled with all the rest
+            arguments = load_train_config(config).settings.network()
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UntrustedModelError(
+            f"{config} does not say how {path.name} is built ({error}), and asking the zip itself can run "
+            "code that it holds: pass --trust-pickle if you know where it comes from"
+        ) from error
+    return algorithm(name).networks[mode], arguments
+
+
+def _check_spaces(path: Path, data: dict[str, Any], problem: Problem, mode: str) -> None:
+    """Compare the spaces that the zip describes with the problem's."""
+    nvec = problem.knobs.nvec
+    key, wanted = {
+        "multi_discrete": ("nvec", str(nvec)),
+        "discrete": ("n", str(nvec.prod())),
+        "box": ("_shape", [len(nvec)]),
+    }[mode]
+    found = [data["observation_space"].get("_shape"), data["action_space"].get(key)]
+    if found[0] != [len(FIELDS)]:
+        raise ModelFileError(
+            f"{path} was trained on observations of shape {found[0]}, this version has {len(FIELDS)} fields: "
+            "train it again (python train_agent.py), or use the version that it was trained with"
+        )
+    if found[1] != wanted:
+        raise ModelFileError(
+            f"{path} was trained for observations and actions {found}, this scenario has "
+            f"{[[len(FIELDS)], wanted]}: give the scenario it was trained on, or train it again"
+        )
+
+
+def _read_data(path: Path, content: bytes) -> dict[str, Any]:
+    """The zip's JSON part, after every part's checksum has been verified."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise ModelFileError(f"{path}: its part {damaged!r} is damaged; copy or train it again")
+            return json.loads(archive.read("data"))
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, json.JSONDecodeError) as error:
+        raise ModelFileError(
+            f"{path} is no whole Stable-Baselines3 zip ({error}); copy or train it again"
+        ) from error
+
+
+def _action_mode(path: Path, data: dict[str, Any]) -> str:
+    """Action mode that the model was trained in, from the name of its action space's class."""
+    kind = str(data.get("action_space", {}).get(":type:", "")).rstrip("'>").rpartition(".")[2]
+    if kind not in _MODE_OF_SPACE:
+        raise ModelFileError(
+            f"{path}: action space {kind!r} is none of {sorted(_MODE_OF_SPACE)}; is it a trained model?"
+        )
+    return _MODE_OF_SPACE[kind]

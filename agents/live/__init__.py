@@ -1,0 +1,1 @@
+"""Live episodes, and live against twin."""

@@ -1,0 +1,1 @@
+"""Playing policies, and what their episodes come to."""

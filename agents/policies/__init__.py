@@ -1,0 +1,1 @@
+"""Hand-written policies, and the protocol that trained ones follow too."""

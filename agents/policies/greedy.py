@@ -1,0 +1,239 @@
+"""Greedy: each interval the action whose next interval promises the best reward, by the profile alone.
+
+What an action costs in a steady flow follows from the profile: how full its batches get, how long and at what
+energy they run, and who is answered late. The load is that of the last seconds, the queue and the budget are
+those observed; nothing is remembered and nothing planned. So it never adapts the model of its own accord: in
+one interval a step only costs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from moe.compiled import jit
+from moe.service.batching import NEVER_S, trigger_period
+from thermoe_env.device.physics import capped_power_w, clock_power_factor, idle_reference_w
+from thermoe_env.mdp.fields import decode
+from thermoe_env.mdp.interval import prices_of
+from thermoe_env.mdp.reward import REWARD_TERMS, reward_terms
+from thermoe_env.problem.problem import Problem
+from thermoe_env.twin.score import batch_cost, terms_of
+
+_FIXED_POINT_STEPS = 12
+_SEEN = (
+    "rate_0", "rate_1", "queue_0", "queue_1", "oldest_0", "oldest_1", "clock", "power_w", "budget_w",
+    "over_c", "shift",
+)  # fmt: skip
+_SEEN_DTYPE = np.dtype([(name, np.float64) for name in _SEEN])
+"""What a prediction goes by: arrivals per second, waiting requests and the oldest's age per class; clock
+fraction that throttling leaves, power now, budget to keep, degrees above the limit to keep, input shift."""
+_DEVICE = ("idle_w", "low_clock_w", "low_clock", "cap_w", "r_die_c_per_w", "interval_s")
+_DEVICE_DTYPE = np.dtype([(name, np.float64) for name in _DEVICE])
+"""All devices together: idle power at full and at the low clock, that clock's fraction, power cap."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedyConfig:
+    """Margins of the prediction."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    load_margin: float = 1.0
+    """Load to expect, over its 5 s average."""
+    budget_margin_w: float = 0.0
+    """Power to keep free of the budget."""
+    heat_margin_c: float = 0.5
+    """Degrees to keep free of the limit."""
+
+    def __post_init__(self) -> None:
+        if not self.load_margin > 0.0:
+            raise ValueError(f"load_margin must be above 0, got {self.load_margin}")
+
+
+@jit
+def _share_above(first, last, limit):
+    """Share of what goes evenly from `first` to `last` that lies above `limit`."""
+    low, high = min(first, last), max(first, last)
+    if high <= limit:
+        return 0.0
+    return 1.0 if low >= limit else (high - limit) / (high - low)
+
+
+@jit
+def _steady_batch(cost, rate_0, rate_1, batch_size, ttt_steps, slower, terms):
+    """(mean requests of a batch, time between launches) of a service that keeps up with its arrivals.
+
+    A batch is due when it is full or someone has waited, but not before the device is free; how long it
+    takes depends on how full it is, so the answer is a fixed point.
+    """
+    rate = rate_0 + rate_1
+    due = trigger_period(batch_size, rate_0, rate_1, terms.max_wait_0, terms.max_wait_1)
+    if due == NEVER_S:  # irregular: no later than this
+        due = min(batch_size / rate, terms.max_wait_0 if rate_0 > 0.0 else terms.max_wait_1)
+    period = due
+    for _ in range(_FIXED_POINT_STEPS):
+        size = min(max(1.0, rate * period), 1.0 * batch_size)
+        latency, _, ttt_latency, _ = batch_cost(cost, size)
+        period = max(due, (latency + ttt_steps * ttt_latency) * slower)
+    return min(max(1.0, rate * period), 1.0 * batch_size), period
+
+
+@jit
+def _predict(cost, levels, index, accuracy, floor, seen, device, terms, prices, reward):
+    """Reward of the next interval under one action.
+
+    Args:
+        cost: float [M, 4], `Tables.cost` under the action.
+        levels: float [knobs, most levels].
+        index: int64 [knobs], the action.
+        accuracy: of the answers.
+        floor: least quality.
+        seen: record of `_SEEN_DTYPE`.
+        device: record of `_DEVICE_DTYPE`.
+        terms: `Terms` of service.
+        prices: `Prices`.
+        reward: float [6], filled with the reward's terms.
+    """
+    batch_size, ttt_steps, pace = int(levels[1, index[1]]), int(levels[3, index[3]]), levels[4, index[4]]
+    clock = min(seen.clock, levels[5, index[5]])
+    slower = 1.0 / (clock * pace)
+    rate, left_s = seen.rate_0 + seen.rate_1, device.interval_s
+    latency, joules, ttt_latency, ttt_joules = batch_cost(cost, batch_size)
+    period = (latency + ttt_steps * ttt_latency) * slower
+    most = batch_size / period  # requests per second of full batches
+    served, late, waiting_late, energy = 0.0, 0.0, 0.0, 0.0
+    queue = seen.queue_0 + seen.queue_1
+    if queue >= batch_size or rate >= most:
+        drain_s = left_s if rate >= most else min(left_s, queue / (most - rate))
+        served = min(most * drain_s, queue + rate * drain_s)
+        energy = served / batch_size * (joules + ttt_steps * ttt_joules)
+        # Interactive requests go first. Ages run from the oldest's to that of who came since the last launch.
+        due_0, due_1 = terms.deadline_0 - latency / clock, terms.deadline_1 - latency / clock
+        came_0, came_1 = seen.queue_0 + seen.rate_0 * drain_s, seen.queue_1 + seen.rate_1 * drain_s
+        served_0 = min(served, came_0)
+        age_0 = (came_0 - served_0) / seen.rate_0 if seen.rate_0 > 0.0 else 0.0
+        late = served_0 * _share_above(seen.oldest_0, max(period, age_0), due_0)
+        late += (served - served_0) * _share_above(seen.oldest_1, period, due_1)
+        # Who is late already while waiting counts now: else an idle service would look best.
+        waiting_late = (came_0 - served_0) * _share_above(0.0, age_0, due_0)
+        left_1 = came_1 - (served - served_0)
+        waiting_late += left_1 * _share_above(0.0, seen.oldest_1 + drain_s, due_1)
+        left_s -= drain_s
+    if left_s > 0.0 and rate > 0.0:
+        size, period = _steady_batch(cost, seen.rate_0, seen.rate_1, batch_size, ttt_steps, slower, terms)
+        latency, joules, ttt_latency, ttt_joules = batch_cost(cost, size)
+        energy += rate * left_s / size * (joules + ttt_steps * ttt_joules)
+        wait = size / rate if seen.rate_0 > 0.0 else period
+        late += seen.rate_0 * left_s * _share_above(0.0, wait, terms.deadline_0 - latency / clock)
+        late += seen.rate_1 * left_s * _share_above(0.0, wait, terms.deadline_1 - latency / clock)
+        served += rate * left_s
+    dynamic_w = energy * clock_power_factor(clock) / clock / device.interval_s
+    idle_w = idle_reference_w(device.idle_w, device.low_clock_w, clock, device.low_clock)
+    power_w = capped_power_w(idle_w, dynamic_w, device.cap_w)
+    over_c = seen.over_c + device.r_die_c_per_w * (power_w - seen.power_w)  # the die follows at once
+    return reward_terms(
+        prices, accuracy * (served - late), power_w * device.interval_s, late + waiting_late, power_w,
+        seen.budget_w, over_c, served * max(0.0, floor - accuracy), reward,
+    )  # fmt: skip
+
+
+@jit
+def _predict_all(tables, state, levels, index, floor, seen, device, terms, prices, reward):
+    """Fill `reward` [n, actions] from `index` [actions, knobs] and `seen` [n]; `state` [S], of the model."""
+    terms_row = np.empty(len(REWARD_TERMS))
+    for i in range(seen.shape[0]):
+        shift = int(seen[i].shift)
+        for a in range(index.shape[0]):
+            experts, bias = index[a, 2], index[a, 0]
+            reward[i, a] = _predict(
+                tables.cost[experts, bias], levels, index[a],
+                tables.answer_pure[shift, state[shift], experts, bias, 0], floor[shift], seen[i], device[0],
+                terms[0], prices[0], terms_row,
+            )  # fmt: skip
+
+
+class Greedy:
+    """The best next interval. No memory."""
+
+    def __init__(self, problem: Problem, config: GreedyConfig) -> None:
+        """Take the profile's tables and all actions of the problem."""
+        self._problem, self._config = problem, config
+        nvec = problem.knobs.nvec.tolist()
+        static = problem.knobs.action()
+        ranges = [
+            (int(static[c]),) if name == "ttt_steps" else range(nvec[c])
+            for c, name in enumerate(problem.knobs.controlled)
+        ]
+        self.actions = np.array(list(itertools.product(*ranges)), np.int64)  # [actions, controlled]
+        self._index = problem.knobs.indices(self.actions, "multi_discrete")  # [actions, knobs]
+        self._tables = problem.tables
+        self._terms, self._prices = terms_of(problem), prices_of(problem)
+        devices, twin = len(problem.scenario.devices), problem.twin
+        self._device = np.array(
+            [
+                (
+                    devices * twin.idle_power_w, devices * twin.low_clock_power_w,
+                    twin.low_clock_mhz / twin.max_clock_mhz, devices * twin.power_cap_w,
+                    twin.r_die_c_per_w / devices, problem.scenario.interval_s,
+                )
+            ],
+            _DEVICE_DTYPE,
+        )  # fmt: skip
+        shifts = np.arange(len(problem.profile.shifts))
+        self._state = shifts + 1 if problem.scenario.static.ttt_steps else 0 * shifts  # of the model
+
+    def predicted(self, observation: np.ndarray) -> np.ndarray:
+        """Reward of the next interval under each of `actions`, float [n, actions]."""
+        seen = self._seen(decode(observation))
+        reward = np.empty((len(seen), len(self._index)))
+        problem = self._problem
+        _predict_all(
+            self._tables, self._state, problem.knobs.level_table, self._index, problem.quality_floor, seen,
+            self._device, self._terms, self._prices, reward,
+        )  # fmt: skip
+        return reward
+
+    def predict(
+        self,
+        observation: np.ndarray,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = True,
+    ) -> tuple[np.ndarray, Any]:
+        """Actions by prediction; see `Policy.predict`."""
+        return self.actions[self.predicted(observation).argmax(axis=1)], state
+
+    def _seen(self, o: dict[str, np.ndarray]) -> np.ndarray:
+        """Observed values as `_SEEN_DTYPE` [n]."""
+        problem, config = self._problem, self._config
+        limits = problem.scenario.limits
+        seen = np.zeros(len(o["load"]), _SEEN_DTYPE)
+        served = o["stage"] < limits.deferrable_below - 0.5
+        rate = o["load_fast"] * config.load_margin * problem.capacity_rps
+        seen["rate_0"] = rate * o["interactive_share"]
+        seen["rate_1"] = np.where(served, rate * (1.0 - o["interactive_share"]), 0.0)
+        seen["queue_0"] = o["queue_interactive_s"] * problem.capacity_rps
+        seen["queue_1"] = np.where(served, o["queue_deferrable_s"] * problem.capacity_rps, 0.0)
+        seen["oldest_0"], seen["oldest_1"] = o["oldest_interactive_s"], o["oldest_deferrable_s"]
+        seen["clock"], seen["power_w"] = o["sm_clock_share"], o["power_w"]
+        seen["budget_w"] = o["budget_w"] - config.budget_margin_w
+        seen["over_c"] = config.heat_margin_c - o["margin_c"]
+        seen["shift"] = self._likeliest_shift(o)
+        return seen
+
+    def _likeliest_shift(self, o: dict[str, np.ndarray]) -> np.ndarray:
+        """Input shift whose measured confidence and entropy are nearest to the observed ones, int [n]."""
+        knobs, shifts = self._problem.knobs, np.array(self._problem.scenario.traffic.shifts)
+        level = {}
+        for name in ("expert_count", "routing_bias"):
+            highest = max(1, len(knobs.levels[name]) - 1)
+            level[name] = np.rint(o[f"{name}_level"] * highest).astype(np.int64)  # [n]
+        measured = self._tables.answer_pure[
+            shifts[:, None], self._state[shifts][:, None], level["expert_count"], level["routing_bias"]
+        ]  # [shifts, n, 3]
+        off = np.abs(measured[..., 1] - o["confidence"]) + np.abs(measured[..., 2] - o["entropy"])
+        return shifts[off.argmin(axis=0)]

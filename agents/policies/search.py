@@ -1,0 +1,67 @@
+"""Search over all constant actions: the best setting that never changes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from moe.service.traffic import traffic_of
+from thermoe_env.problem.problem import Problem
+from thermoe_env.twin.core import TwinBatch
+
+SEARCH_SEEDS = tuple(range(900_000, 900_008))
+"""Episodes the search looks at; evaluation uses other seeds."""
+
+
+def best_constant(problem: Problem) -> np.ndarray:
+    """The constant action (int64 [controlled]) with the best mean return in the twin.
+
+    Every combination of levels is played on `SEARCH_SEEDS`. The result is kept in the user's cache,
+    keyed by everything it depends on.
+    """
+    cache = _cache_file(problem)
+    if cache.is_file():
+        return np.array(json.loads(cache.read_text())["action"], np.int64)
+    actions = np.array(list(itertools.product(*(range(n) for n in problem.knobs.nvec))), np.int64)
+    returns = constant_returns(problem, actions)
+    best = actions[int(np.argmax(returns))]
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    part = cache.with_suffix(".part")
+    part.write_text(json.dumps({"action": best.tolist(), "return": float(returns.max())}))
+    os.replace(part, cache)
+    return best
+
+
+def constant_returns(problem: Problem, actions: np.ndarray) -> np.ndarray:
+    """Mean return of each constant action over `SEARCH_SEEDS`, float [actions]."""
+    seeds = np.array(SEARCH_SEEDS)
+    chunk = 64
+    returns = np.zeros(len(actions))
+    batch = TwinBatch(problem, chunk * len(seeds))
+    for start in tqdm(range(0, len(actions), chunk), desc="search constants", unit_scale=chunk, leave=False):
+        part = actions[start : start + chunk]
+        padded = np.concatenate([part, np.tile(part[-1], (chunk - len(part), 1))])
+        index = problem.knobs.indices(np.repeat(padded, len(seeds), axis=0), "multi_discrete")
+        batch.reset(np.tile(seeds, chunk))
+        total = np.zeros(len(index))
+        for _ in range(problem.scenario.steps):
+            total += batch.step(index).reward
+        returns[start : start + len(part)] = total.reshape(chunk, -1).mean(axis=1)[: len(part)]
+    return returns
+
+
+def _cache_file(problem: Problem) -> Path:
+    tables = [np.round(table, 12).tolist() for table in problem.tables]
+    scenario = problem.scenario
+    trace = traffic_of(scenario.traffic, scenario.episode_s + 1, problem.capacity_rps).trace_rps.tolist()
+    key = json.dumps([asdict(scenario), asdict(problem.twin), tables, SEARCH_SEEDS, trace], default=str)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    root = Path(os.environ.get("THERMALMOE_CACHE", Path.home() / ".cache" / "thermalmoe"))
+    return root / "best_constant" / f"{digest}.json"

@@ -1,0 +1,1 @@
+"""Data sets, text, corruptions, pools of samples and streams of shifts."""

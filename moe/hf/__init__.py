@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: their families, knobs and runner."""

@@ -1,0 +1,1 @@
+"""The Mixture-of-Experts transformer: routing, experts, losses, and what it does on several devices."""

@@ -1,0 +1,1 @@
+"""What work costs and how good answers are, measured: `python -m moe.profiling`."""

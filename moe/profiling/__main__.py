@@ -1,0 +1,5 @@
+"""`python -m moe.profiling`."""
+
+from moe.profiling.command import cli
+
+cli()

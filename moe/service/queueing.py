@@ -1,0 +1,195 @@
+"""The request queue, once, for the live service and for the twin.
+
+Requests arrive in slots of `SLOT_S` seconds, evenly spaced inside a slot, so the whole stream of a
+class is one cumulative count per slot (`arrivals`, int32 [slots + 1]) and request number r is known
+by its number alone. The queue then needs one integer per class: the number of the next request to
+serve. A million waiting requests cost as much as one.
+
+All functions are pure, scalar and compiled; times are seconds of the service's clock, or seconds into
+a slot where they say so. `moe.service.batching` launches many batches of a slot at once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from moe.compiled import inlined, jit
+from moe.workload import LATENCY_EDGES_S
+
+SLOT_S = 0.25
+"""Width of an arrival slot. Counts are drawn per slot; inside it requests are evenly spaced."""
+
+INTERACTIVE, DEFERRABLE = 0, 1
+
+_LOG_FIRST_EDGE = math.log(LATENCY_EDGES_S[0])
+_LOG_EDGE_STEP = math.log(LATENCY_EDGES_S[1] / LATENCY_EDGES_S[0])
+_LAST_BIN = len(LATENCY_EDGES_S)
+
+
+@inlined
+def arrived_in_slot(in_slot, t):
+    """How many of a slot's `in_slot` requests have arrived `t` seconds into it (0 <= t)."""
+    return min(int(t / SLOT_S * in_slot + 0.5), in_slot)
+
+
+@jit
+def arrived_by(arrivals, t):
+    """Number of requests that have arrived by time `t`."""
+    slots = arrivals.shape[0] - 1
+    position = t / SLOT_S
+    if position <= 0.0:
+        return 0
+    if position >= slots:
+        return int(arrivals[slots])
+    slot = int(position)
+    return int(arrivals[slot]) + arrived_in_slot(arrivals[slot + 1] - arrivals[slot], t - slot * SLOT_S)
+
+
+@jit
+def slot_of(arrivals, request, guess):
+    """Slot in which `request` arrives, searched upward from `guess` (a slot not later than it)."""
+    slot = guess
+    while arrivals[slot + 1] <= request:
+        slot += 1
+    return slot
+
+
+@jit
+def arrival_time(arrivals, request, slot):
+    """Arrival time of `request`, which lies in `slot`."""
+    in_slot = arrivals[slot + 1] - arrivals[slot]
+    return (slot + (request - arrivals[slot] + 0.5) / in_slot) * SLOT_S
+
+
+@jit
+def oldest_arrival(arrivals, next_request, head_slot, t):
+    """Arrival time of the oldest waiting request, or infinity when none waits at `t`."""
+    if next_request >= arrived_by(arrivals, t):
+        return math.inf
+    return arrival_time(arrivals, next_request, slot_of(arrivals, next_request, head_slot))
+
+
+@inlined
+def oldest_in_slot(arrivals, next_request, head_slot, slot):
+    """When the oldest unserved request of a class arrives, if it does so before the slot ends.
+
+    Args:
+        arrivals: int32 [slots + 1], cumulative arrivals of the class.
+        next_request: the first unserved one.
+        head_slot: a slot not later than its.
+        slot: the slot.
+
+    Returns:
+        (seconds into the slot: below 0 for one of an earlier slot, infinity for one of a later; its slot, or
+        `slot` if it comes later)
+    """
+    if next_request >= arrivals[slot + 1]:
+        return math.inf, slot
+    if next_request >= arrivals[slot]:
+        head_slot = slot
+    else:
+        head_slot = slot_of(arrivals, next_request, head_slot)
+    in_slot = arrivals[head_slot + 1] - arrivals[head_slot]
+    position = head_slot - slot + (next_request - arrivals[head_slot] + 0.5) / in_slot
+    return position * SLOT_S, head_slot
+
+
+@inlined
+def next_launch(now, batch_size, queued, in_slot, arrived, due):
+    """Earliest time from `now` on at which a batch is due, in seconds into a slot; infinity for a later slot.
+
+    A batch is due when `batch_size` requests wait or the oldest of a class has waited long enough.
+
+    Args:
+        now: when the device is free.
+        batch_size: requests per batch.
+        queued: requests waiting at the slot's beginning, less those of the slot that were served.
+        in_slot: requests that arrive in the slot.
+        arrived: how many of them by `now`.
+        due: end of the oldest request's wait.
+    """
+    if queued + arrived >= batch_size:
+        return now
+    if queued + in_slot >= batch_size:
+        due = min(due, (batch_size - queued) / in_slot * SLOT_S)
+    due = max(due, now)
+    return due if due < SLOT_S else math.inf
+
+
+@inlined
+def expire(arrivals, next_request, head_slot, t, expire_after_s):
+    """Drop the requests of one class that have waited longer than `expire_after_s` at `t`.
+
+    Returns:
+        (next_request, head_slot, number expired)
+    """
+    if head_slot * SLOT_S >= t - expire_after_s:
+        return next_request, head_slot, 0
+    limit = arrived_by(arrivals, t - expire_after_s)
+    if limit <= next_request:
+        return next_request, head_slot, 0
+    return limit, slot_of(arrivals, limit - 1, head_slot), limit - next_request
+
+
+@jit
+def late_count(arrivals, first, last, completion, deadline_s):
+    """How many of the requests [first, last) miss `deadline_s` when answered at `completion`.
+
+    The late ones are the oldest, so the on-time ones are the last of the range.
+    """
+    return min(max(arrived_by(arrivals, completion - deadline_s) - first, 0), last - first)
+
+
+@jit
+def latency_bin(latency_s):
+    """Index of the latency histogram's bin."""
+    if latency_s < LATENCY_EDGES_S[0]:
+        return 0
+    return min(1 + int((math.log(latency_s) - _LOG_FIRST_EDGE) / _LOG_EDGE_STEP), _LAST_BIN)
+
+
+@jit
+def record_latencies(arrivals, first, last, head_slot, completion, histogram):
+    """Add the latencies of requests [first, last), answered at `completion`, to `histogram`.
+
+    Args:
+        arrivals: int32 [slots + 1], cumulative arrivals of the class.
+        first: first request.
+        last: the one after the last.
+        head_slot: a slot not later than that of `first`.
+        completion: when they were answered.
+        histogram: int64 [bins]; added to.
+    """
+    slot, request = head_slot, first
+    while request < last:
+        slot = slot_of(arrivals, request, slot)
+        end = min(last, int(arrivals[slot + 1]))
+        longest = completion - arrival_time(arrivals, request, slot)
+        rate = (arrivals[slot + 1] - arrivals[slot]) / SLOT_S
+        at, counted, requests = latency_bin(longest), 0, end - request
+        while at > 0 and counted < requests:  # one bin after the other, from the longest latency down
+            upto = min(1 + int((longest - LATENCY_EDGES_S[at - 1]) * rate), requests)
+            histogram[at] += upto - counted
+            counted = upto
+            at -= 1
+        histogram[at] += requests - counted
+        request = end
+
+
+def latency_quantile(histogram: np.ndarray, q: float) -> float:
+    """Quantile of the recorded latencies in seconds, NaN when nothing was answered.
+
+    Args:
+        histogram: int64 [bins], as in `WorkStats.latency_histogram`.
+        q: quantile in [0, 1].
+    """
+    total = histogram.sum()
+    if total == 0:
+        return math.nan
+    index = int(
+        np.searchsorted(np.cumsum(histogram), max(1.0, q * total))
+    )  # the first request is the 0-quantile
+    edges = np.concatenate(([LATENCY_EDGES_S[0] * 0.5], LATENCY_EDGES_S, [LATENCY_EDGES_S[-1]]))
+    return float(math.sqrt(edges[index] * edges[index + 1]))

@@ -1,0 +1,1 @@
+"""One pass per request: each is answered in a micro-batch."""

@@ -1,0 +1,250 @@
+"""Request streams: how many requests arrive when, and which input shift is in force.
+
+Load is a fraction of the reference capacity (requests/s of the standard service on this machine), so
+a scenario means the same on a laptop and on a data-centre card. A stream is drawn once per episode
+from its seed, by one compiled function: the live service, the twin and its batches play the same one.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from moe.compiled import jit
+from moe.randomness import derive, exponential, integer, poisson, uniform
+from moe.service.queueing import SLOT_S
+
+KINDS = ("poisson", "bursts", "diurnal", "trace")
+
+_BURSTS, _DIURNAL, _TRACE = (KINDS.index(kind) for kind in ("bursts", "diurnal", "trace"))
+_SLOTS_PER_S = round(1.0 / SLOT_S)
+_LONGEST_TRACE_S = 31 * 86400.0
+
+
+class TraceError(ValueError):
+    """A trace file cannot be used; the message names the file, the line and the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrafficConfig:
+    """Arrival process of a scenario. Loads are fractions of the reference capacity."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    kind: str = "bursts"
+    """`poisson` (constant mean), `bursts` (Markov-modulated), `diurnal` (sine) or `trace` (CSV)."""
+    low_load: float = 0.2
+    high_load: float = 1.3
+    levels: int = 6
+    """`bursts`: equally spaced load levels between low and high."""
+    dwell_s: float = 15.0
+    """`bursts`: mean time at one level (exponential, at least 3 s)."""
+    period_s: float = 240.0
+    """`diurnal`: length of a day."""
+    interactive_share: float = 0.5
+    trace: str | None = None
+    """`trace`: CSV in the format of the Azure LLM inference traces (TIMESTAMP,ContextTokens,GeneratedTokens).
+    Requests per second are those of the trace, scaled so that the load of the whole trace has mean
+    (low_load + high_load) / 2; an episode begins at a random second. Token counts are not used."""
+    shifts: tuple[int, ...] = (0,)
+    """Input shifts that take turns (indices into the profile's shifts)."""
+    shift_dwell_s: float = 40.0
+    """Mean time between changes of shift (exponential, at least a quarter of it)."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"traffic.kind must be one of {KINDS}, got {self.kind!r}")
+        if not 0.0 < self.low_load <= self.high_load:
+            raise ValueError(
+                f"traffic needs 0 < low_load <= high_load, got {self.low_load}, {self.high_load}"
+            )
+        if not 0.0 <= self.interactive_share <= 1.0:
+            raise ValueError(f"traffic.interactive_share must lie in [0, 1], got {self.interactive_share}")
+        if self.levels < 2 or min(self.dwell_s, self.period_s, self.shift_dwell_s) <= 0.0:
+            raise ValueError("traffic needs levels >= 2 and dwell_s, period_s, shift_dwell_s > 0")
+        if (self.kind == "trace") != (self.trace is not None):
+            raise ValueError(
+                "traffic.trace names a CSV file for kind 'trace' and is absent for any other kind"
+            )
+        if not self.shifts:
+            raise ValueError("traffic.shifts must name at least one input shift (0 is the clean one)")
+
+
+@dataclass(frozen=True)
+class RequestStream:
+    """All requests of one episode."""
+
+    arrivals: np.ndarray
+    """int32 [2, slots + 1]: cumulative arrivals per class at the start of each slot."""
+    shift_id: np.ndarray
+    """int64 [seconds]: input shift in force."""
+
+
+class Traffic(NamedTuple):
+    """The arrival process of a scenario, as compiled code reads it."""
+
+    kind: int
+    """Position in `KINDS`."""
+    low_rps: float
+    high_rps: float
+    levels: int
+    dwell_s: float
+    period_s: float
+    interactive_share: float
+    shifts: np.ndarray  # int64 [shifts]
+    shift_dwell_s: float
+    trace_rps: np.ndarray  # [seconds of the trace], empty for any other kind
+
+
+def traffic_of(config: TrafficConfig, seconds: int, capacity_rps: float) -> Traffic:
+    """`Traffic` of a configuration, for episodes of `seconds`.
+
+    Raises:
+        TraceError: the trace cannot be used, or is shorter than an episode.
+    """
+    trace_rps = np.zeros(0)
+    if config.trace is not None:
+        per_second = _trace_per_second(config.trace)
+        if len(per_second) < seconds:
+            raise TraceError(
+                f"{config.trace}: covers {len(per_second)} s, the episode needs {seconds} s: "
+                "shorten the episode (episode_s), or give a longer trace"
+            )
+        trace_rps = 0.5 * (config.low_load + config.high_load) * capacity_rps * per_second
+    return Traffic(
+        KINDS.index(config.kind), config.low_load * capacity_rps, config.high_load * capacity_rps,
+        config.levels, config.dwell_s, config.period_s, config.interactive_share,
+        np.array(config.shifts, np.int64), config.shift_dwell_s, trace_rps,
+    )  # fmt: skip
+
+
+def draw_stream(config: TrafficConfig, seed: int, seconds: int, capacity_rps: float) -> RequestStream:
+    """Draw the stream of one episode.
+
+    Args:
+        config: the arrival process.
+        seed: everything random in the stream follows from it; in [0, 2**64).
+        seconds: length of the episode.
+        capacity_rps: requests per second that load 1.0 stands for.
+    """
+    arrivals = np.zeros((2, seconds * _SLOTS_PER_S + 1), np.int32)
+    shift_id = np.zeros(seconds, np.int64)
+    fill_stream(traffic_of(config, seconds, capacity_rps), np.uint64(seed), arrivals, shift_id)
+    return RequestStream(arrivals, shift_id)
+
+
+@jit
+def fill_stream(traffic, seed, arrivals, shift_id):
+    """Draw the stream of one episode into `arrivals` and `shift_id` (see `RequestStream`).
+
+    Args:
+        traffic: `Traffic`.
+        seed: uint64.
+        arrivals: int32 [2, slots + 1].
+        shift_id: int64 [seconds].
+    """
+    counts, course, shifts = _keys(seed)
+    seconds = shift_id.shape[0]
+    middle, swing = 0.5 * (traffic.low_rps + traffic.high_rps), 0.5 * (traffic.high_rps - traffic.low_rps)
+    phase, begin, level, level_end, changes = 0.0, 0, 0, 0, 0
+    if traffic.kind == _DIURNAL:
+        phase = uniform(course, 0, 0.0, 2.0 * math.pi)
+    elif traffic.kind == _TRACE:
+        begin = integer(course, 0, traffic.trace_rps.shape[0] - seconds + 1)
+    elif traffic.kind == _BURSTS:
+        level = integer(course, 0, traffic.levels)
+        level_end = _level_s(course, 1, traffic.dwell_s)
+    arrivals[0, 0], arrivals[1, 0] = 0, 0
+    for second in range(seconds):
+        rate = middle
+        if traffic.kind == _DIURNAL:
+            rate += swing * math.sin(2.0 * math.pi * second / traffic.period_s + phase)
+        elif traffic.kind == _TRACE:
+            rate = traffic.trace_rps[begin + second]
+        elif traffic.kind == _BURSTS:
+            if second == level_end:
+                changes += 1
+                level = (level + 1 + integer(course, 2 * changes, traffic.levels - 1)) % traffic.levels
+                level_end += _level_s(course, 2 * changes + 1, traffic.dwell_s)
+            rate += swing * (2.0 * level / (traffic.levels - 1) - 1.0)
+        for c in range(2):
+            share = traffic.interactive_share if c == 0 else 1.0 - traffic.interactive_share
+            mean = rate * share * SLOT_S
+            root, count = math.sqrt(mean), arrivals[c, second * _SLOTS_PER_S]
+            for slot in range(second * _SLOTS_PER_S, (second + 1) * _SLOTS_PER_S):
+                count += poisson(counts, 2 * slot + c, mean, root)
+                arrivals[c, slot + 1] = count
+    _fill_shifts(traffic, shifts, shift_id)
+
+
+@jit
+def _keys(seed):
+    """Streams of an episode's counts, course of the load, and shifts."""
+    key = derive(seed, np.uint64(1))
+    return derive(key, np.uint64(0)), derive(key, np.uint64(1)), derive(key, np.uint64(2))
+
+
+@jit
+def _level_s(key, i, dwell_s):
+    """How long a level of load lasts, in whole seconds."""
+    return max(3, int(exponential(key, i, dwell_s) + 0.5))
+
+
+@jit
+def _fill_shifts(traffic, key, shift_id):
+    """Draw the input shift of every second."""
+    shifts, dwell_s = traffic.shifts.shape[0], traffic.shift_dwell_s
+    choice, changes = integer(key, 0, shifts), 0
+    end = max(0.25 * dwell_s, exponential(key, 1, dwell_s))
+    for second in range(shift_id.shape[0]):
+        while second + 0.5 >= end:
+            changes += 1
+            if shifts > 1:
+                choice = (choice + 1 + integer(key, 2 * changes, shifts - 1)) % shifts
+            end += max(0.25 * dwell_s, exponential(key, 2 * changes + 1, dwell_s))
+        shift_id[second] = traffic.shifts[choice]
+
+
+@lru_cache(maxsize=4)
+def _trace_per_second(path: str) -> np.ndarray:
+    """Arrivals per second of a request trace, over their mean, float [seconds]."""
+    if not Path(path).is_file():
+        raise TraceError(f"{path}: no such trace; traffic.trace must name a CSV file")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames is None or "TIMESTAMP" not in reader.fieldnames:
+                raise TraceError(f"{path}: no column TIMESTAMP in the header {reader.fieldnames}")
+            rows = [
+                (reader.line_num, _timestamp_s(path, reader.line_num, row["TIMESTAMP"])) for row in reader
+            ]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise TraceError(f"{path}: not a CSV file in UTF-8 ({error})") from error
+    if len(rows) < 2:
+        raise TraceError(f"{path}: holds {len(rows)} requests, at least 2 are needed")
+    t = np.asarray([time_s for _, time_s in rows])
+    if np.any(np.diff(t) < 0):
+        line = rows[int(np.argmax(np.diff(t) < 0)) + 1][0]
+        raise TraceError(f"{path}, line {line}: time runs backward; sort the trace by TIMESTAMP")
+    if t[-1] - t[0] > _LONGEST_TRACE_S:
+        raise TraceError(
+            f"{path}: spans {(t[-1] - t[0]) / 86400:.0f} days, at most 31 are read; check its dates"
+        )
+    counts = np.bincount((t - t[0]).astype(np.int64))
+    return counts / counts.mean()
+
+
+def _timestamp_s(path: str, line: int, text: str | None) -> float:
+    # Of the public traces some name a zone; the others mean UTC, never a local zone with its summer time.
+    try:
+        time = datetime.fromisoformat(text or "")
+    except ValueError as error:
+        raise TraceError(f"{path}, line {line}: TIMESTAMP {text!r} is not an ISO date and time") from error
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()

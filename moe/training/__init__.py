@@ -1,0 +1,1 @@
+"""Training of the workload models: `python -m moe.training`."""

@@ -1,0 +1,5 @@
+"""`python -m moe.training`."""
+
+from moe.training.fit import cli
+
+cli()

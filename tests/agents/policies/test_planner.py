@@ -1,0 +1,189 @@
+"""The planner against the twin's own next intervals, what a belief knows, and forecasts against the truth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agents.play.rollout import Recording, play_live, play_twin
+from agents.policies.belief import Belief, MpcConfig, without_luck
+from agents.policies.mpc import Mpc
+from agents.policies.planner import Oracle, PlanConfig, Planner
+from agents.policies.policy import Policy, RandomPolicy, for_episodes
+from agents.policies.registry import make_policy
+from moe.profiles import save_profile
+from tests.thermoe_env.conftest import make_profile
+from thermoe_env.env import ThermalMoEEnv
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
+from thermoe_env.twin.core import TwinBatch
+
+SEEDS = [3, 11, 2**40]
+STEPS = 40
+SHORT = PlanConfig(blocks=(1, 2, 4), rounds=3)
+SHORT_MPC = MpcConfig(blocks=(1, 2, 4), rounds=3)
+
+
+@pytest.fixture(scope="module")
+def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
+    path = tmp_path_factory.mktemp("profile") / "made-up.json"
+    save_profile(make_profile(), path)
+    return Problem.of(load_scenario("default", profile=str(path), episode_s=STEPS))
+
+
+@pytest.fixture(scope="module")
+def played(problem: Problem) -> dict[str, Recording]:
+    policies: dict[str, Policy] = {"oracle": Oracle(problem, SHORT), "mpc": Mpc(problem, SHORT_MPC)}
+    return {name: play_twin(problem, policy, SEEDS, name) for name, policy in policies.items()}
+
+
+def on_the_way(problem: Problem, steps: int) -> tuple[TwinBatch, Any]:
+    """Twins after some intervals of chance, and what chance does next."""
+    twins = TwinBatch(problem, len(SEEDS))
+    twins.reset(SEEDS)
+    chance = RandomPolicy(problem.knobs.nvec, seed=1)
+    nothing = np.zeros((len(SEEDS), 1))
+    for _ in range(steps):
+        twins.step(problem.knobs.indices(chance.predict(nothing)[0], "multi_discrete"))
+    return twins, lambda: chance.predict(nothing)[0]
+
+
+@pytest.mark.parametrize("steps", [0, 17, STEPS - 3])
+def test_perfect_knowledge_predicts_the_next_intervals(problem: Problem, steps: int) -> None:
+    """Bit for bit, and no further than the episode's end."""
+    twins, chance = on_the_way(problem, steps)
+    planner = Planner(problem, SHORT)
+    plans = np.stack([chance() for _ in SHORT.blocks], axis=1)  # [n, blocks, controlled]
+    copies = planner.copies
+    promised = [
+        planner.returns(twins.state, row, np.tile(plan, (copies, 1, 1)))[0] for row, plan in enumerate(plans)
+    ]
+    total = np.zeros(len(SEEDS))
+    for t in range(min(planner.horizon, STEPS - steps)):
+        action = plans[:, np.searchsorted(np.cumsum(SHORT.blocks), t, side="right")]
+        total += twins.step(problem.knobs.indices(action, "multi_discrete")).reward
+    np.testing.assert_array_equal(promised, total)
+
+
+def test_search_never_makes_a_plan_worse(problem: Problem) -> None:
+    twins, chance = on_the_way(problem, 9)
+    planner = Planner(problem, SHORT)
+    for row in range(len(SEEDS)):
+        plan = np.stack([chance()[row] for _ in SHORT.blocks])
+        better = planner.improved(twins.state, row, plan)
+        value, base = (
+            planner.returns(twins.state, row, np.tile(p, (planner.copies, 1, 1)))[0] for p in (better, plan)
+        )
+        assert value >= base
+        assert ((better >= 0) & (better < problem.knobs.nvec)).all()
+
+
+def test_a_plan_moves_on_by_an_interval(problem: Problem) -> None:
+    planner = Planner(problem, SHORT)
+    plan = np.arange(len(SHORT.blocks))[:, None].repeat(len(problem.knobs.nvec), 1)
+    # Actions 0 1 1 2 2 2 2 become 1 1 2 2 2 2 2, and blocks of 1, 2 and 4 begin at 0, 1 and 3.
+    np.testing.assert_array_equal(planner.later(plan)[:, 0], [1, 1, 2])
+
+
+def test_a_belief_knows_the_queue_the_shift_and_the_adaptation(problem: Problem) -> None:
+    chance = RandomPolicy(problem.knobs.nvec, seed=2)
+    twins = TwinBatch(problem, len(SEEDS))
+    first = twins.reset(SEEDS)
+    beliefs = [Belief(without_luck(problem), MpcConfig(), row) for row in first]
+    right, off_weights, off_waiting, off_debt = [], [], [], []
+    for t in range(STEPS - 1):
+        seen = twins.step(problem.knobs.indices(chance.predict(first)[0], "multi_discrete")).observation
+        for i, belief in enumerate(beliefs):
+            belief.follow(seen[i])
+            true, own = twins.state, belief.state
+            right.append(belief.shift == int(twins.work["shift_id"][i]))
+            off_weights.append(np.abs(own.weights[0] - true.weights[i]).max())
+            for c, name in enumerate(("interactive", "deferrable")):
+                waiting = own.arrivals[0, c, own.server["slot"][0]] - own.server[f"next_{c}"][0]
+                limit = (1.0, 30.0)[c] * problem.capacity_rps  # where the observation ends
+                if twins.work[f"waiting_{name}"][i] < limit:
+                    off_waiting.append(abs(waiting - twins.work[f"waiting_{name}"][i]))
+            off_debt.append(abs(own.track["quality_debt"][0] - true.track["quality_debt"][i]))
+            notice = round(problem.scenario.power_budget.notice_s)
+            change = until_change(true.budget_w[i], t + 1, notice)
+            np.testing.assert_allclose(
+                own.budget_w[0, t + 1 : t + 1 + change], true.budget_w[i, t + 1 : t + 1 + change], atol=0.1
+            )
+    assert np.mean(right) > 0.75  # some answers look alike under two shifts
+    assert np.median(off_weights) < 0.1
+    assert max(off_waiting) <= 1.0  # the observation is rounded
+    answered = problem.capacity_rps * STEPS
+    assert np.median(off_debt) < 0.05 * answered
+
+
+def until_change(budget_w: np.ndarray, step: int, notice: int) -> int:
+    """Intervals until the budget changes; the notice if it does not within it."""
+    ahead = budget_w[step : step + notice + 1]
+    different = np.flatnonzero(ahead != ahead[0])
+    return int(different[0]) if len(different) else notice
+
+
+def test_same_seed_same_actions(problem: Problem, played: dict[str, Recording]) -> None:
+    for name, policy in (("oracle", Oracle(problem, SHORT)), ("mpc", Mpc(problem, SHORT_MPC))):
+        again = play_twin(problem, policy, SEEDS[:1], name)
+        np.testing.assert_array_equal(again.index[:, 0], played[name].index[:, 0])
+
+
+def test_mpc_plans_with_modelled_energies_where_none_were_measured(problem: Problem) -> None:
+    """As live on a CPU: the same plans as on a profile that holds those energies."""
+    bare = replace(problem.profile, energy_j=None, idle_power_w=None, ttt_energy_j=None)
+    unmetered = replace(problem, profile=bare)
+    metered = replace(problem, profile=unmetered.metered_profile)
+    plain, given = (play_twin(metered, Mpc(own, SHORT_MPC), SEEDS[:1], "mpc") for own in (unmetered, metered))
+    np.testing.assert_array_equal(plain.index, given.index)
+    assert len(np.unique(plain.index[:, 0], axis=0)) > 1  # it plans, and does not stay as it began
+
+
+def test_mpc_goes_by_observations_alone(problem: Problem, played: dict[str, Recording]) -> None:
+    """Told the observations of an episode, it decides again what it decided."""
+    recording, policy = played["mpc"], Mpc(problem, SHORT_MPC)
+    twins = TwinBatch(problem, len(SEEDS))
+    seen, state, start = twins.reset(SEEDS), None, np.ones(len(SEEDS), bool)
+    for t in range(12):
+        action, state = policy.predict(seen, state, start)
+        np.testing.assert_array_equal(problem.knobs.indices(action, "multi_discrete"), recording.index[t])
+        seen, start = recording.observation[t], np.zeros(len(SEEDS), bool)
+
+
+def test_the_future_is_worth_something(problem: Problem, played: dict[str, Recording]) -> None:
+    returns = {name: recording.reward.sum(0).mean() for name, recording in played.items()}
+    static = play_twin(problem, make_policy("static", problem), SEEDS).reward.sum(0).mean()
+    assert returns["oracle"] >= returns["mpc"] > static
+
+
+def test_oracle_plays_a_single_twin_and_refuses_the_rest(
+    problem: Problem, played: dict[str, Recording]
+) -> None:
+    oracle = Oracle(problem, SHORT)
+    env = ThermalMoEEnv(problem.scenario, "twin")
+    np.testing.assert_array_equal(
+        play_live(env, oracle, SEEDS[1], "oracle").index[:, 0], played["oracle"].index[:, 1]
+    )
+    with pytest.raises(ValueError, match=r"which world 'live' does not have.*`mpc`"):
+        for_episodes(oracle, SEEDS, "live")
+    with pytest.raises(ValueError, match="must know its episodes"):
+        oracle.predict(np.zeros((1, 1), np.float32))
+    other, stranger = TwinBatch(problem, 1), oracle.for_seeds([6])
+    action, state = stranger.predict(other.reset([5]), None, np.ones(1, bool))  # all begin alike
+    seen = other.step(problem.knobs.indices(action, "multi_discrete")).observation
+    with pytest.raises(ValueError, match="not those that are played"):
+        stranger.predict(seen, state, np.zeros(1, bool))
+    static = make_policy("static", problem)
+    assert for_episodes(static, SEEDS, "live") is static
+
+
+def test_what_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="blocks need at least one length"):
+        PlanConfig(blocks=())
+    with pytest.raises(ValueError, match="must be above 0"):
+        MpcConfig(load_memory_s=0.0)
+    with pytest.raises(ValueError, match="at least 1"):
+        MpcConfig(rounds=0)

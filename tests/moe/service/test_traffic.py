@@ -1,0 +1,186 @@
+"""Request streams: their seeds, their means, and replay of a trace against counts by hand."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.lib.stride_tricks import sliding_window_view
+
+from moe.service.queueing import SLOT_S
+from moe.service.traffic import TraceError, TrafficConfig, draw_stream
+from thermoe_env.configs import config_path
+
+SLOTS_PER_S = round(1 / SLOT_S)
+KINDS = ("poisson", "bursts", "diurnal")
+
+configs = st.builds(
+    TrafficConfig,
+    kind=st.sampled_from(KINDS),
+    low_load=st.floats(0.1, 0.5),
+    high_load=st.floats(0.5, 1.5),
+    interactive_share=st.floats(0.0, 1.0),
+    shifts=st.sampled_from([(0,), (0, 3), (1, 2, 5)]),
+    shift_dwell_s=st.floats(2.0, 60.0),
+)
+
+
+def per_second(arrivals: np.ndarray) -> np.ndarray:
+    return np.diff(arrivals[:, ::SLOTS_PER_S], axis=1).sum(axis=0)
+
+
+@settings(max_examples=40)
+@given(configs, st.integers(0, 1000))
+def test_a_stream_follows_from_its_seed(config, seed):
+    stream, again = draw_stream(config, seed, 60, 500.0), draw_stream(config, seed, 60, 500.0)
+    other = draw_stream(config, seed + 1, 60, 500.0)
+    assert np.array_equal(stream.arrivals, again.arrivals) and np.array_equal(stream.shift_id, again.shift_id)
+    assert not np.array_equal(stream.arrivals, other.arrivals)
+
+
+@settings(max_examples=40)
+@given(configs, st.integers(0, 1000))
+def test_a_stream_is_whole(config, seed):
+    stream = draw_stream(config, seed, 60, 500.0)
+    assert stream.arrivals.shape == (2, 60 * SLOTS_PER_S + 1) and stream.arrivals.dtype == np.int32
+    assert np.all(stream.arrivals[:, 0] == 0) and np.all(np.diff(stream.arrivals) >= 0)
+    assert stream.shift_id.shape == (60,) and set(stream.shift_id) <= set(config.shifts)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_load_and_share(kind):
+    config = TrafficConfig(
+        kind=kind, low_load=0.4, high_load=1.2, dwell_s=5.0, period_s=100.0, interactive_share=0.3
+    )
+    total = np.mean([draw_stream(config, seed, 400, 200.0).arrivals[:, -1] for seed in range(30)], axis=0)
+    assert total.sum() / 400 == pytest.approx(0.8 * 200.0, rel=0.03)
+    assert total[0] / total.sum() == pytest.approx(0.3, rel=0.02)
+
+
+def test_bursts_stay_at_their_levels_for_at_least_three_seconds():
+    config = TrafficConfig(kind="bursts", low_load=0.5, high_load=1.0, levels=2, dwell_s=4.0)
+    rate = per_second(draw_stream(config, 3, 300, 1e5).arrivals) / 1e5
+    level = np.where(rate > 0.75, 1.0, 0.5)
+    assert np.allclose(rate, level, atol=0.02)
+    lengths = np.diff(np.flatnonzero(np.diff(level, prepend=-1)))
+    assert lengths.min() >= 3
+
+
+def test_shifts_take_turns():
+    config = TrafficConfig(shifts=(0, 2), shift_dwell_s=10.0)
+    shift = draw_stream(config, 0, 400, 10.0).shift_id
+    changes = np.flatnonzero(np.diff(shift))
+    assert 15 < len(changes) < 80
+    assert np.bincount(shift)[[0, 2]].min() > 80
+
+
+def write_trace(path: Path, stamps: list[str]) -> str:
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(f"{s},100,10\n" for s in stamps))
+    return str(path)
+
+
+def test_trace_replay_has_the_trace_s_shape(tmp_path):
+    # 8 requests in the first second, 2 in the next, none, 6 in the last: 16 in 4 s, mean 4.
+    times = [0.0, *np.linspace(0.01, 0.9, 7), 1.2, 1.7, *np.linspace(3.0, 3.9, 6)]
+    stamps = [f"2024-05-10 12:59:{56 + int(t)}.{round(t % 1 * 1e7):07d}" for t in times]
+    path = write_trace(tmp_path / "trace.csv", stamps)
+    config = TrafficConfig(kind="trace", trace=path, low_load=0.5, high_load=0.5)
+    arrived = np.mean(
+        [per_second(draw_stream(config, seed, 4, 1000.0).arrivals) for seed in range(50)], axis=0
+    )
+    assert arrived == pytest.approx([1000.0, 250.0, 0.0, 750.0], rel=0.03)
+
+
+def test_shipped_trace_is_replayed_second_by_second():
+    """An episode is a stretch of the trace: its counts by pandas, times load and capacity over their mean."""
+    path = config_path("traces/requests", "azure-conv-2023", ".csv")
+    table = pd.read_csv(path, parse_dates=["TIMESTAMP"])
+    assert list(table) == ["TIMESTAMP", "ContextTokens", "GeneratedTokens"] and not table.isna().any(
+        axis=None
+    )
+    counts = table.resample("s", on="TIMESTAMP", origin="start").size().to_numpy()
+    assert len(counts) >= 1800 and counts.sum() == len(table) == 10_079
+    capacity = 1e6  # so many that the Poisson noise of the replay is below that of the trace
+    config = TrafficConfig(kind="trace", trace=str(path), low_load=0.2, high_load=1.2)
+    stretches = sliding_window_view(0.7 * capacity * counts / counts.mean(), 120)  # [begins, seconds]
+    begins = []
+    for seed in range(20):
+        arrived = per_second(draw_stream(config, seed, 120, capacity).arrivals)
+        begins.append(int(np.abs(stretches - arrived).sum(axis=1).argmin()))
+        expected = stretches[begins[-1]]
+        assert np.all(np.abs(arrived - expected) <= 6.0 * np.sqrt(expected))
+    assert len(set(begins)) > 15 and max(begins) - min(begins) > 900
+
+
+@pytest.fixture
+def berlin(monkeypatch):
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_zones_and_summer_time_do_not_matter(tmp_path, berlin):
+    # In Berlin an hour lies between the first two on that night; in UTC, as the traces have it, a second.
+    plain = ["2023-10-29 02:59:59", "2023-10-29 03:00:00", "2023-10-29 03:00:01.5"]
+    streams = []
+    for name, zone in (("plain", ""), ("zoned", "+00:00")):
+        path = write_trace(tmp_path / f"{name}.csv", [stamp + zone for stamp in plain])
+        streams.append(draw_stream(TrafficConfig(kind="trace", trace=path), 1, 3, 100.0))
+    assert np.array_equal(streams[0].arrivals, streams[1].arrivals)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("TIME,ContextTokens\n1,2\n", "no column TIMESTAMP"),
+        ("", "no column TIMESTAMP"),
+        ("TIMESTAMP\n2024-05-10 00:00:00\n", "holds 1 requests"),
+        ("TIMESTAMP\n2024-05-10 00:00:00\nyesterday\n", "line 3: TIMESTAMP 'yesterday'"),
+        ("A,TIMESTAMP\n1,2024-05-10 00:00:00\n2\n", "line 3: TIMESTAMP None"),
+        (
+            "TIMESTAMP\n2024-05-10 00:00:05\n2024-05-10 00:00:06\n2024-05-10 00:00:01\n",
+            "line 4: time runs backward",
+        ),
+        ("TIMESTAMP\n2024-05-10 00:00:05\n\n2024-05-10 00:00:01\n", "line 4: time runs backward"),
+        ("TIMESTAMP\n2014-05-10 00:00:00\n2024-05-10 00:00:00\n", "days"),
+        ("TIMESTAMP\n2024-05-10 00:00:00\n2024-05-10 00:00:09\n", "covers 10 s, the episode needs 30 s"),
+    ],
+)
+def test_malformed_traces_are_refused(tmp_path, text, message):
+    path = tmp_path / "trace.csv"
+    path.write_text(text)
+    with pytest.raises(TraceError, match=message) as caught:
+        draw_stream(TrafficConfig(kind="trace", trace=str(path)), 0, 30, 100.0)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_and_binary_traces_are_refused(tmp_path):
+    with pytest.raises(TraceError, match="no such trace"):
+        draw_stream(TrafficConfig(kind="trace", trace=str(tmp_path / "none.csv")), 0, 30, 100.0)
+    (tmp_path / "trace.csv").write_bytes(b"TIMESTAMP\n\xff\xfe\x00\n")
+    with pytest.raises(TraceError, match="not a CSV"):
+        draw_stream(TrafficConfig(kind="trace", trace=str(tmp_path / "trace.csv")), 0, 30, 100.0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"kind": "storm"},
+        {"low_load": 0.0},
+        {"low_load": 1.4},
+        {"interactive_share": 1.1},
+        {"levels": 1},
+        {"dwell_s": 0.0},
+        {"kind": "trace"},
+        {"trace": "requests.csv"},
+        {"shifts": ()},
+    ],
+)
+def test_impossible_traffic_is_refused(values):
+    with pytest.raises(ValueError, match="traffic"):
+        TrafficConfig(**values)

@@ -1,0 +1,1 @@
+"""Fitting a twin to a card: `python -m thermoe_env.calibration`."""

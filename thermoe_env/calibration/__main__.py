@@ -1,0 +1,5 @@
+"""`python -m thermoe_env.calibration`."""
+
+from thermoe_env.calibration.command import main
+
+main()

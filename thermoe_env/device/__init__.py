@@ -1,0 +1,1 @@
+"""A device under load: parameters, physics, sensors."""

@@ -1,0 +1,1 @@
+"""Observation, signals and reward: what an interval means, in every world."""

@@ -1,0 +1,148 @@
+"""The observation: one table of fields that makes the space, encodes, decodes and documents.
+
+An observation is a flat float32 vector in [-1, 1]; each field is scaled from [low, high] and clipped.
+Rules read physical values through `decode`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from gymnasium import spaces
+
+from moe.compiled import jit
+from moe.workload import KNOB_NAMES
+
+
+@dataclass(frozen=True)
+class Field:
+    """One observed quantity."""
+
+    name: str
+    unit: str
+    low: float
+    high: float
+    source: str
+
+
+FIELDS: tuple[Field, ...] = (
+    Field("temp_c", "degC", 20.0, 100.0, "hottest die sensor at the end of the interval"),
+    Field("mem_temp_c", "degC", 20.0, 100.0, "hottest memory sensor"),
+    Field("temp_mean_c", "degC", 20.0, 100.0, "mean of the devices' die sensors"),
+    Field("temp_spread_c", "degC", 0.0, 20.0, "hottest die sensor less coolest, 0 with one device"),
+    Field("temp_slope_c_per_s", "degC/s", -5.0, 5.0, "change of the hottest die sensor over the interval"),
+    Field("margin_c", "degC", -10.0, 40.0, "virtual temperature limit less hottest die"),
+    Field("stage", "1", 0.0, 3.0, "thermal stage: NOMINAL, ELEVATED, HOT, CRITICAL"),
+    Field("power_w", "W", 0.0, 800.0, "mean power of the interval, all devices"),
+    Field("power_slow_w", "W", 0.0, 800.0, "mean power, 20 s average"),
+    Field("budget_w", "W", 0.0, 800.0, "power budget of the coming interval"),
+    Field("budget_ahead_w", "W", 0.0, 800.0, "lowest announced budget within the notice"),
+    Field(
+        "budget_change_s",
+        "s",
+        0.0,
+        30.0,
+        "time until the announced budget changes; the notice if it does not",
+    ),
+    Field("energy_share", "1", 0.0, 1.5, "energy used so far over the standard service's at full load"),
+    Field("sm_clock_share", "1", 0.0, 1.0, "SM clock of the slowest device over its maximum"),
+    Field("power_capped_s", "s", 0.0, 1.0, "time the power cap held the clock down"),
+    Field("thermal_throttle_s", "s", 0.0, 1.0, "time a thermal slowdown held the clock down"),
+    Field("queue_interactive_s", "s", 0.0, 1.0, "waiting interactive requests over the reference capacity"),
+    Field("queue_deferrable_s", "s", 0.0, 30.0, "waiting deferrable requests over the reference capacity"),
+    Field("oldest_interactive_s", "s", 0.0, 1.0, "age of the oldest interactive request"),
+    Field("oldest_deferrable_s", "s", 0.0, 60.0, "age of the oldest deferrable request"),
+    Field("load", "1", 0.0, 2.0, "arrivals of the interval over the reference capacity"),
+    Field("load_fast", "1", 0.0, 2.0, "same, 5 s average"),
+    Field("load_slow", "1", 0.0, 2.0, "same, 30 s average"),
+    Field("interactive_share", "1", 0.0, 1.0, "share of interactive requests in the arrivals"),
+    Field("late_share", "1", 0.0, 1.0, "share of late answers and expiries in the interval"),
+    Field("late_share_slow", "1", 0.0, 0.2, "same, 30 s average"),
+    Field("batch_fill", "1", 0.0, 1.0, "mean requests per batch over the batch size"),
+    Field("busy", "1", 0.0, 1.2, "busy time of the device over the interval"),
+    Field("confidence", "1", 0.4, 1.0, "mean probability of the answers given"),
+    Field("entropy", "1", 0.0, 0.6, "mean entropy of the answers over its maximum"),
+    Field("confidence_change", "1", -0.1, 0.1, "confidence less that of the interval before"),
+    Field("shift_indicator", "1", -0.2, 0.2, "confidence less its 20 s average: it moves when the inputs do"),
+    Field(
+        "since_change_s",
+        "s",
+        0.0,
+        8.0,
+        "time since confidence or entropy last changed (`moe.service.gates.changed`), or the start",
+    ),
+    Field("adapted_since_change_s", "s", 0.0, 8.0, "of that, intervals with adaptation"),
+    Field("confidence_mean", "1", 0.4, 1.0, "mean confidence of the episode so far"),
+    Field("ttt_effort", "1", 0.0, 1.0, "share of the last intervals with adaptation, 30 s average"),
+    Field("ttt_budget", "1", 0.0, 1.0, "energy that adaptation may spend over a full bank, 1 if unlimited"),
+    Field("ttt_refused_share", "1", 0.0, 1.0, "share of adaptation steps that the energy budget refused"),
+    Field("load_imbalance", "1", 0.0, 3.0, "coefficient of variation of tokens per expert"),
+    *(
+        Field(f"{name}_level", "1", 0.0, 1.0, f"level of the knob {name}, 0 lowest to 1 highest")
+        for name in KNOB_NAMES
+    ),
+    Field("time_left", "1", 0.0, 1.0, "share of the episode still to come"),
+)
+
+FIELD_NAMES = tuple(f.name for f in FIELDS)
+RAW_DTYPE = np.dtype([(name, np.float64) for name in FIELD_NAMES])
+"""One raw observation in physical units; its float64 view has the fields in table order."""
+
+_LOW = np.array([f.low for f in FIELDS])
+_SPAN = np.array([f.high - f.low for f in FIELDS])
+_SCALE = 2.0 / _SPAN
+
+
+def observation_space() -> spaces.Box:
+    """The space that the table makes."""
+    return spaces.Box(-1.0, 1.0, (len(FIELDS),), np.float32)
+
+
+@jit
+def encode_row(raw, out):
+    """Scale one raw row (float64 [fields]) into an observation row (float32 [fields])."""
+    for f in range(raw.shape[0]):
+        out[f] = min(1.0, max(-1.0, (raw[f] - _LOW[f]) * _SCALE[f] - 1.0))
+
+
+@jit
+def encode_finite(raw, out):
+    """`encode_row`; returns whether all raw values are finite."""
+    encode_row(raw, out)
+    total = 0.0
+    for f in range(raw.shape[0]):
+        total += raw[f]
+    return math.isfinite(total)
+
+
+def decode(observation: np.ndarray) -> dict[str, np.ndarray]:
+    """Physical values of a batch of observations by field name.
+
+    Args:
+        observation: [n, fields] or [fields].
+
+    Returns:
+        name -> [n] (or scalar array); clipped values read as the end of their range.
+
+    Raises:
+        ValueError: not as many fields as there are.
+    """
+    if np.shape(observation)[-1:] != (len(FIELDS),):
+        raise ValueError(
+            f"an observation has {len(FIELDS)} fields, got shape {np.shape(observation)}; one recorded by a "
+            "version with other fields cannot be decoded, play the episode again"
+        )
+    values = _LOW + (np.asarray(observation, np.float64) + 1.0) * 0.5 * _SPAN
+    return {name: values[..., i] for i, name in enumerate(FIELD_NAMES)}
+
+
+def fields_table() -> str:
+    """The table in Markdown, for documentation."""
+    rows = [
+        f"| {i} | `{f.name}` | {f.unit} | {f.low:g} | {f.high:g} | {f.source} |" for i, f in enumerate(FIELDS)
+    ]
+    return "\n".join(
+        ["| Num | Observation | Unit | Min | Max | Source |", "|---|---|---|---|---|---|", *rows]
+    )

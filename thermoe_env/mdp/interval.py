@@ -1,0 +1,269 @@
+"""What an interval means: averages, stage, quality account, reward and the raw observation.
+
+`settle` is the one place where work and reading become reward and observation, in both worlds.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe.compiled import jit
+from moe.service.budget import share_of
+from moe.service.gates import CHANGE_TEST, any_changed
+from moe.workload import KNOB_NAMES
+from thermoe_env.device.physics import approach, decay
+from thermoe_env.mdp.reward import Prices, reward_terms
+from thermoe_env.mdp.signals import next_stage
+from thermoe_env.problem.problem import Problem
+
+COST_NAMES = ("above_limit_s", "missed", "over_budget_j")
+"""Constraint costs of an interval, apart from the reward."""
+
+TRACK_DTYPE = np.dtype(
+    [
+        (name, np.float64)
+        for name in (
+            "step", "stage", "temp_c", "power_slow_w", "energy_j", "load_fast", "load_slow",
+            "late_share_slow", "confidence", "confidence_slow", "confidence_sum", "answered_sum",
+            "ttt_effort",
+            "quality_debt", "since_change_s", "adapted_since_change_s",
+        )
+    ]
+    + [("change_test", np.float64, (2, CHANGE_TEST))]
+)  # fmt: skip
+"""What the environment remembers between intervals."""
+
+
+CHANGE_THRESHOLD, CHANGE_TOLERANCE = 0.006, 0.0025
+"""Of the change tests of confidence and entropy: several standard errors of a second's answers."""
+
+_TTT_STEPS = KNOB_NAMES.index("ttt_steps")
+
+
+class Rules(NamedTuple):
+    """The scenario's limits and references, as compiled code reads them."""
+
+    limit_c: float
+    stage_begin_c: np.ndarray  # [3]
+    hysteresis_c: float
+    deferrable_below: int
+    load_per_request: float
+    """One over the requests of the standard service in one interval."""
+    share_per_j: float
+    """One over its energy in an episode at full load."""
+    interval_s: float
+    steps: int
+    notice: int
+    """Intervals by which budgets are announced."""
+    max_clock_mhz: float
+    keep_5s: float
+    """Weight of the past in an average with a time constant of 5 s, after one interval."""
+    keep_20s: float
+    keep_30s: float
+    level_share: np.ndarray  # [knobs], one over the highest level
+    first_budget_share: float
+    """What adaptation may spend at the start, over a full bank."""
+
+
+def as_record(values: NamedTuple) -> np.ndarray:
+    """A tuple of numbers and small arrays as an array of one record.
+
+    It crosses into compiled code several times faster than the tuple, and reads the same there.
+    """
+    dtype = [(name, *_dtype_of(value)) for name, value in values._asdict().items()]
+    return np.array([tuple(values)], np.dtype(dtype))
+
+
+def _dtype_of(value: Any) -> tuple[type, tuple[int, ...]]:
+    return (np.int64 if isinstance(value, int) else np.float64), np.shape(value)
+
+
+def prices_of(problem: Problem) -> np.ndarray:
+    """`Prices` of a problem, as an array of one record."""
+    s = problem.scenario
+    energy_j, good = problem.reference_power_w * s.interval_s, problem.reference_good_rps * s.interval_s
+    return as_record(Prices.of(s.reward, energy_j, good, s.interval_s))
+
+
+def rules_of(problem: Problem) -> np.ndarray:
+    """`Rules` of a problem, as an array of one record."""
+    s = problem.scenario
+    rules = Rules(
+        s.limits.temperature_c, np.array(s.limits.stage_margins_c), s.limits.hysteresis_c,
+        s.limits.deferrable_below, 1.0 / (problem.capacity_rps * s.interval_s),
+        1.0 / (problem.reference_power_w * s.interval_s * s.steps), s.interval_s, s.steps,
+        round(s.power_budget.notice_s / s.interval_s), problem.twin.max_clock_mhz,
+        decay(s.interval_s, 5.0), decay(s.interval_s, 20.0), decay(s.interval_s, 30.0),
+        np.array([1.0 / max(1.0, len(problem.knobs.levels[name]) - 1) for name in KNOB_NAMES]),
+        share_of(problem.purse),
+    )  # fmt: skip
+    return as_record(rules)
+
+
+@jit
+def look_ahead(rules, budget_w, step, raw):
+    """Fill the budget's fields: now, lowest within the notice, time until it changes."""
+    now = budget_w[step]
+    ahead, change = now, rules.notice
+    for later in range(rules.notice, 0, -1):
+        ahead = min(ahead, budget_w[step + later])
+        if budget_w[step + later] != now:
+            change = later
+    raw.budget_w = now
+    raw.budget_ahead_w = ahead
+    raw.budget_change_s = change * rules.interval_s
+
+
+@jit
+def begin(rules, track, gpu, budget_w, index, raw):
+    """Start an episode: clear `track` and fill the raw observation of a device at rest.
+
+    Args:
+        rules: `Rules`.
+        track: record of `TRACK_DTYPE`, zeroed by the caller.
+        gpu: first reading, record of `GPU_DTYPE`.
+        budget_w: float [steps + notice + 1].
+        index: int64 [knobs], levels in force.
+        raw: record of `RAW_DTYPE`, zeroed by the caller.
+    """
+    track.temp_c = gpu.temp_c
+    track.power_slow_w = gpu.power_w
+    margin = rules.limit_c - gpu.temp_c
+    track.stage = next_stage(int(track.stage), margin, rules.stage_begin_c, rules.hysteresis_c)
+    raw.temp_c, raw.mem_temp_c, raw.margin_c = gpu.temp_c, gpu.mem_temp_c, margin
+    raw.temp_mean_c, raw.temp_spread_c = gpu.temp_mean_c, gpu.temp_spread_c
+    raw.stage = track.stage
+    raw.power_w, raw.power_slow_w = gpu.power_w, gpu.power_w
+    raw.sm_clock_share = gpu.sm_clock_mhz / rules.max_clock_mhz
+    look_ahead(rules, budget_w, int(track.step), raw)
+    raw.ttt_budget = rules.first_budget_share
+    _knob_fields(rules, index, raw)
+    raw.time_left = 1.0
+
+
+@jit
+def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw, terms, cost):
+    """Account for one interval.
+
+    Args:
+        rules: `Rules`.
+        prices: `Prices`.
+        quality_floor: float [S], least quality per input shift.
+        track: record of `TRACK_DTYPE`, updated.
+        work: record of `WORK_DTYPE`, what was done.
+        gpu: record of `GPU_DTYPE`, what was read.
+        budget_w: float [steps + notice + 1].
+        index: int64 [knobs], levels in force.
+        raw: record of `RAW_DTYPE`, filled.
+        terms: float [6], filled.
+        cost: float [3], filled.
+
+    Returns:
+        The reward.
+    """
+    step = int(track.step)
+    budget_now = budget_w[step]
+    dt = rules.interval_s
+    answered = work.answered_interactive + work.answered_deferrable
+    missed = work.late_interactive + work.late_deferrable + work.expired_interactive + work.expired_deferrable
+    over_c = gpu.temp_c - rules.limit_c
+    # The floor binds on the mean over the episode: answers above it earn slack for later ones.
+    debt_before = max(0.0, track.quality_debt)
+    track.quality_debt += answered * quality_floor[int(work.shift_id)] - work.correct
+    shortfall = max(0.0, track.quality_debt) - debt_before
+    reward = reward_terms(
+        prices, work.good, gpu.energy_j, missed, gpu.power_w, budget_now, over_c, shortfall, terms
+    )
+    cost[0] = dt if over_c > 0.0 else 0.0
+    cost[1] = missed
+    cost[2] = max(0.0, gpu.power_w - budget_now) * dt
+
+    arrived = work.arrived_interactive + work.arrived_deferrable
+    load = arrived * rules.load_per_request
+    late_share = missed / max(1.0, answered + work.expired_interactive + work.expired_deferrable)
+    first = step == 0
+    track.load_fast = load if first else approach(track.load_fast, load, rules.keep_5s)
+    track.load_slow = load if first else approach(track.load_slow, load, rules.keep_30s)
+    track.late_share_slow = approach(track.late_share_slow, late_share, rules.keep_30s)
+    track.power_slow_w = approach(track.power_slow_w, gpu.power_w, rules.keep_20s)
+    track.energy_j += gpu.energy_j
+    track.ttt_effort = approach(track.ttt_effort, 1.0 if index[_TTT_STEPS] > 0 else 0.0, rules.keep_30s)
+    track.since_change_s += dt
+    if index[_TTT_STEPS] > 0:
+        track.adapted_since_change_s += dt
+    indicator, change = 0.0, 0.0
+    if answered > 0:
+        # A shift may leave confidence where it was and show in entropy alone.
+        answers = (work.confidence, work.entropy)
+        if any_changed(track.change_test, answers, CHANGE_THRESHOLD, CHANGE_TOLERANCE):
+            track.since_change_s, track.adapted_since_change_s = 0.0, 0.0
+        if track.answered_sum > 0.0:
+            change = work.confidence - track.confidence
+        track.confidence = work.confidence
+        slow = work.confidence if track.answered_sum == 0.0 else track.confidence_slow
+        indicator = work.confidence - slow
+        track.confidence_slow = approach(slow, work.confidence, rules.keep_20s)
+        track.confidence_sum += work.confidence * answered
+        track.answered_sum += answered
+    margin = rules.limit_c - gpu.temp_c
+    track.stage = next_stage(int(track.stage), margin, rules.stage_begin_c, rules.hysteresis_c)
+
+    raw.temp_c, raw.mem_temp_c, raw.margin_c, raw.stage = gpu.temp_c, gpu.mem_temp_c, margin, track.stage
+    raw.temp_mean_c, raw.temp_spread_c = gpu.temp_mean_c, gpu.temp_spread_c
+    raw.temp_slope_c_per_s = (gpu.temp_c - track.temp_c) / dt
+    raw.power_w, raw.power_slow_w = gpu.power_w, track.power_slow_w
+    raw.energy_share = track.energy_j * rules.share_per_j
+    raw.sm_clock_share = gpu.sm_clock_mhz / rules.max_clock_mhz
+    raw.power_capped_s, raw.thermal_throttle_s = gpu.power_capped_s, gpu.thermal_throttle_s
+    raw.queue_interactive_s = work.waiting_interactive * rules.load_per_request * dt
+    raw.queue_deferrable_s = work.waiting_deferrable * rules.load_per_request * dt
+    raw.oldest_interactive_s, raw.oldest_deferrable_s = work.oldest_interactive_s, work.oldest_deferrable_s
+    raw.load, raw.load_fast, raw.load_slow = load, track.load_fast, track.load_slow
+    raw.interactive_share = work.arrived_interactive / max(1.0, arrived)
+    raw.late_share, raw.late_share_slow = late_share, track.late_share_slow
+    raw.batch_fill, raw.busy = work.batch_fill, work.busy_s / dt
+    raw.confidence, raw.entropy = work.confidence, work.entropy
+    raw.confidence_change = change
+    raw.shift_indicator = indicator
+    raw.since_change_s, raw.adapted_since_change_s = track.since_change_s, track.adapted_since_change_s
+    raw.confidence_mean = track.confidence_sum / max(1.0, track.answered_sum)
+    raw.ttt_effort = track.ttt_effort
+    raw.ttt_budget = work.budget_share
+    raw.ttt_refused_share = work.ttt_refused / max(1.0, work.ttt_refused + work.ttt_steps + work.ttt_left_out)
+    raw.load_imbalance = work.load_imbalance
+    track.temp_c = gpu.temp_c
+    track.step = step + 1
+    look_ahead(rules, budget_w, step + 1, raw)
+    _knob_fields(rules, index, raw)
+    raw.time_left = 1.0 - track.step / rules.steps
+    return reward
+
+
+@jit
+def _knob_fields(rules, index, raw):
+    """Fill the knob levels as shares of the highest, in the order of the knob table."""
+    share = rules.level_share
+    raw.routing_bias_level = index[0] * share[0]
+    raw.batch_size_level = index[1] * share[1]
+    raw.expert_count_level = index[2] * share[2]
+    raw.ttt_steps_level = index[3] * share[3]
+    raw.pace_level = index[4] * share[4]
+    raw.sm_clock_level = index[5] * share[5]
+
+
+@jit
+def begin_one(rules, track, gpu, budget_w, index, raw):
+    """`begin` for arrays of one record, which cross into compiled code cheaper; returns the stage."""
+    begin(rules[0], track[0], gpu[0], budget_w, index, raw[0])
+    return int(track[0].stage)
+
+
+@jit
+def settle_one(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw, terms, cost):
+    """`settle` for arrays of one record; returns (reward, stage)."""
+    reward = settle(
+        rules[0], prices[0], quality_floor, track[0], work[0], gpu[0], budget_w, index, raw[0], terms, cost
+    )
+    return reward, int(track[0].stage)

@@ -1,0 +1,1 @@
+"""The control problem: scenario, knobs, and both made concrete on a profile."""

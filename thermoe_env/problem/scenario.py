@@ -1,0 +1,345 @@
+"""Scenarios: what is served, under which limits, and what counts. Strict YAML, checked dataclasses.
+
+A scenario names a profile (what the work costs) and a twin calibration (how the device heats up), and
+states the rest. Unknown keys are refused, so a misspelt one cannot vanish.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from moe.model.config import GROUPS, TTT_METHODS, Group, Method
+from moe.service.traffic import TrafficConfig
+from moe.workload import KNOB_NAMES, Knobs
+from thermoe_env.configs import config_path
+from thermoe_env.errors import ScenarioError
+
+_STRICT: dict[str, Any] = {"extra": "forbid"}
+LARGEST_INLET_OFFSET_C = 30.0
+MOST_BANK_WINDOWS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceConfig:
+    """Terms of service per request class (interactive, deferrable)."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    deadline_s: tuple[float, float] = (0.3, 60.0)
+    max_wait_s: tuple[float, float] = (0.05, 2.0)
+    """A partial batch is launched when its oldest request has waited this long."""
+    expire_after_s: tuple[float, float] = (3.0, 90.0)
+
+    def __post_init__(self) -> None:
+        for c in range(2):
+            if not 0.0 < self.max_wait_s[c] < self.deadline_s[c] < self.expire_after_s[c]:
+                raise ValueError(
+                    "service needs 0 < max_wait_s < deadline_s < expire_after_s per class, got "
+                    f"{self.max_wait_s[c]}, {self.deadline_s[c]}, {self.expire_after_s[c]}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerBudget:
+    """Demand response: the grid asks for less power for a while and says so ahead."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    normal_w: float = 700.0
+    event_w: tuple[float, float] = (230.0, 340.0)
+    """Budget during an event, uniform."""
+    event_s: tuple[float, float] = (20.0, 50.0)
+    gap_s: tuple[float, float] = (30.0, 90.0)
+    """Time between events, uniform."""
+    notice_s: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("event_w", "event_s", "gap_s"):
+            low, high = getattr(self, name)
+            if not 0.0 < low <= high:
+                raise ValueError(f"power_budget.{name} needs 0 < low <= high, got [{low}, {high}]")
+        if self.notice_s < 1:
+            raise ValueError(f"power_budget.notice_s must be at least 1 s, got {self.notice_s}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThermalLimits:
+    """The virtual temperature limit and the stages below it (hardware limits lie far above)."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    temperature_c: float
+    stage_margins_c: tuple[float, float, float] = (6.0, 3.0, 1.0)
+    """Margins below the limit at which ELEVATED, HOT and CRITICAL begin."""
+    hysteresis_c: float = 1.5
+    """A stage is left once the margin has grown this far beyond its beginning."""
+    deferrable_below: int = 3
+    """Deferrable requests are served in stages below this one (3 is CRITICAL)."""
+
+    def __post_init__(self) -> None:
+        elevated, hot, critical = self.stage_margins_c
+        if not elevated > hot > critical >= 0.0 or self.hysteresis_c < 0.0:
+            raise ValueError(f"limits.stage_margins_c must fall and stay >= 0, got {self.stage_margins_c}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardWeights:
+    """Prices, relative to the energy a good answer costs the standard service (`reward.py`)."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    good: float = 1.0
+    energy: float = 1.0
+    late: float = 1.0
+    over_budget: float = 1.0
+    heat: float = 1.0
+    """Per second above the limit, and again per degree and second."""
+    quality: float = 4.0
+    """Per answer below the quality floor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feasibility:
+    """When a policy counts at all."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    quality_margin: float = 0.01
+    """Quality may fall this far below the standard service on the same requests."""
+    late_fraction: float = 0.01
+    above_limit_s: float = 3.0
+    """Seconds of an episode above the temperature limit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Randomize:
+    """Spread of the twin between episodes (relative half-widths, uniform; inlet in degrees)."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    resistance: float = 0.05
+    time_constant: float = 0.1
+    leakage: float = 0.2
+    energy: float = 0.03
+    inlet_c: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("resistance", "time_constant", "leakage", "energy"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"randomize.{name} must lie in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """One of the devices that serve the model together (`thermoe_env.twin.heat` says what is modelled)."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    inlet_offset_c: float = 0.0
+    """How much warmer its air is than the calibrated device's."""
+    experts: tuple[int, ...] | None = None
+    """Numbers of the experts that it holds, in every layer; none given: all, where it is the only device."""
+
+    def __post_init__(self) -> None:
+        if not abs(self.inlet_offset_c) <= LARGEST_INLET_OFFSET_C:
+            raise ValueError(
+                f"inlet_offset_c must lie within {LARGEST_INLET_OFFSET_C:g} degC of the calibrated inlet, "
+                f"got {self.inlet_offset_c}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBudgetConfig:
+    """Energy that adaptation may spend: a fraction of what serving takes, banked for a while."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    fraction: float = 0.1
+    """Joules earned per joule of serving, both above idle."""
+    window_s: float = 10.0
+    bank_windows: int = 3
+    """Past windows whose rest can still be spent."""
+
+    def __post_init__(self) -> None:
+        for name in ("fraction", "window_s"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"adaptation.budget.{name} must be positive and finite, got {getattr(self, name)}; "
+                    "leave the budget out (null) for unlimited adaptation, set ttt_steps to 0 for none"
+                )
+        if not 0 <= self.bank_windows <= MOST_BANK_WINDOWS:
+            raise ValueError(
+                f"adaptation.budget.bank_windows must lie in [0, {MOST_BANK_WINDOWS}], got "
+                f"{self.bank_windows}; make windows longer to bank for longer"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptationConfig:
+    """How the model adapts where `ttt_steps` asks it to (`moe.ttt`)."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    method: Method = "tent"
+    """The twin plays the one that its profile was measured with, which is `tent` on the norms."""
+    group: Group = "norms"
+    """Parameters that adapt."""
+    guard: bool = True
+    """Whether guards watch over the steps of a live model."""
+    budget: StepBudgetConfig | None = None
+    """None: unlimited."""
+
+    def __post_init__(self) -> None:
+        known = tuple(method for methods in TTT_METHODS.values() for method in methods)
+        for name, value, choices in (("method", self.method, known), ("group", self.group, GROUPS)):
+            if value not in choices:
+                raise ValueError(f"adaptation.{name} must be one of {choices}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One control problem, for the twin and for a live device alike."""
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    name: str
+    task: str
+    profile: str
+    """File in configs/profiles (without .json) or a path."""
+    twin: str
+    """File in configs/twin (without .yaml) or a path."""
+    static: Knobs
+    """The standard service; knobs that are not controlled stay here."""
+    knobs: tuple[str, ...] = ("routing_bias", "batch_size", "expert_count", "ttt_steps")
+    """Controlled knobs."""
+    episode_s: int = 300
+    interval_s: float = 1.0
+    traffic: TrafficConfig = field(default_factory=TrafficConfig)
+    service: ServiceConfig = field(default_factory=ServiceConfig)
+    limits: ThermalLimits
+    power_budget: PowerBudget = field(default_factory=PowerBudget)
+    reward: RewardWeights = field(default_factory=RewardWeights)
+    feasible: Feasibility = field(default_factory=Feasibility)
+    randomize: Randomize = field(default_factory=Randomize)
+    adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
+    devices: tuple[DeviceConfig, ...] = (DeviceConfig(),)
+    """Devices of the calibrated kind among which the experts are placed; the power budget is that of all. The
+    observation's powers end at 800 W, a power or budget above reads as that."""
+
+    def __post_init__(self) -> None:
+        self._check_devices()
+        self._check_adaptation()
+        unknown = [name for name in self.knobs if name not in KNOB_NAMES]
+        if unknown or not self.knobs or len(set(self.knobs)) < len(self.knobs):
+            raise ValueError(f"knobs must be different ones of {KNOB_NAMES}, got {self.knobs}")
+        if self.interval_s not in (0.5, 1.0):
+            raise ValueError(
+                f"interval_s must be 0.5 or 1.0 (the energy counter ticks at 0.1), got {self.interval_s}"
+            )
+        if self.episode_s < 10:
+            raise ValueError(f"episode_s must be at least 10, got {self.episode_s}")
+
+    def _check_devices(self) -> None:
+        """Check what needs no model; `Problem.of` places the experts of one."""
+        if not self.devices:
+            raise ValueError("devices must name at least one device, got none; leave the key out for one")
+        without = [d for d, device in enumerate(self.devices) if device.experts is None]
+        if without and len(self.devices) > 1:
+            raise ValueError(
+                f"with several devices each must say which experts it holds, devices {without} do not; "
+                "give `experts` ([] for a device that only idles)"
+            )
+
+    def _check_adaptation(self) -> None:
+        """Check that the method is for the task; the section left out names none."""
+        fitting = TTT_METHODS.get(self.task, ())
+        if self.adaptation != AdaptationConfig() and self.adaptation.method not in fitting:
+            raise ValueError(
+                f"adaptation.method {self.adaptation.method!r} is not for task {self.task!r}; use one of "
+                f"{fitting}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Control intervals in an episode."""
+        return round(self.episode_s / self.interval_s)
+
+
+def load_scenario(scenario: str | Path | Scenario = "default", **overrides: Any) -> Scenario:
+    """Load a scenario by shipped name or path.
+
+    Args:
+        scenario: name in configs/scenarios, path of a YAML file, or a ready `Scenario`.
+        overrides: top-level keys to replace (nested ones as mappings, merged into the file's).
+
+    Returns:
+        The scenario; `traffic.trace`, a name in configs/traces/requests or a path, is the path.
+
+    Raises:
+        ScenarioError: unknown or missing key, a value its rule refuses, or no such trace.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    adapter = TypeAdapter(Scenario)
+    if isinstance(scenario, Scenario):
+        if not overrides:
+            return scenario
+        path, raw = Path(scenario.name), adapter.dump_python(scenario)
+    else:
+        path = config_path("scenarios", str(scenario), ".yaml")
+        try:
+            raw = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ScenarioError(f"{path}: not YAML ({error})") from error
+    if not isinstance(raw, dict):
+        raise ScenarioError(f"{path}: a scenario is a mapping of keys, got {type(raw).__name__}")
+    try:
+        loaded = adapter.validate_python(_merge(raw, overrides))
+    except ValidationError as error:
+        raise ScenarioError(_explain(path, error)) from error
+    traffic = loaded.traffic
+    if traffic.trace is None:
+        return loaded
+    trace = config_path("traces/requests", traffic.trace, ".csv")
+    return replace(loaded, traffic=replace(traffic, trace=str(trace)))
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def _explain(path: Path, error: Any) -> str:
+    """The validation errors, one a line, with the known keys beside an unknown one."""
+    sections = {
+        (): Scenario,
+        ("traffic",): TrafficConfig,
+        ("service",): ServiceConfig,
+        ("limits",): ThermalLimits,
+        ("power_budget",): PowerBudget,
+        ("reward",): RewardWeights,
+        ("feasible",): Feasibility,
+        ("randomize",): Randomize,
+        ("adaptation",): AdaptationConfig,
+        ("adaptation", "budget"): StepBudgetConfig,
+        ("devices",): DeviceConfig,
+        ("static",): Knobs,
+    }
+    lines = [f"{path}:"]
+    for item in error.errors():
+        where = ".".join(map(str, item["loc"])) or "scenario"
+        known = ""
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            # The number of a list's entry is not part of its section's name.
+            section = sections[tuple(part for part in item["loc"][:-1] if isinstance(part, str))]
+            known = f"; known keys: {sorted(f.name for f in fields(section))}"
+        lines.append(f"  {where}: {item['msg']}{known}")
+    return "\n".join(lines)
