@@ -84,7 +84,7 @@ def live_rps(live: LiveWorkload, batch_size: int, expert_count: int, seconds: fl
     start = time.perf_counter()
     stats = [live.run(knobs, 1.0) for _ in range(max(1, round(seconds)))]
     elapsed_s = time.perf_counter() - start
-    return sum(s.answered_interactive + s.answered_deferrable for s in stats) / elapsed_s
+    return sum(sum(s.answered) for s in stats) / elapsed_s
 
 
 def main(options: Options) -> None:

@@ -9,14 +9,14 @@ inlined = numba.njit(cache=True, nogil=True, error_model="numpy", inline="always
 """For small functions of the hottest loops: a call that hands over arrays costs more than they do."""
 
 
-@jit
+@inlined
 def fill(row, value):
     """Set every entry (a slice takes seconds to compile, for the sake of its errors)."""
     for i in range(row.shape[0]):
         row[i] = value
 
 
-@jit
+@inlined
 def copy_row(row, source):
     """Copy one row into another of the same length."""
     for i in range(row.shape[0]):

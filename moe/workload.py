@@ -7,8 +7,9 @@ happened in a `WorkStats`. The live service (`moe.service.score.live`) and the p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol, TypeVar, get_type_hints
 
 import numpy as np
 
@@ -58,28 +59,27 @@ KNOBS: dict[str, tuple[str, str]] = {
 KNOB_NAMES = tuple(KNOBS)
 
 
+PerClass = tuple[float, ...]
+"""One number per class of request, in the order of `REQUEST_CLASSES`."""
+NONE_OF_ANY_CLASS: PerClass = (0.0,) * len(REQUEST_CLASSES)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkStats:
-    """What one interval of service did. Counts of requests are per class where both matter.
+    """What one interval of service did.
 
     A request is *answered* when its batch has been launched (profiled) or has come back (live);
     until then it is *waiting*. So arrived = answered + expired + change of waiting, always.
     *Good* means correct and within the deadline of its class.
     """
 
-    arrived_interactive: float = 0.0
-    arrived_deferrable: float = 0.0
-    answered_interactive: float = 0.0
-    answered_deferrable: float = 0.0
-    late_interactive: float = 0.0
-    late_deferrable: float = 0.0
-    expired_interactive: float = 0.0
-    expired_deferrable: float = 0.0
-    waiting_interactive: float = 0.0
-    waiting_deferrable: float = 0.0
-    oldest_interactive_s: float = 0.0
+    arrived: PerClass = NONE_OF_ANY_CLASS
+    answered: PerClass = NONE_OF_ANY_CLASS
+    late: PerClass = NONE_OF_ANY_CLASS
+    expired: PerClass = NONE_OF_ANY_CLASS
+    waiting: PerClass = NONE_OF_ANY_CLASS
+    oldest_s: PerClass = NONE_OF_ANY_CLASS
     """Age of the oldest request that is not launched yet; 0 when there is none."""
-    oldest_deferrable_s: float = 0.0
     correct: float = 0.0
     """Answers that were right: counted live, expected value in a profiled workload."""
     good: float = 0.0
@@ -122,12 +122,37 @@ class WorkStats:
     device_share: np.ndarray | None = None
     """[devices] share of that energy on each device; None likewise."""
 
+    @cached_property
+    def row(self) -> list[float]:
+        """The numbers of a `WORK_DTYPE` record."""
+        per_class = (number for name in PER_CLASS_NAMES for number in getattr(self, name))
+        return [*per_class, *(getattr(self, name) for name in SCALAR_NAMES)]
 
-STAT_NAMES: tuple[str, ...] = tuple(f.name for f in fields(WorkStats) if f.type == "float")
-"""The scalar fields of `WorkStats`, in order."""
 
-ARRAY_NAMES: tuple[str, ...] = tuple(f.name for f in fields(WorkStats) if f.name not in STAT_NAMES)
-"""Its other fields."""
+_HINTS = get_type_hints(WorkStats)
+PER_CLASS_NAMES: tuple[str, ...] = tuple(name for name, hint in _HINTS.items() if hint == PerClass)
+SCALAR_NAMES: tuple[str, ...] = tuple(name for name, hint in _HINTS.items() if hint is float)
+
+ARRAY_NAMES: tuple[str, ...] = tuple(_HINTS.keys() - {*PER_CLASS_NAMES, *SCALAR_NAMES})
+"""The fields of `WorkStats` that are arrays."""
+
+WORK_DTYPE = np.dtype(
+    [(name, np.float64, (len(REQUEST_CLASSES),)) for name in PER_CLASS_NAMES]
+    + [(name, np.float64) for name in SCALAR_NAMES]
+)
+"""What is counted of an interval, as one record; its float64 view has `STAT_COLUMNS`."""
+
+
+def _column(name: str, request_class: str) -> str:
+    stem, unit = (name[:-2], "_s") if name.endswith("_s") else (name, "")
+    return f"{stem}_{request_class}{unit}"
+
+
+STAT_COLUMNS: tuple[str, ...] = (
+    *(_column(name, request_class) for name in PER_CLASS_NAMES for request_class in REQUEST_CLASSES),
+    *SCALAR_NAMES,
+)
+"""Names for each number of a `WORK_DTYPE` record, for tables."""
 
 
 T = TypeVar("T")

@@ -44,7 +44,7 @@ def policy_colours(policies: Sequence[str]) -> dict[str, str]:
 def courses(episode: Recording) -> dict[str, np.ndarray]:
     """What is drawn over time, [T] each; accuracy is NaN where nothing was answered."""
     work = episode.work[:, 0]
-    answered = work["answered_interactive"] + work["answered_deferrable"]
+    answered = work["answered"].sum(axis=-1)
     share = np.divide(work["correct"], answered, out=np.full(len(work), np.nan), where=answered > 0)
     return {
         "power (W)": episode.gpu["power_w"][:, 0],

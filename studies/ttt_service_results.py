@@ -66,7 +66,7 @@ def adapting_j(recording: Recording, problem: Problem) -> np.ndarray:
 
 def _modelled_j(recording: Recording, problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """Energy above idle of a batch of the interval's mean size, and of a step after it; [T, n] each."""
-    answered = recording.work["answered_interactive"] + recording.work["answered_deferrable"]
+    answered = recording.work["answered"].sum(axis=-1)
     size = np.maximum(1.0, answered / np.maximum(1.0, recording.work["batches"]))
     nodes = batch_nodes(int(problem.profile.batch_size[-1]))
     k, b = (recording.index[..., KNOB_NAMES.index(name)] for name in ("expert_count", "routing_bias"))
@@ -83,7 +83,7 @@ def episode_rows(recording: Recording, problem: Problem) -> pd.DataFrame:
     """`INDICATORS` of every whole episode, one row each, with its policy and seed."""
     table = episode_metrics(recording)
     work = recording.work
-    answered = (work["answered_interactive"] + work["answered_deferrable"]).sum(0)
+    answered = (work["answered"].sum(axis=-1)).sum(0)
     adapting = adapting_j(recording, problem).sum(0)
     asked = (recording.index[..., KNOB_NAMES.index("ttt_steps")] > 0) & recording.played
     with np.errstate(divide="ignore", invalid="ignore"):

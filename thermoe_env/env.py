@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-from moe.workload import ARRAY_NAMES, STAT_NAMES
+from moe.workload import ARRAY_NAMES, STAT_COLUMNS, WORK_DTYPE
 from thermoe_env.device.telemetry import READING_NAMES
 from thermoe_env.errors import ReadingError
 from thermoe_env.mdp.fields import FIELDS, RAW_DTYPE, encode_finite, fields_table, observation_space
@@ -19,7 +19,6 @@ from thermoe_env.mdp.signals import STAGES, draw_power_budget
 from thermoe_env.problem.scenario import Scenario, load_scenario
 from thermoe_env.seeding import episode_seed
 from thermoe_env.twin.heat import GPU_DTYPE
-from thermoe_env.twin.score import WORK_DTYPE
 from thermoe_env.worlds import Checkpoint, build_world
 
 if TYPE_CHECKING:
@@ -133,7 +132,9 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self._raw_row[:] = 0.0
         self._gpu[0] = _reading_row(reading)
         index = np.array(self.problem.knobs.default_index)
-        self._stage = begin_one(self._rules, self._track, self._gpu, self._budget, index, self._raw)
+        self._stage = begin_one(
+            self._rules, self._track, self._gpu, self._budget, index, self._raw, self._raw_row
+        )
         self._count = 0
         self._running = True
         if self._dashboard is not None:
@@ -157,23 +158,23 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self._running = False  # an interval that fails ends the episode
         work = self._world.workload.run(knobs, scenario.interval_s, stage < self._deferrable_below)
         reading = self._world.telemetry.read(work, scenario.interval_s)
-        _pack_work(self._work.data, 0, *_work_row(work))
+        _pack_work(self._work.data, 0, *work.row)
         _pack_reading(self._gpu.data, 0, *_reading_row(reading))
         reward, self._stage = settle_one(
             self._rules, self._prices, self.problem.quality_floor, self._track, self._work, self._gpu,
-            self._budget, index, self._raw, self._terms, self._cost,
+            self._budget, index, self._raw, self._raw_row, self._terms, self._cost,
         )  # fmt: skip
         self._count = step + 1
         terminated = bool(self._world.telemetry.tripped)
         truncated = not terminated and step + 1 >= scenario.steps
         self._running = not (terminated or truncated)
-        work_info = dict(vars(work))
-        for name in ARRAY_NAMES:
-            del work_info[name]
+        counted = dict(vars(work))
+        for name in ("row", *ARRAY_NAMES):
+            del counted[name]
         info: dict[str, Any] = {
             "world": self.world,
             "knobs": dict(vars(knobs)),
-            "work": work_info,
+            "work": counted,
             "latency_histogram": work.latency_histogram,
             "tokens_per_expert": work.tokens_per_expert,
             "reading": dict(vars(reading)),
@@ -230,8 +231,7 @@ ThermalMoEEnv.__doc__ = (ThermalMoEEnv.__doc__ or "").replace(
 )
 
 
-_work_row = attrgetter(*STAT_NAMES)
 _reading_row = attrgetter(*READING_NAMES)
 # Fills an array of one record several times faster than NumPy does from a tuple.
-_pack_work = struct.Struct(f"{len(STAT_NAMES)}d").pack_into
+_pack_work = struct.Struct(f"{len(STAT_COLUMNS)}d").pack_into
 _pack_reading = struct.Struct(f"{len(READING_NAMES)}d").pack_into

@@ -93,8 +93,8 @@ class Dashboard:
             announced_w: power budgets of the intervals to come, as far as they are announced.
         """
         work, capacity_rps, dt = info["work"], self._problem.capacity_rps, self._problem.scenario.interval_s
-        answered = work["answered_interactive"] + work["answered_deferrable"]
-        arrived = work["arrived_interactive"] + work["arrived_deferrable"]
+        answered = sum(work["answered"])
+        arrived = sum(work["arrived"])
         self._played += 1
         self._energy_j += info["reading"]["energy_j"]
         self._good += work["good"]
@@ -104,8 +104,8 @@ class Dashboard:
             power_w=info["reading"]["power_w"],
             budget_w=info["budget_w"],
             load=arrived / (capacity_rps * dt),
-            interactive=work["waiting_interactive"] / capacity_rps,
-            deferrable=work["waiting_deferrable"] / capacity_rps,
+            interactive=work["waiting"][0] / capacity_rps,
+            deferrable=work["waiting"][1] / capacity_rps,
             accuracy=work["correct"] / answered if answered else np.nan,
             confidence=work["confidence"] if answered else np.nan,
             mj_per_good=1e3 * self._energy_j / self._good if self._good else np.nan,

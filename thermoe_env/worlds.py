@@ -14,7 +14,7 @@ from thermoe_env.errors import GpuUnavailableError, ScenarioError
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Scenario
 from thermoe_env.twin.heat import TwinTelemetry
-from thermoe_env.twin.score import ProfiledWorkload
+from thermoe_env.twin.workload import TwinWorkload
 
 if TYPE_CHECKING:
     from moe.service.score.runner import Runner
@@ -88,7 +88,7 @@ def build_world(scenario: Scenario, world: str, checkpoint: Checkpoint | None = 
     if world == "twin":
         problem = Problem.of(scenario)
         telemetry = TwinTelemetry(problem)
-        return World("twin", problem, ProfiledWorkload(problem, lambda: telemetry.clock), telemetry)
+        return World("twin", problem, TwinWorkload(problem, lambda: telemetry.clock), telemetry)
     if world == "live":
         return _live(scenario, checkpoint)
     raise ValueError(f"world must be one of {WORLDS}, got {world!r}")

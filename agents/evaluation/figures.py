@@ -216,12 +216,12 @@ def service(problem: Problem, examples: dict[str, Recording], where: str) -> Fig
     for name, recording in examples.items():
         time_s, work, dt = _time_s(recording), recording.work[:, 0], recording.interval_s
         style = {"color": colour[name], "label": name}
-        interactive.plot(time_s, work["waiting_interactive"] / capacity, **style)
-        deferrable.plot(time_s, work["waiting_deferrable"] / capacity, **style)
+        for panel, waiting in zip((interactive, deferrable), work["waiting"].T, strict=True):
+            panel.plot(time_s, waiting / capacity, **style)
         histogram = _windows(recording.histogram[:, 0], dt, _WINDOW_S)
         middle = np.minimum((np.arange(len(histogram)) + 0.5) * _WINDOW_S, time_s[-1])
         latency.plot(middle, [latency_quantile(row, 0.95) for row in histogram], **style)
-        answered = _windows(work["answered_interactive"] + work["answered_deferrable"], dt, _WINDOW_S)
+        answered = _windows(work["answered"].sum(axis=-1), dt, _WINDOW_S)
         correct = _windows(work["correct"], dt, _WINDOW_S)
         share = np.divide(correct, answered, out=np.full_like(correct, np.nan), where=answered > 0)
         quality.plot(middle, share, **style)

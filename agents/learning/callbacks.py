@@ -20,13 +20,12 @@ from agents.learning.vec import TwinVecEnv, fresh_seed
 from agents.play.metrics import KPIS, episode_metrics
 from agents.play.rollout import play_twin
 from agents.policies.registry import make_policy
-from moe.workload import KNOB_NAMES
+from moe.workload import KNOB_NAMES, WORK_DTYPE
 from thermoe_env.mdp.fields import RAW_DTYPE
 from thermoe_env.mdp.interval import COST_NAMES
 from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.mdp.signals import STAGES
 from thermoe_env.twin.heat import GPU_DTYPE
-from thermoe_env.twin.score import WORK_DTYPE
 
 VALIDATION_SEEDS = range(800_000, 900_000)
 """Episodes that choose the best model, from the first on; training and evaluation use other seeds."""
@@ -77,8 +76,8 @@ class RolloutLog(BaseCallback):
         record("gpu", temp_c=gpu["temp_c"].mean(), peak_c=gpu["temp_c"].max(), power_w=gpu["power_w"].mean())
         stage = np.bincount(self._raw["stage"].astype(np.int64).ravel(), minlength=len(STAGES))
         record("stage", **dict(zip(STAGES, stage / stage.sum(), strict=True)))
-        answered = work["answered_interactive"] + work["answered_deferrable"]
-        settled = answered + work["expired_interactive"] + work["expired_deferrable"]
+        answered = work["answered"]
+        settled = answered + work["expired"]
         late = self._cost[..., COST_NAMES.index("missed")].sum()
         # The larger of 1 and the count: a round without one answer has quality 0, not a division by zero.
         record(

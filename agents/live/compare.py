@@ -234,10 +234,7 @@ def compare(pairs: Sequence[Pair]) -> Comparison:
         ("live", [pair.live.recording for pair in pairs]),
         ("twin", [p.twin for p in pairs]),
     ):
-        table[f"arrived_{side}"] = [
-            float(r.work["arrived_interactive"].sum() + r.work["arrived_deferrable"].sum())
-            for r in recordings
-        ]
+        table[f"arrived_{side}"] = [float(r.work["arrived"].sum()) for r in recordings]
     for quantity in QUANTITIES:
         name = quantity.name
         table[f"{name}_live"], table[f"{name}_twin"] = live[name], twin[name]

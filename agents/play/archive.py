@@ -15,8 +15,7 @@ import numpy as np
 
 from agents.files import write_file
 from agents.play.rollout import Recording
-from moe.workload import WorkStats
-from thermoe_env.twin.score import WORK_DTYPE
+from moe.workload import WORK_DTYPE, WorkStats
 
 _HEADER = "header"
 _LATER = ("ttt_refused", "ttt_left_out", "ttt_rolled_back", "budget_share")

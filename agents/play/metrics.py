@@ -13,7 +13,8 @@ from scipy import stats
 from agents.play.rollout import Recording
 from agents.play.statistics import CONFIDENCE, bootstrap_interval, mean, pair, per_unit, unit_name
 from moe.service.queueing import latency_quantile
-from moe.workload import KNOB_NAMES
+from moe.workload import KNOB_NAMES, STAT_COLUMNS
+from thermoe_env.device.telemetry import READING_NAMES
 from thermoe_env.mdp.interval import COST_NAMES
 from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.problem.problem import Problem
@@ -55,9 +56,9 @@ def episode_metrics(recording: Recording, run: str = "") -> pd.DataFrame:
     work = {name: recording.work[name].sum(0) for name in recording.work.dtype.names or ()}
     gpu = {name: recording.gpu[name].sum(0) for name in recording.gpu.dtype.names or ()}
     cost = dict(zip(COST_NAMES, recording.cost.sum(0).T, strict=True))
-    answered = work["answered_interactive"] + work["answered_deferrable"]
-    expired = work["expired_interactive"] + work["expired_deferrable"]
-    arrived = work["arrived_interactive"] + work["arrived_deferrable"]
+    answered = work["answered"].sum(axis=-1)
+    expired = work["expired"].sum(axis=-1)
+    arrived = work["arrived"].sum(axis=-1)
     time_s = recording.length * recording.interval_s
     histogram = recording.histogram.sum(0)  # [n, bins]
     quantiles = {q: np.array([latency_quantile(row, q) for row in histogram]) for q in (0.5, 0.95, 0.99)}
@@ -123,10 +124,13 @@ def steps_table(recording: Recording, problem: Problem, run: str = "") -> pd.Dat
         columns[name] = np.array(levels[name])[recording.index[t, i, k]]
     columns["budget_w"] = recording.budget_w[t, i]
     columns["stage"] = recording.field("stage")[t, i].round().astype(int)
-    for table in (recording.gpu, recording.work):
-        for name in table.dtype.names or ():
-            # The knob `ttt_steps` is what was asked for per batch, the count what was done.
-            columns[name if name not in columns else f"{name}_done"] = table[name][t, i]
+    done = recording.work[t, i].view(np.float64).reshape(len(t), -1)
+    for name, values in (
+        {name: recording.gpu[name][t, i] for name in READING_NAMES}
+        | dict(zip(STAT_COLUMNS, done.T, strict=True))
+    ).items():
+        # The knob `ttt_steps` is what was asked for per batch, the count what was done.
+        columns[name if name not in columns else f"{name}_done"] = values
     columns["reward"] = recording.reward[t, i]
     columns |= {f"reward_{name}": recording.terms[t, i, k] for k, name in enumerate(REWARD_TERMS)}
     columns |= {f"cost_{name}": recording.cost[t, i, k] for k, name in enumerate(COST_NAMES)}

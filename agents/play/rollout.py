@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from agents.policies.policy import Policy, for_episodes
-from moe.workload import KNOB_NAMES, STAT_NAMES
+from moe.workload import KNOB_NAMES, WORK_DTYPE
 from thermoe_env.device.telemetry import READING_NAMES
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.mdp.fields import FIELDS, decode
@@ -22,7 +22,7 @@ from thermoe_env.problem.problem import Problem
 from thermoe_env.seeding import episode_seed
 from thermoe_env.twin.core import TwinBatch
 from thermoe_env.twin.heat import GPU_DTYPE
-from thermoe_env.twin.score import HISTOGRAM_BINS, WORK_DTYPE
+from thermoe_env.twin.service import HISTOGRAM_BINS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ def _tokens(tokens: np.ndarray, batch: TwinBatch) -> np.ndarray:
     """Tokens that the interval's answers sent to each expert, [n, L, E]; `tokens` [K, B, L, E] per answer."""
     k = batch.index[:, KNOB_NAMES.index("expert_count")]
     b = batch.index[:, KNOB_NAMES.index("routing_bias")]
-    answered = batch.work["answered_interactive"] + batch.work["answered_deferrable"]
+    answered = batch.work["answered"].sum(axis=-1)
     return tokens[k, b] * answered[:, None, None]
 
 
@@ -216,7 +216,7 @@ def play_live(
             row["observation"][0], row["reward"][0] = after, reward
             row["index"][0] = problem.knobs.indices(action, "multi_discrete")[0]
             row["budget_w"][0] = info["budget_w"]
-            row["work"][0] = tuple(info["work"][key] for key in STAT_NAMES)
+            row["work"][0] = tuple(info["work"][key] for key in WORK_DTYPE.names or ())
             row["gpu"][0] = tuple(info["reading"][key] for key in READING_NAMES)
             row["terms"][0] = [info["reward_terms"][key] for key in REWARD_TERMS]
             row["cost"][0] = [info["cost"][key] for key in COST_NAMES]

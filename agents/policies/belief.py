@@ -76,12 +76,12 @@ class Belief:
         scenario = problem.scenario
         self._shifts = np.unique(scenario.traffic.shifts)  # [S]
         self._log_odds = np.zeros(len(self._shifts))
-        self._twins = TwinBatch(problem, len(self._shifts))
-        self._twins.reset(np.zeros(len(self._shifts), np.uint64))
+        self.twins = TwinBatch(problem, len(self._shifts))
+        """Rows alike [S]; `agents.policies.planner` plans for any of them."""
+        self.twins.reset(np.zeros(len(self._shifts), np.uint64))
         o = decode(first)
         self._observer = Observer(problem.twin, self._device_power_w(o), scenario.interval_s)
-        self.state = self._twins.state
-        """Rows alike [S]; `agents.policies.planner` plans for any of them."""
+        self.state = self.twins.state
         self.state.arrivals[:], self.state.drift_c[:] = 0, 0.0
         self.state.devices["shutdown_c"] = np.inf  # a belief must not end the episode
         traffic = scenario.traffic
@@ -96,9 +96,9 @@ class Belief:
         load = float(o["load"])
         slots = round(problem.scenario.interval_s / SLOT_S)
         self._fill_arrivals(np.full(slots, load), float(o["interactive_share"]))
-        step = self._twins.step(np.tile(levels_in_force(problem, o), (len(self._shifts), 1)))
+        step = self.twins.step(np.tile(levels_in_force(problem, o), (len(self._shifts), 1)))
         likeliest = self._likeliest(decode(step.observation), o)
-        self._twins.fork(state, likeliest)
+        self.twins.fork(self.twins, likeliest)
         self._set_queue(o)
         self._set_device(o)
         state.track["stage"], state.track["temp_c"] = o["stage"], o["temp_c"]
@@ -120,7 +120,7 @@ class Belief:
 
     @property
     def _slot(self) -> int:
-        return int(self.state.server["slot"][0])
+        return round(self._step * self._problem.scenario.interval_s / SLOT_S)
 
     def _device_power_w(self, o: dict[str, np.ndarray]) -> float:
         return float(o["power_w"]) / len(self._problem.scenario.devices)
@@ -137,16 +137,16 @@ class Belief:
 
     def _set_queue(self, o: dict[str, np.ndarray]) -> None:
         """As many waiting as observed; at the end of the field's range what the twin has, if that is more."""
-        server, arrivals = self.state.server, self.state.arrivals[0]
+        server, arrivals = self.twins.servers.server, self.state.arrivals[0]
         for number, name in enumerate(("queue_interactive_s", "queue_deferrable_s")):
             arrived = int(arrivals[number, self._slot])
             waiting = round(float(o[name]) * self._problem.capacity_rps)
             if o[name] >= _HIGH[name]:
-                waiting = max(waiting, arrived - int(server[f"next_{number}"][0]))
+                waiting = max(waiting, arrived - int(server["next"][0, number]))
             first = max(0, arrived - waiting)
-            server[f"next_{number}"] = first
+            server["next"][:, number] = first
             within = np.searchsorted(arrivals[number, : self._slot + 1], first, side="right") - 1
-            server[f"head_{number}"] = within
+            server["head"][:, number] = within
 
     def _set_device(self, o: dict[str, np.ndarray]) -> None:
         """The device as the filter sees it. What power does not explain of die and memory stays as it is."""

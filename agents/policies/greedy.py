@@ -64,32 +64,31 @@ def _share_above(first, last, limit):
 
 
 @jit
-def _steady_batch(cost, rate_0, rate_1, batch_size, ttt_steps, slower, terms):
+def _steady_batch(cost, rates, batch_size, ttt_steps, slower, terms):
     """(mean requests of a batch, time between launches) of a service that keeps up with its arrivals.
 
     A batch is due when it is full or someone has waited, but not before the device is free; how long it
     takes depends on how full it is, so the answer is a fixed point.
     """
-    rate = rate_0 + rate_1
-    due = trigger_period(batch_size, rate_0, rate_1, terms.max_wait_0, terms.max_wait_1)
+    rate = rates[0] + rates[1]
+    due = trigger_period(batch_size, rates, terms.max_wait_s)
     if due == NEVER_S:  # irregular: no later than this
-        due = min(batch_size / rate, terms.max_wait_0 if rate_0 > 0.0 else terms.max_wait_1)
+        due = min(batch_size / rate, terms.max_wait_s[0] if rates[0] > 0.0 else terms.max_wait_s[1])
     period = due
     for _ in range(_FIXED_POINT_STEPS):
         size = min(max(1.0, rate * period), 1.0 * batch_size)
-        latency, _, ttt_latency, _ = batch_cost(cost, size)
-        period = max(due, (latency + ttt_steps * ttt_latency) * slower)
+        unit = batch_cost(cost, size)
+        period = max(due, (unit.latency_s + ttt_steps * unit.ttt_latency_s) * slower)
     return min(max(1.0, rate * period), 1.0 * batch_size), period
 
 
 @jit
-def _predict(cost, levels, index, accuracy, floor, seen, device, terms, prices, reward):
+def _predict(cost, knobs, accuracy, floor, seen, device, terms, prices, reward):
     """Reward of the next interval under one action.
 
     Args:
         cost: float [M, 4], `Tables.cost` under the action.
-        levels: float [knobs, most levels].
-        index: int64 [knobs], the action.
+        knobs: record of `VALUE_DTYPE`, the action.
         accuracy: of the answers.
         floor: least quality.
         seen: record of `_SEEN_DTYPE`.
@@ -98,10 +97,11 @@ def _predict(cost, levels, index, accuracy, floor, seen, device, terms, prices, 
         prices: `Prices`.
         reward: float [6], filled with the reward's terms.
     """
-    batch_size, ttt_steps, pace = int(levels[1, index[1]]), int(levels[3, index[3]]), levels[4, index[4]]
-    clock = min(seen.clock, levels[5, index[5]])
-    slower = 1.0 / (clock * pace)
-    rate, left_s = seen.rate_0 + seen.rate_1, device.interval_s
+    batch_size, ttt_steps = int(knobs.batch_size), int(knobs.ttt_steps)
+    clock = min(seen.clock, knobs.sm_clock)
+    slower = 1.0 / (clock * knobs.pace)
+    rates, left_s = (seen.rate_0, seen.rate_1), device.interval_s
+    rate = rates[0] + rates[1]
     latency, joules, ttt_latency, ttt_joules = batch_cost(cost, batch_size)
     period = (latency + ttt_steps * ttt_latency) * slower
     most = batch_size / period  # requests per second of full batches
@@ -112,7 +112,7 @@ def _predict(cost, levels, index, accuracy, floor, seen, device, terms, prices, 
         served = min(most * drain_s, queue + rate * drain_s)
         energy = served / batch_size * (joules + ttt_steps * ttt_joules)
         # Interactive requests go first. Ages run from the oldest's to that of who came since the last launch.
-        due_0, due_1 = terms.deadline_0 - latency / clock, terms.deadline_1 - latency / clock
+        due_0, due_1 = terms.deadline_s[0] - latency / clock, terms.deadline_s[1] - latency / clock
         came_0, came_1 = seen.queue_0 + seen.rate_0 * drain_s, seen.queue_1 + seen.rate_1 * drain_s
         served_0 = min(served, came_0)
         age_0 = (came_0 - served_0) / seen.rate_0 if seen.rate_0 > 0.0 else 0.0
@@ -124,12 +124,12 @@ def _predict(cost, levels, index, accuracy, floor, seen, device, terms, prices, 
         waiting_late += left_1 * _share_above(0.0, seen.oldest_1 + drain_s, due_1)
         left_s -= drain_s
     if left_s > 0.0 and rate > 0.0:
-        size, period = _steady_batch(cost, seen.rate_0, seen.rate_1, batch_size, ttt_steps, slower, terms)
+        size, period = _steady_batch(cost, rates, batch_size, ttt_steps, slower, terms)
         latency, joules, ttt_latency, ttt_joules = batch_cost(cost, size)
         energy += rate * left_s / size * (joules + ttt_steps * ttt_joules)
         wait = size / rate if seen.rate_0 > 0.0 else period
-        late += seen.rate_0 * left_s * _share_above(0.0, wait, terms.deadline_0 - latency / clock)
-        late += seen.rate_1 * left_s * _share_above(0.0, wait, terms.deadline_1 - latency / clock)
+        late += seen.rate_0 * left_s * _share_above(0.0, wait, terms.deadline_s[0] - latency / clock)
+        late += seen.rate_1 * left_s * _share_above(0.0, wait, terms.deadline_s[1] - latency / clock)
         served += rate * left_s
     dynamic_w = energy * clock_power_factor(clock) / clock / device.interval_s
     idle_w = idle_reference_w(device.idle_w, device.low_clock_w, clock, device.low_clock)
@@ -142,15 +142,19 @@ def _predict(cost, levels, index, accuracy, floor, seen, device, terms, prices, 
 
 
 @jit
-def _predict_all(tables, state, levels, index, floor, seen, device, terms, prices, reward):
-    """Fill `reward` [n, actions] from `index` [actions, knobs] and `seen` [n]; `state` [S], of the model."""
+def _predict_all(tables, state, knobs, index, floor, seen, device, terms, prices, reward):
+    """Fill `reward` [n, actions].
+
+    Args: as in `_predict`; `knobs` and `index` are records of the actions [actions], `seen` [n]; `state` [S]
+    is the model's under each shift.
+    """
     terms_row = np.empty(len(REWARD_TERMS))
     for i in range(seen.shape[0]):
         shift = int(seen[i].shift)
         for a in range(index.shape[0]):
-            experts, bias = index[a, 2], index[a, 0]
+            experts, bias = index[a].expert_count, index[a].routing_bias
             reward[i, a] = _predict(
-                tables.cost[experts, bias], levels, index[a],
+                tables.cost[experts, bias], knobs[a],
                 tables.answer_pure[shift, state[shift], experts, bias, 0], floor[shift], seen[i], device[0],
                 terms[0], prices[0], terms_row,
             )  # fmt: skip
@@ -169,7 +173,9 @@ class Greedy:
             for c, name in enumerate(problem.knobs.controlled)
         ]
         self.actions = np.array(list(itertools.product(*ranges)), np.int64)  # [actions, controlled]
-        self._index = problem.knobs.indices(self.actions, "multi_discrete")  # [actions, knobs]
+        self._index, self._values = problem.knobs.records(
+            problem.knobs.indices(self.actions, "multi_discrete")
+        )
         self._tables = problem.tables
         self._terms, self._prices = terms_of(problem), prices_of(problem)
         devices, twin = len(problem.scenario.devices), problem.twin
@@ -192,7 +198,7 @@ class Greedy:
         reward = np.empty((len(seen), len(self._index)))
         problem = self._problem
         _predict_all(
-            self._tables, self._state, problem.knobs.level_table, self._index, problem.quality_floor, seen,
+            self._tables, self._state, self._values, self._index, problem.quality_floor, seen,
             self._device, self._terms, self._prices, reward,
         )  # fmt: skip
         return reward

@@ -34,5 +34,5 @@ class Mpc:
                 belief, plan = state[row]
                 belief.follow(own)
                 plan = self._planner.later(plan)
-            memory.append((belief, self._planner.improved(belief.state, 0, plan)))
+            memory.append((belief, self._planner.improved(belief.twins, 0, plan)))
         return np.array([plan[0] for _, plan in memory]), memory

@@ -16,7 +16,7 @@ import numpy as np
 
 from agents.policies.policy import Policy
 from thermoe_env.problem.problem import Problem
-from thermoe_env.twin.core import BatchState, TwinBatch
+from thermoe_env.twin.core import TwinBatch
 
 JOINT = ("batch_size", "expert_count", "ttt_steps")
 """Knobs that the planner also changes together."""
@@ -97,11 +97,11 @@ class Planner:
         begin = np.flatnonzero(np.diff(self._block_of, prepend=-1))  # [blocks]
         return plan[self._block_of[np.minimum(begin + 1, self.horizon - 1)]]
 
-    def improved(self, source: BatchState, row: int, plan: np.ndarray) -> np.ndarray:
+    def improved(self, source: TwinBatch, row: int, plan: np.ndarray) -> np.ndarray:
         """The best plan that the best moves lead to.
 
         Args:
-            source: states of twins.
+            source: twins.
             row: the one to plan for.
             plan: where the search begins.
         """
@@ -113,10 +113,10 @@ class Planner:
             plan = plans[best]
         return plan
 
-    def returns(self, source: BatchState, row: int, plans: np.ndarray) -> np.ndarray:
+    def returns(self, source: TwinBatch, row: int, plans: np.ndarray) -> np.ndarray:
         """Rewards of plans [copies, blocks, controlled] up to the horizon or the episode's end, [copies]."""
         self._twins.fork(source, row)
-        steps = min(self.horizon, self._steps - int(source.track["step"][row]))
+        steps = min(self.horizon, self._steps - int(source.state.track["step"][row]))
         total, running = np.zeros(len(plans)), np.ones(len(plans), bool)
         index = [self._knobs.indices(plans[:, block], "multi_discrete") for block in range(plans.shape[1])]
         for t in range(steps):
@@ -184,7 +184,7 @@ class _SeededOracle:
                 plan = self._planner.static_plan()
             else:
                 plan = self._planner.later(state[row])
-            plans.append(self._planner.improved(self._world.state, row, plan))
+            plans.append(self._planner.improved(self._world, row, plan))
         action = np.array([plan[0] for plan in plans])
         self._expected = self._world.step(self._knobs.indices(action, "multi_discrete")).observation
         return action, plans

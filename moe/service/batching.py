@@ -34,51 +34,52 @@ def full_launches(start, period, waiting, rate, batch_size):
 
 
 @inlined
-def trigger_period(batch_size, rate_0, rate_1, max_wait_0, max_wait_1):
+def trigger_period(batch_size, rate, max_wait):
     """Time between launches of an idle device that empties the queue each time; `NEVER_S` if irregular.
 
-    A batch fills in `batch_size / rate`. A class alone launches when its first request after a launch
+    A batch fills in `batch_size / sum of rates`. A class alone launches when its first request after a launch
     has waited, that is after 1 + floor(rate * max_wait) of its arrivals. The earliest of the three
     repeats if neither of the others can come before it.
+
+    Args:
+        batch_size: requests per batch.
+        rate: per class, arrivals per second.
+        max_wait: per class, how long its oldest request waits for others.
     """
-    filled = batch_size / (rate_0 + rate_1)
-    if filled <= min(max_wait_0, max_wait_1):
+    filled = batch_size / (rate[0] + rate[1])
+    if filled <= min(max_wait[0], max_wait[1]):
         return filled
-    if rate_0 > 0.0:
-        waited = (1.0 + math.floor(rate_0 * max_wait_0)) / rate_0
-        if waited <= filled and (waited <= max_wait_1 or rate_1 == 0.0):
-            return waited
-    if rate_1 > 0.0:
-        waited = (1.0 + math.floor(rate_1 * max_wait_1)) / rate_1
-        if waited <= filled and (waited <= max_wait_0 or rate_0 == 0.0):
-            return waited
+    for c in range(2):
+        if rate[c] > 0.0:
+            waited = (1.0 + math.floor(rate[c] * max_wait[c])) / rate[c]
+            if waited <= filled and (waited <= max_wait[1 - c] or rate[1 - c] == 0.0):
+                return waited
     return NEVER_S
 
 
 @inlined
-def taken_by(t, room, queued_0, in_slot_0, queued_1, in_slot_1):
-    """(interactive, deferrable) requests that a group takes up to its launch at `t`.
+def taken_by(t, room, queued, in_slot):
+    """Requests per class that a group takes up to its launch at `t`.
 
     Args:
         t: time of the launch.
         room: most requests that the launches so far may take.
-        queued_0: interactive requests waiting at the slot's beginning, less those of the slot served before.
-        in_slot_0: interactive requests that arrive in the slot.
-        queued_1: the same of deferrable ones.
-        in_slot_1: the same of deferrable ones.
+        queued: per class, requests waiting at the slot's beginning, less those of the slot served before.
+        in_slot: per class, requests that arrive in the slot.
     """
-    taken_0 = min(queued_0 + arrived_in_slot(in_slot_0, t), room)
-    return taken_0, min(queued_1 + arrived_in_slot(in_slot_1, t), room - taken_0)
+    interactive = min(queued[0] + arrived_in_slot(in_slot[0], t), room)
+    return interactive, min(queued[1] + arrived_in_slot(in_slot[1], t), room - interactive)
 
 
 @inlined
 def late_in_regular_group(
-    arrivals, slot, next_request, at_first, taken, start, period, launches, latency, deadline_s
+    arrivals, c, slot, next_request, at_first, taken, start, period, launches, latency, deadline_s
 ):
     """How many requests of one class a group answers late where every launch takes all that waits.
 
     Args:
-        arrivals: int32 [slots + 1], cumulative arrivals of the class.
+        arrivals: int32 [classes, slots + 1], cumulative arrivals.
+        c: class.
         slot: the group's slot.
         next_request: first request of the class in the group.
         at_first: requests of the class that launch 1 takes.
@@ -90,20 +91,20 @@ def late_in_regular_group(
         deadline_s: of the class.
     """
     late = 0
-    if start + latency > deadline_s or next_request < arrivals[slot]:
+    if start + latency > deadline_s or next_request < arrivals[c, slot]:
         completion = slot * SLOT_S + start + latency
-        late = late_count(arrivals, next_request, next_request + at_first, completion, deadline_s)
+        late = late_count(arrivals, c, next_request, next_request + at_first, completion, deadline_s)
     # A later launch takes what came since the one before it.
     over_s = min(period + latency - deadline_s, period)
     if launches == 1 or over_s <= 0.0:
         return late
-    each = (arrivals[slot + 1] - arrivals[slot]) * over_s / SLOT_S
+    each = (arrivals[c, slot + 1] - arrivals[c, slot]) * over_s / SLOT_S
     return late + min(int((launches - 1) * each + 0.5), taken - at_first)
 
 
 @inlined
 def late_in_backlog(
-    arrivals, slot, next_request, head_slot, taken, start, period, launches, latency, deadline_s
+    arrivals, c, slot, next_request, head_slot, taken, start, period, launches, latency, deadline_s
 ):
     """How many requests of one class a group answers late where launches take the same share of a backlog.
 
@@ -112,21 +113,21 @@ def late_in_backlog(
     overdue = slot * SLOT_S + start + latency - deadline_s  # who arrived by then is late in launch 1
     if overdue + (launches - 1) * period <= head_slot * SLOT_S:  # as always where deadlines are long
         return 0
-    return _late_in_backlog(arrivals, next_request, taken, overdue, period, launches)
+    return _late_in_backlog(arrivals, c, next_request, taken, overdue, period, launches)
 
 
 @jit
-def _late_in_backlog(arrivals, next_request, taken, overdue, period, launches):
+def _late_in_backlog(arrivals, c, next_request, taken, overdue, period, launches):
     """The same, told until when requests of launch 1 have arrived that are `overdue`."""
-    if arrived_by(arrivals, overdue + (launches - 1) * period) <= next_request:
+    if arrived_by(arrivals, c, overdue + (launches - 1) * period) <= next_request:
         return 0
-    if arrived_by(arrivals, overdue) >= next_request + taken:
+    if arrived_by(arrivals, c, overdue) >= next_request + taken:
         return taken
     late, done = 0, 0
     for number in range(launches):
         upto = taken * (number + 1) // launches
         late += min(
-            max(arrived_by(arrivals, overdue + number * period) - next_request - done, 0), upto - done
+            max(arrived_by(arrivals, c, overdue + number * period) - next_request - done, 0), upto - done
         )
         done = upto
     return late

@@ -1,7 +1,7 @@
 """The request queue, once, for the live service and for the twin.
 
 Requests arrive in slots of `SLOT_S` seconds, evenly spaced inside a slot, so the whole stream of a
-class is one cumulative count per slot (`arrivals`, int32 [slots + 1]) and request number r is known
+class is one cumulative count per slot (`arrivals`, int32 [classes, slots + 1]) and request number r is known
 by its number alone. The queue then needs one integer per class: the number of the next request to
 serve. A million waiting requests cost as much as one.
 
@@ -35,48 +35,51 @@ def arrived_in_slot(in_slot, t):
 
 
 @jit
-def arrived_by(arrivals, t):
-    """Number of requests that have arrived by time `t`."""
-    slots = arrivals.shape[0] - 1
+def arrived_by(arrivals, c, t):
+    """Number of requests of class `c` that have arrived by time `t`."""
+    slots = arrivals.shape[1] - 1
     position = t / SLOT_S
     if position <= 0.0:
         return 0
     if position >= slots:
-        return int(arrivals[slots])
+        return int(arrivals[c, slots])
     slot = int(position)
-    return int(arrivals[slot]) + arrived_in_slot(arrivals[slot + 1] - arrivals[slot], t - slot * SLOT_S)
+    return int(arrivals[c, slot]) + arrived_in_slot(
+        arrivals[c, slot + 1] - arrivals[c, slot], t - slot * SLOT_S
+    )
 
 
 @jit
-def slot_of(arrivals, request, guess):
+def slot_of(arrivals, c, request, guess):
     """Slot in which `request` arrives, searched upward from `guess` (a slot not later than it)."""
     slot = guess
-    while arrivals[slot + 1] <= request:
+    while arrivals[c, slot + 1] <= request:
         slot += 1
     return slot
 
 
 @jit
-def arrival_time(arrivals, request, slot):
+def arrival_time(arrivals, c, request, slot):
     """Arrival time of `request`, which lies in `slot`."""
-    in_slot = arrivals[slot + 1] - arrivals[slot]
-    return (slot + (request - arrivals[slot] + 0.5) / in_slot) * SLOT_S
+    in_slot = arrivals[c, slot + 1] - arrivals[c, slot]
+    return (slot + (request - arrivals[c, slot] + 0.5) / in_slot) * SLOT_S
 
 
 @jit
-def oldest_arrival(arrivals, next_request, head_slot, t):
+def oldest_arrival(arrivals, c, next_request, head_slot, t):
     """Arrival time of the oldest waiting request, or infinity when none waits at `t`."""
-    if next_request >= arrived_by(arrivals, t):
+    if next_request >= arrived_by(arrivals, c, t):
         return math.inf
-    return arrival_time(arrivals, next_request, slot_of(arrivals, next_request, head_slot))
+    return arrival_time(arrivals, c, next_request, slot_of(arrivals, c, next_request, head_slot))
 
 
 @inlined
-def oldest_in_slot(arrivals, next_request, head_slot, slot):
+def oldest_in_slot(arrivals, c, next_request, head_slot, slot):
     """When the oldest unserved request of a class arrives, if it does so before the slot ends.
 
     Args:
-        arrivals: int32 [slots + 1], cumulative arrivals of the class.
+        arrivals: int32 [classes, slots + 1], cumulative arrivals.
+        c: class.
         next_request: the first unserved one.
         head_slot: a slot not later than its.
         slot: the slot.
@@ -85,14 +88,14 @@ def oldest_in_slot(arrivals, next_request, head_slot, slot):
         (seconds into the slot: below 0 for one of an earlier slot, infinity for one of a later; its slot, or
         `slot` if it comes later)
     """
-    if next_request >= arrivals[slot + 1]:
+    if next_request >= arrivals[c, slot + 1]:
         return math.inf, slot
-    if next_request >= arrivals[slot]:
+    if next_request >= arrivals[c, slot]:
         head_slot = slot
     else:
-        head_slot = slot_of(arrivals, next_request, head_slot)
-    in_slot = arrivals[head_slot + 1] - arrivals[head_slot]
-    position = head_slot - slot + (next_request - arrivals[head_slot] + 0.5) / in_slot
+        head_slot = slot_of(arrivals, c, next_request, head_slot)
+    in_slot = arrivals[c, head_slot + 1] - arrivals[c, head_slot]
+    position = head_slot - slot + (next_request - arrivals[c, head_slot] + 0.5) / in_slot
     return position * SLOT_S, head_slot
 
 
@@ -119,7 +122,7 @@ def next_launch(now, batch_size, queued, in_slot, arrived, due):
 
 
 @inlined
-def expire(arrivals, next_request, head_slot, t, expire_after_s):
+def expire(arrivals, c, next_request, head_slot, t, expire_after_s):
     """Drop the requests of one class that have waited longer than `expire_after_s` at `t`.
 
     Returns:
@@ -127,19 +130,19 @@ def expire(arrivals, next_request, head_slot, t, expire_after_s):
     """
     if head_slot * SLOT_S >= t - expire_after_s:
         return next_request, head_slot, 0
-    limit = arrived_by(arrivals, t - expire_after_s)
+    limit = arrived_by(arrivals, c, t - expire_after_s)
     if limit <= next_request:
         return next_request, head_slot, 0
-    return limit, slot_of(arrivals, limit - 1, head_slot), limit - next_request
+    return limit, slot_of(arrivals, c, limit - 1, head_slot), limit - next_request
 
 
 @jit
-def late_count(arrivals, first, last, completion, deadline_s):
+def late_count(arrivals, c, first, last, completion, deadline_s):
     """How many of the requests [first, last) miss `deadline_s` when answered at `completion`.
 
     The late ones are the oldest, so the on-time ones are the last of the range.
     """
-    return min(max(arrived_by(arrivals, completion - deadline_s) - first, 0), last - first)
+    return min(max(arrived_by(arrivals, c, completion - deadline_s) - first, 0), last - first)
 
 
 @jit
@@ -151,11 +154,12 @@ def latency_bin(latency_s):
 
 
 @jit
-def record_latencies(arrivals, first, last, head_slot, completion, histogram):
+def record_latencies(arrivals, c, first, last, head_slot, completion, histogram):
     """Add the latencies of requests [first, last), answered at `completion`, to `histogram`.
 
     Args:
-        arrivals: int32 [slots + 1], cumulative arrivals of the class.
+        arrivals: int32 [classes, slots + 1], cumulative arrivals.
+        c: class.
         first: first request.
         last: the one after the last.
         head_slot: a slot not later than that of `first`.
@@ -164,10 +168,10 @@ def record_latencies(arrivals, first, last, head_slot, completion, histogram):
     """
     slot, request = head_slot, first
     while request < last:
-        slot = slot_of(arrivals, request, slot)
-        end = min(last, int(arrivals[slot + 1]))
-        longest = completion - arrival_time(arrivals, request, slot)
-        rate = (arrivals[slot + 1] - arrivals[slot]) / SLOT_S
+        slot = slot_of(arrivals, c, request, slot)
+        end = min(last, int(arrivals[c, slot + 1]))
+        longest = completion - arrival_time(arrivals, c, request, slot)
+        rate = (arrivals[c, slot + 1] - arrivals[c, slot]) / SLOT_S
         at, counted, requests = latency_bin(longest), 0, end - request
         while at > 0 and counted < requests:  # one bin after the other, from the longest latency down
             upto = min(1 + int((longest - LATENCY_EDGES_S[at - 1]) * rate), requests)

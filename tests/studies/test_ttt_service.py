@@ -18,7 +18,7 @@ from scipy import stats
 from agents.play.rollout import Recording, play_twin
 from agents.policies.gates import GATES, GateConfig, Gated
 from agents.policies.registry import make_policy
-from moe.workload import STAT_NAMES
+from moe.workload import WORK_DTYPE
 from studies import ttt_service, ttt_service_report
 from studies.repeats import StudyError
 from studies.ttt_service import Arguments, policies_of
@@ -41,7 +41,7 @@ from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 from thermoe_env.seeding import episode_seed
 from thermoe_env.twin.core import TwinBatch
-from thermoe_env.twin.score import ProfiledWorkload
+from thermoe_env.twin.workload import TwinWorkload
 
 SEEDS = [3, 11, 2**40]
 
@@ -70,7 +70,7 @@ def replayed_j(recording: Recording, problem: Problem) -> np.ndarray:
     for i, seed in enumerate(recording.seeds):
         clock = [1.0]
         halves = [
-            ProfiledWorkload(half, lambda clock=clock: clock[0])
+            TwinWorkload(half, lambda clock=clock: clock[0])
             for half in (problem, replace(problem, profile=free_steps))
         ]
         for half in halves:
@@ -80,7 +80,8 @@ def replayed_j(recording: Recording, problem: Problem) -> np.ndarray:
             knobs = problem.knobs.knobs(recording.index[t, i])
             serves = stage[t, i] < problem.scenario.limits.deferrable_below
             whole, without = (half.run(knobs, recording.interval_s, bool(serves)) for half in halves)
-            assert [getattr(whole, name) for name in STAT_NAMES] == list(recording.work[t, i])
+            for name in WORK_DTYPE.names or ():
+                np.testing.assert_array_equal(getattr(whole, name), recording.work[name][t, i])
             assert whole.slot_energy_j is not None and without.slot_energy_j is not None
             result[t, i] = (whole.slot_energy_j - without.slot_energy_j).sum()
     return result * batch.devices["energy_factor"][:, 0]
@@ -109,7 +110,7 @@ def test_the_two_parts_of_the_energy_sum_up_to_it(problem: Problem, rule: str) -
     assert adapting.any() == recording.work["ttt_steps"].any()
     rows = episode_rows(recording, problem)
     work = recording.work
-    answered = (work["answered_interactive"] + work["answered_deferrable"]).sum(0)
+    answered = (work["answered"].sum(axis=-1)).sum(0)
     parts = (rows.serving_j_per_request + rows.adapting_j_per_request) * answered
     np.testing.assert_allclose(parts, recording.gpu["energy_j"].sum(0))
     np.testing.assert_allclose(rows.error, 1.0 - work["correct"].sum(0) / answered)
@@ -127,13 +128,13 @@ def test_without_a_meter_the_split_is_that_of_time(problem: Problem) -> None:
 
 def test_all_policies_play_the_same_requests(problem: Problem) -> None:
     recordings = [play(problem, rule) for rule in GATES]
-    names = ("arrived_interactive", "arrived_deferrable", "shift_id")
+    names = ("arrived", "shift_id")
     for recording in recordings[1:]:
         np.testing.assert_array_equal(recording.seeds, recordings[0].seeds)
         np.testing.assert_array_equal(recording.budget_w, recordings[0].budget_w)
         for name in names:
             np.testing.assert_array_equal(recording.work[name], recordings[0].work[name])
-    different = {recordings[0].work["arrived_interactive"][:, i].tobytes() for i in range(len(SEEDS))}
+    different = {recordings[0].work["arrived"][:, i].tobytes() for i in range(len(SEEDS))}
     assert len(different) == len(SEEDS)
 
 

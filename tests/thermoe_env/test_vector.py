@@ -170,7 +170,7 @@ def test_latencies_change_nothing_else(problem: Problem) -> None:
         first, second = (batch.step(index) for batch in batches)
         np.testing.assert_array_equal(first.observation, second.observation)
         np.testing.assert_array_equal(first.reward, second.reward)
-        answered = batches[1].work["answered_interactive"] + batches[1].work["answered_deferrable"]
+        answered = batches[1].work["answered"].sum(axis=-1)
         np.testing.assert_array_equal(batches[1].histogram.sum(axis=1), answered)
 
 

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe.compiled import jit
+from moe.compiled import inlined, jit
 from moe.service.budget import share_of
 from moe.service.gates import CHANGE_TEST, any_changed
 from moe.workload import KNOB_NAMES
 from thermoe_env.device.physics import approach, decay
+from thermoe_env.mdp.fields import FIELD_NAMES
 from thermoe_env.mdp.reward import Prices, reward_terms
 from thermoe_env.mdp.signals import next_stage
 from thermoe_env.problem.problem import Problem
@@ -39,7 +40,10 @@ TRACK_DTYPE = np.dtype(
 CHANGE_THRESHOLD, CHANGE_TOLERANCE = 0.006, 0.0025
 """Of the change tests of confidence and entropy: several standard errors of a second's answers."""
 
+
 _TTT_STEPS = KNOB_NAMES.index("ttt_steps")
+_FIRST_LEVEL = FIELD_NAMES.index(f"{KNOB_NAMES[0]}_level")
+"""Place of the first knob's level; the others follow in the order of the table."""
 
 
 class Rules(NamedTuple):
@@ -117,7 +121,7 @@ def look_ahead(rules, budget_w, step, raw):
 
 
 @jit
-def begin(rules, track, gpu, budget_w, index, raw):
+def begin(rules, track, gpu, budget_w, raw):
     """Start an episode: clear `track` and fill the raw observation of a device at rest.
 
     Args:
@@ -125,8 +129,7 @@ def begin(rules, track, gpu, budget_w, index, raw):
         track: record of `TRACK_DTYPE`, zeroed by the caller.
         gpu: first reading, record of `GPU_DTYPE`.
         budget_w: float [steps + notice + 1].
-        index: int64 [knobs], levels in force.
-        raw: record of `RAW_DTYPE`, zeroed by the caller.
+        raw: record of `RAW_DTYPE`, zeroed by the caller; `fill_levels` has the rest.
     """
     track.temp_c = gpu.temp_c
     track.power_slow_w = gpu.power_w
@@ -139,12 +142,11 @@ def begin(rules, track, gpu, budget_w, index, raw):
     raw.sm_clock_share = gpu.sm_clock_mhz / rules.max_clock_mhz
     look_ahead(rules, budget_w, int(track.step), raw)
     raw.ttt_budget = rules.first_budget_share
-    _knob_fields(rules, index, raw)
     raw.time_left = 1.0
 
 
 @jit
-def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw, terms, cost):
+def settle(rules, prices, quality_floor, track, work, gpu, budget_w, adapts, raw, terms, cost):
     """Account for one interval.
 
     Args:
@@ -155,8 +157,8 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw,
         work: record of `WORK_DTYPE`, what was done.
         gpu: record of `GPU_DTYPE`, what was read.
         budget_w: float [steps + notice + 1].
-        index: int64 [knobs], levels in force.
-        raw: record of `RAW_DTYPE`, filled.
+        adapts: whether the knobs ask for adaptation.
+        raw: record of `RAW_DTYPE`, filled but for what `fill_levels` has.
         terms: float [6], filled.
         cost: float [3], filled.
 
@@ -166,8 +168,8 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw,
     step = int(track.step)
     budget_now = budget_w[step]
     dt = rules.interval_s
-    answered = work.answered_interactive + work.answered_deferrable
-    missed = work.late_interactive + work.late_deferrable + work.expired_interactive + work.expired_deferrable
+    answered, expired = work.answered[0] + work.answered[1], work.expired[0] + work.expired[1]
+    missed = work.late[0] + work.late[1] + expired
     over_c = gpu.temp_c - rules.limit_c
     # The floor binds on the mean over the episode: answers above it earn slack for later ones.
     debt_before = max(0.0, track.quality_debt)
@@ -180,18 +182,18 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw,
     cost[1] = missed
     cost[2] = max(0.0, gpu.power_w - budget_now) * dt
 
-    arrived = work.arrived_interactive + work.arrived_deferrable
+    arrived = work.arrived[0] + work.arrived[1]
     load = arrived * rules.load_per_request
-    late_share = missed / max(1.0, answered + work.expired_interactive + work.expired_deferrable)
+    late_share = missed / max(1.0, answered + expired)
     first = step == 0
     track.load_fast = load if first else approach(track.load_fast, load, rules.keep_5s)
     track.load_slow = load if first else approach(track.load_slow, load, rules.keep_30s)
     track.late_share_slow = approach(track.late_share_slow, late_share, rules.keep_30s)
     track.power_slow_w = approach(track.power_slow_w, gpu.power_w, rules.keep_20s)
     track.energy_j += gpu.energy_j
-    track.ttt_effort = approach(track.ttt_effort, 1.0 if index[_TTT_STEPS] > 0 else 0.0, rules.keep_30s)
+    track.ttt_effort = approach(track.ttt_effort, 1.0 if adapts else 0.0, rules.keep_30s)
     track.since_change_s += dt
-    if index[_TTT_STEPS] > 0:
+    if adapts:
         track.adapted_since_change_s += dt
     indicator, change = 0.0, 0.0
     if answered > 0:
@@ -217,11 +219,11 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw,
     raw.energy_share = track.energy_j * rules.share_per_j
     raw.sm_clock_share = gpu.sm_clock_mhz / rules.max_clock_mhz
     raw.power_capped_s, raw.thermal_throttle_s = gpu.power_capped_s, gpu.thermal_throttle_s
-    raw.queue_interactive_s = work.waiting_interactive * rules.load_per_request * dt
-    raw.queue_deferrable_s = work.waiting_deferrable * rules.load_per_request * dt
-    raw.oldest_interactive_s, raw.oldest_deferrable_s = work.oldest_interactive_s, work.oldest_deferrable_s
+    raw.queue_interactive_s = work.waiting[0] * rules.load_per_request * dt
+    raw.queue_deferrable_s = work.waiting[1] * rules.load_per_request * dt
+    raw.oldest_interactive_s, raw.oldest_deferrable_s = work.oldest_s[0], work.oldest_s[1]
     raw.load, raw.load_fast, raw.load_slow = load, track.load_fast, track.load_slow
-    raw.interactive_share = work.arrived_interactive / max(1.0, arrived)
+    raw.interactive_share = work.arrived[0] / max(1.0, arrived)
     raw.late_share, raw.late_share_slow = late_share, track.late_share_slow
     raw.batch_fill, raw.busy = work.batch_fill, work.busy_s / dt
     raw.confidence, raw.entropy = work.confidence, work.entropy
@@ -236,34 +238,37 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw,
     track.temp_c = gpu.temp_c
     track.step = step + 1
     look_ahead(rules, budget_w, step + 1, raw)
-    _knob_fields(rules, index, raw)
     raw.time_left = 1.0 - track.step / rules.steps
     return reward
 
 
-@jit
-def _knob_fields(rules, index, raw):
-    """Fill the knob levels as shares of the highest, in the order of the knob table."""
-    share = rules.level_share
-    raw.routing_bias_level = index[0] * share[0]
-    raw.batch_size_level = index[1] * share[1]
-    raw.expert_count_level = index[2] * share[2]
-    raw.ttt_steps_level = index[3] * share[3]
-    raw.pace_level = index[4] * share[4]
-    raw.sm_clock_level = index[5] * share[5]
+@inlined
+def fill_levels(rules, index, raw_row):
+    """Fill the fields of the knobs' levels, each as a share of the highest.
+
+    Args:
+        rules: `Rules`.
+        index: int64 [knobs], levels in force.
+        raw_row: float [fields].
+    """
+    for k in range(index.shape[0]):
+        raw_row[_FIRST_LEVEL + k] = index[k] * rules.level_share[k]
 
 
 @jit
-def begin_one(rules, track, gpu, budget_w, index, raw):
+def begin_one(rules, track, gpu, budget_w, index, raw, raw_row):
     """`begin` for arrays of one record, which cross into compiled code cheaper; returns the stage."""
-    begin(rules[0], track[0], gpu[0], budget_w, index, raw[0])
+    begin(rules[0], track[0], gpu[0], budget_w, raw[0])
+    fill_levels(rules[0], index, raw_row)
     return int(track[0].stage)
 
 
 @jit
-def settle_one(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw, terms, cost):
+def settle_one(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw, raw_row, terms, cost):
     """`settle` for arrays of one record; returns (reward, stage)."""
+    adapts = index[_TTT_STEPS] > 0
     reward = settle(
-        rules[0], prices[0], quality_floor, track[0], work[0], gpu[0], budget_w, index, raw[0], terms, cost
+        rules[0], prices[0], quality_floor, track[0], work[0], gpu[0], budget_w, adapts, raw[0], terms, cost
     )
+    fill_levels(rules[0], index, raw_row)
     return reward, int(track[0].stage)

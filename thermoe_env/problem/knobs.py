@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe.compiled import copy_row, jit
+from moe.compiled import copy_row, inlined, jit
 from moe.workload import KNOB_NAMES, Knobs
 
 if TYPE_CHECKING:
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
     from moe.profiles import Profile
     from thermoe_env.problem.scenario import Scenario
+
+INDEX_DTYPE = np.dtype([(name, np.int64) for name in KNOB_NAMES])
+"""Level of every knob, as compiled code reads it."""
+VALUE_DTYPE = np.dtype([(name, np.float64) for name in KNOB_NAMES])
+"""Value of every knob, likewise."""
 
 ACTION_MODES = ("multi_discrete", "discrete", "box")
 
@@ -81,6 +86,13 @@ def _decode_box(actions, nvec, columns, default, index):
     return True
 
 
+@inlined
+def fill_values(level_table, index, values):
+    """Fill `values` from `index`, rows of both [knobs], see `KnobTable.level_table`."""
+    for k in range(index.shape[0]):
+        values[k] = level_table[k, index[k]]
+
+
 _DECODERS = {"multi_discrete": _decode_levels, "discrete": _decode_flat, "box": _decode_box}
 
 
@@ -114,6 +126,12 @@ class KnobTable:
         for row, name in enumerate(KNOB_NAMES):
             table[row, : len(self.levels[name])] = self.levels[name]
         return table
+
+    def records(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Records of levels and of values, `INDEX_DTYPE` and `VALUE_DTYPE` [n], of int64 [n, knobs]."""
+        values = self.level_table[np.arange(len(KNOB_NAMES)), index]
+        levels = np.ascontiguousarray(index, np.int64)
+        return levels.view(INDEX_DTYPE)[:, 0], values.view(VALUE_DTYPE)[:, 0]
 
     @cached_property
     def _columns(self) -> np.ndarray:

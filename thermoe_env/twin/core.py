@@ -1,4 +1,4 @@
-"""The batched core: many twin environments advanced by one compiled call.
+"""The batched core: many twin environments advanced by one compiled call, around any compiled service.
 
 Every environment runs the same scalar functions as the single one (`fill_stream`, `start_devices`, `serve`,
 `heat_devices`, `settle`, `encode_row`, ...), so results depend neither on the number of environments nor on
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numba
@@ -19,11 +18,21 @@ from moe.compiled import copy_row, fill, jit
 from moe.randomness import derive
 from moe.service.queueing import SLOT_S
 from moe.service.traffic import fill_stream, traffic_of
-from moe.workload import KNOB_NAMES
+from moe.workload import WORK_DTYPE
 from thermoe_env.mdp.fields import FIELDS, RAW_DTYPE, encode_row
-from thermoe_env.mdp.interval import COST_NAMES, TRACK_DTYPE, begin, prices_of, rules_of, settle
+from thermoe_env.mdp.interval import (
+    COST_NAMES,
+    TRACK_DTYPE,
+    as_record,
+    begin,
+    fill_levels,
+    prices_of,
+    rules_of,
+    settle,
+)
 from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.mdp.signals import budget_terms, fill_power_budget
+from thermoe_env.problem.knobs import INDEX_DTYPE, VALUE_DTYPE, fill_values
 from thermoe_env.problem.problem import Problem
 from thermoe_env.twin.heat import (
     DEVICE_DTYPE,
@@ -34,109 +43,29 @@ from thermoe_env.twin.heat import (
     spread_of,
     start_devices,
 )
-from thermoe_env.twin.score import (
-    HISTOGRAM_BINS,
-    SERVER_DTYPE,
-    WORK_DTYPE,
-    serve,
-    start_service,
-    terms_of,
-)
+from thermoe_env.twin.service import HISTOGRAM_BINS, serve, start
+from thermoe_env.twin.services import service_of
 
 # Threads of GNU OpenMP spin while they wait for each other, which costs most of the speed wherever another
 # process wants the cores as well. It reads this when numba starts its threads; the user's own choice stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-_EXPERT_COUNT, _ROUTING_BIAS = KNOB_NAMES.index("expert_count"), KNOB_NAMES.index("routing_bias")
 
+class Fixed(NamedTuple):
+    """What no episode changes, as compiled code reads it: arrays, those of one record among them."""
 
-@jit
-def _start(
-    rules, traffic, budget, spread, nominal, default_index, fresh_purse, seed, arrivals, shift, budget_w,
-    drift_c, weights, purse, server, devices, track, track_row, gpu, raw, raw_row, observation,
-):  # fmt: skip
-    """Begin the episode of `seed` in one environment and write its first observation.
-
-    Arguments are rows of the arrays of `TwinBatch`.
-    """
-    fill_stream(traffic, seed, arrivals, shift)
-    fill_power_budget(budget, seed, budget_w)
-    start_service(weights, purse, fresh_purse, server)
-    start_devices(spread, seed, nominal, devices, drift_c, gpu)
-    fill(track_row, 0.0)
-    fill(raw_row, 0.0)
-    begin(rules[0], track, gpu, budget_w, default_index, raw)
-    encode_row(raw_row, observation)
-
-
-@numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
-def _advance_all(
-    begin_all, tables, device_share, terms, levels, prices, quality_floor, steps,  # the service
-    rules, traffic, budget, spread, nominal, default_index, fresh_purse,  # what is drawn from
-    seeds, episodes, arrivals, shift, budget_w, drift_c, weights, purse, server, devices, track, track_rows,
-    first_gpu, first_raw, first_raw_rows,  # the state
-    index, work, gpu, raw, raw_rows, histogram, slot_energy, reward_terms, cost,  # the interval
-    observation, final, reward, terminated, truncated,  # the result
-):  # fmt: skip
-    """One interval of every environment, and the next episode's beginning where one ended.
-
-    With `begin_all` no interval is played: all begin the episode that is set for them.
-    """
-    for i in numba.prange(index.shape[0]):
-        ended = begin_all
-        if not begin_all:
-            second = int(track[i].step * rules[0].interval_s)
-            own = devices[i]
-            fill(histogram[i], 0)
-            serve(
-                tables, terms[0], levels, index[i], arrivals[i], shift[i, second],
-                slowest_clock(own),
-                track[i].stage < rules[0].deferrable_below, weights[i], purse[i], server[i], work[i],
-                histogram[i], slot_energy[i],
-            )  # fmt: skip
-            terminated[i] = heat_devices(
-                own, device_share[index[i, _EXPERT_COUNT], index[i, _ROUTING_BIAS]], slot_energy[i],
-                work[i].sm_clock, drift_c[i, second], gpu[i],
-            )  # fmt: skip
-            reward[i] = settle(
-                rules[0], prices[0], quality_floor, track[i], work[i], gpu[i], budget_w[i], index[i], raw[i],
-                reward_terms[i], cost[i],
-            )  # fmt: skip
-            encode_row(raw_rows[i], observation[i])
-            truncated[i] = not terminated[i] and track[i].step >= steps
-            ended = terminated[i] or truncated[i]
-            if ended:
-                copy_row(final[i], observation[i])
-                episodes[i] += np.uint64(1)
-        if ended:
-            _start(
-                rules, traffic, budget, spread, nominal, default_index, fresh_purse,
-                derive(seeds[i], episodes[i]), arrivals[i], shift[i], budget_w[i], drift_c[i], weights[i],
-                purse[i], server[i], devices[i], track[i], track_rows[i], first_gpu[i],
-                first_raw[i], first_raw_rows[i], observation[i],
-            )  # fmt: skip
-
-
-def _with_rows(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Records of float64 fields [n], and the same memory as [n, fields]."""
-    return records, records.view(np.float64).reshape(len(records), -1)
-
-
-@dataclass(frozen=True)
-class BatchStep:
-    """What one step of all environments returned. The arrays are the caller's, `final_observation` aside."""
-
-    observation: np.ndarray
-    """float32 [n, fields]; of a finished environment: the first of its next episode."""
-    reward: np.ndarray
-    """float64 [n]."""
-    terminated: np.ndarray
-    """bool [n]: a device shut itself down."""
-    truncated: np.ndarray
-    """bool [n]: the episode's time is over."""
-    final_observation: np.ndarray
-    """float32 [n, fields], the core's own: in a finished environment's row, the last one of its episode;
-    the other rows mean nothing."""
+    rules: np.ndarray
+    prices: np.ndarray
+    quality_floor: np.ndarray  # [S]
+    device_share: np.ndarray  # [K, B, D]
+    level_table: np.ndarray  # [knobs, most levels]
+    default_index: np.ndarray  # int64 [knobs]
+    budget: np.ndarray
+    spread: np.ndarray
+    nominal: np.ndarray
+    """Records of `DEVICE_DTYPE` [D]."""
+    steps: int
+    """Intervals after which an episode is truncated."""
 
 
 class BatchState(NamedTuple):
@@ -154,31 +83,143 @@ class BatchState(NamedTuple):
     """float64 [n, steps + notice + 1]."""
     drift_c: np.ndarray
     """float64 [n, seconds]: offset of the inlet."""
-    weights: np.ndarray
-    """float64 [n, shifts + 1]: the adaptation."""
-    purse: np.ndarray
-    """float64 [n, ...]: what it may spend, see `moe.service.budget`."""
-    server: np.ndarray
-    """Records of `SERVER_DTYPE` [n]."""
     devices: np.ndarray
     """Records of `DEVICE_DTYPE` [n, D]."""
     track: np.ndarray
     """Records of `TRACK_DTYPE` [n]."""
-    track_rows: np.ndarray
-    """Their memory, float64 [n, fields]."""
+
+
+class Interval(NamedTuple):
+    """The interval just played and what it came to: records, and their memory as rows where loops need it."""
+
+    index: np.ndarray
+    """Records of `INDEX_DTYPE` [n]."""
+    index_rows: np.ndarray
+    knobs: np.ndarray
+    """Records of `VALUE_DTYPE` [n]."""
+    knob_rows: np.ndarray
+    work: np.ndarray
+    work_rows: np.ndarray
+    gpu: np.ndarray
+    raw: np.ndarray
+    raw_rows: np.ndarray
+    histogram: np.ndarray
+    """int64 [n, bins]."""
+    slot_energy: np.ndarray
+    """float64 [n, slots]: J above idle."""
+    terms: np.ndarray
+    """float64 [n, terms of the reward]."""
+    cost: np.ndarray
+    """float64 [n, costs]."""
     first_gpu: np.ndarray
-    """Records of `GPU_DTYPE` [n]: first reading of the episode."""
+    """Where an episode's beginning is written, apart from the interval that ended the one before."""
     first_raw: np.ndarray
-    """Records of `RAW_DTYPE` [n]: its first observation."""
     first_raw_rows: np.ndarray
-    """Their memory, float64 [n, fields]."""
+    track_rows: np.ndarray
+    """The memory of `BatchState.track`."""
+
+
+class BatchStep(NamedTuple):
+    """What one step of all environments returned. The arrays are the caller's, `final_observation` aside."""
+
+    observation: np.ndarray
+    """float32 [n, fields]; of a finished environment: the first of its next episode."""
+    reward: np.ndarray
+    """float64 [n]."""
+    terminated: np.ndarray
+    """bool [n]: a device shut itself down."""
+    truncated: np.ndarray
+    """bool [n]: the episode's time is over."""
+    final_observation: np.ndarray
+    """float32 [n, fields], the core's own: in a finished environment's row, the last one of its episode;
+    the other rows mean nothing."""
+
+
+@jit
+def _begin(fixed, traffic, service, state, servers, now, i, observation):
+    """Begin the episode that is set for environment `i`, and write its first observation [fields]."""
+    rules, seed = fixed.rules[0], derive(state.seeds[i], state.episodes[i])
+    gpu, raw, raw_row = now.first_gpu[i], now.first_raw[i], now.first_raw_rows[i]
+    fill_stream(traffic, seed, state.arrivals[i], state.shift[i])
+    fill_power_budget(fixed.budget[0], seed, state.budget_w[i])
+    start(service, seed, servers, i)
+    start_devices(fixed.spread[0], seed, fixed.nominal, state.devices[i], state.drift_c[i], gpu)
+    fill(now.track_rows[i], 0.0)
+    fill(raw_row, 0.0)
+    begin(rules, state.track[i], gpu, state.budget_w[i], raw)
+    fill_levels(rules, fixed.default_index, raw_row)
+    encode_row(raw_row, observation)
+
+
+@jit
+def _advance_rows(begin_all, fixed, traffic, service, state, servers, now, step, first, end):
+    """`_advance_all` for the environments from `first` up to `end`."""
+    # Out of their tuples once: each look into one counts references.
+    rules, prices, floor, device_share, level_table = fixed[:5]
+    arrivals, shift, budget_w, drift_c, all_devices, track = state[2:]
+    index, index_rows, knobs, knob_rows, work, work_rows, gpu, raw, raw_rows = now[:9]
+    histogram, slot_energy, terms, cost = now[9:13]
+    observation, reward, terminated, truncated, final_observation = step
+    for i in range(first, end):
+        ended = begin_all
+        if not begin_all:
+            levels, devices, number = index[i], all_devices[i], int(track[i].step)
+            second = int(number * rules[0].interval_s)
+            fill_values(level_table, index_rows[i], knob_rows[i])
+            fill(work_rows[i], 0.0)
+            fill(histogram[i], 0)
+            serve(
+                service, knobs[i], levels, arrivals[i], number * slot_energy.shape[1], shift[i, second],
+                slowest_clock(devices), track[i].stage < rules[0].deferrable_below, servers, i, work[i],
+                histogram[i], slot_energy[i],
+            )  # fmt: skip
+            terminated[i] = heat_devices(
+                devices, device_share[levels.expert_count, levels.routing_bias], slot_energy[i],
+                work[i].sm_clock, drift_c[i, second], gpu[i],
+            )  # fmt: skip
+            reward[i] = settle(
+                rules[0], prices[0], floor, track[i], work[i], gpu[i], budget_w[i], levels.ttt_steps > 0,
+                raw[i], terms[i], cost[i],
+            )  # fmt: skip
+            fill_levels(rules[0], index_rows[i], raw_rows[i])
+            encode_row(raw_rows[i], observation[i])
+            truncated[i] = not terminated[i] and track[i].step >= fixed.steps
+            ended = terminated[i] or truncated[i]
+            if ended:
+                copy_row(final_observation[i], observation[i])
+                state.episodes[i] += np.uint64(1)
+        if ended:
+            _begin(fixed, traffic, service, state, servers, now, i, observation[i])
+
+
+@numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
+def _advance_all(threads, begin_all, fixed, traffic, service, state, servers, now, step):
+    """One interval of every environment, and the next episode's beginning where one ended.
+
+    With `begin_all` no interval is played: all begin the episode that is set for them.
+    """
+    n = now.index.shape[0]
+    # One call per thread, since a call counts references to every array of its tuples. And nothing but a
+    # call: a parallel loop of numba loses what is written to attributes of tuples.
+    for t in numba.prange(threads):
+        _advance_rows(
+            begin_all, fixed, traffic, service, state, servers, now, step, n * t // threads,
+            n * (t + 1) // threads,
+        )  # fmt: skip
+
+
+def _with_rows(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Records [n] of fields of one type, and the same memory as [n, fields]."""
+    base = np.int64 if records.dtype == INDEX_DTYPE else np.float64
+    return records, records.view(base).reshape(len(records), -1)
 
 
 class TwinBatch:
     """`num_envs` twin environments with same-step autoreset.
 
     After `step` the attributes `work`, `gpu`, `raw` (structured, [n]), `terms` [n, 6], `cost` [n, 3],
-    `histogram` [n, bins], `index` [n, knobs] hold the interval just played, also where an episode ended.
+    `histogram` [n, bins], `slot_energy` [n, slots], `index` [n, knobs] hold the interval just played, also
+    where an episode ended.
     """
 
     def __init__(
@@ -191,78 +232,81 @@ class TwinBatch:
             num_envs: how many at once.
             latencies: whether to record latencies in `histogram`, which costs time; it has no bins otherwise.
             max_steps: intervals after which an episode is truncated; the scenario's at most.
+
+        Raises:
+            ScenarioError: the problem controls a knob that its service does not read.
         """
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.problem, self.num_envs = problem, num_envs
         scenario, n, rules = problem.scenario, num_envs, rules_of(problem)
-        notice = int(rules[0]["notice"])
+        service = service_of(problem)
         seconds = scenario.episode_s + 1
-        terms = terms_of(problem)
-        self._service = (
-            problem.tables,
-            problem.device_share,
-            terms,
-            problem.knobs.level_table,
+        slots = round(scenario.interval_s / SLOT_S)
+        self._fixed = Fixed(
+            rules,
             prices_of(problem),
             problem.quality_floor,
-        )
-        self._steps = min(scenario.steps, max_steps or scenario.steps)
-        self._draws = (
-            rules,
-            traffic_of(scenario.traffic, seconds, problem.capacity_rps),
-            budget_terms(scenario.power_budget, scenario.interval_s),
-            spread_of(problem),
-            nominal_devices(problem),
+            problem.device_share,
+            problem.knobs.level_table,
             np.array(problem.knobs.default_index, np.int64),
-            problem.purse,
+            as_record(budget_terms(scenario.power_budget, scenario.interval_s)),
+            as_record(spread_of(problem)),
+            nominal_devices(problem),
+            min(scenario.steps, max_steps or scenario.steps),
         )
-        self.devices = np.zeros((n, len(scenario.devices)), DEVICE_DTYPE)
-        """Records of `DEVICE_DTYPE`, [n, D]."""
-        self._seeds, self._episodes = np.zeros(n, np.uint64), np.zeros(n, np.uint64)
+        self._traffic = traffic_of(scenario.traffic, seconds, problem.capacity_rps)
+        self._service = service.fixed
+        self.servers = service.new_state(n)
+        """The service's own state."""
         self.state = BatchState(
-            self._seeds,
-            self._episodes,
+            np.zeros(n, np.uint64),  # seeds
+            np.zeros(n, np.uint64),  # episodes
             np.zeros((n, 2, round(seconds / SLOT_S) + 1), np.int32),  # arrivals
             np.zeros((n, seconds), np.int64),  # shift
-            np.zeros((n, scenario.steps + notice + 1)),  # budget
+            np.zeros((n, scenario.steps + int(rules[0]["notice"]) + 1)),  # budget
             np.zeros((n, seconds)),  # drift of the inlet
-            np.zeros((n, len(problem.profile.shifts) + 1)),  # adaptation
-            np.zeros((n, len(problem.purse))),  # what it may spend
-            np.zeros(n, SERVER_DTYPE),
-            self.devices,
-            *_with_rows(np.zeros(n, TRACK_DTYPE)),
-            np.zeros(n, GPU_DTYPE),  # at an episode's beginning
-            *_with_rows(np.zeros(n, RAW_DTYPE)),  # likewise
+            np.zeros((n, len(scenario.devices)), DEVICE_DTYPE),
+            np.zeros(n, TRACK_DTYPE),
         )
-        self.index = np.zeros((n, len(KNOB_NAMES)), np.int64)
-        self.work, self.gpu, self.raw = (
-            np.zeros(n, WORK_DTYPE),
+        self._interval = Interval(
+            *_with_rows(np.zeros(n, INDEX_DTYPE)),
+            *_with_rows(np.zeros(n, VALUE_DTYPE)),
+            *_with_rows(np.zeros(n, WORK_DTYPE)),
             np.zeros(n, GPU_DTYPE),
-            np.zeros(n, RAW_DTYPE),
+            *_with_rows(np.zeros(n, RAW_DTYPE)),
+            np.zeros((n, HISTOGRAM_BINS if latencies else 0), np.int64),
+            np.zeros((n, slots)),
+            np.zeros((n, len(REWARD_TERMS))),
+            np.zeros((n, len(COST_NAMES))),
+            np.zeros(n, GPU_DTYPE),
+            *_with_rows(np.zeros(n, RAW_DTYPE)),
+            _with_rows(self.state.track)[1],
         )
-        self.histogram = np.zeros((n, HISTOGRAM_BINS if latencies else 0), np.int64)
-        self.terms, self.cost = np.zeros((n, len(REWARD_TERMS))), np.zeros((n, len(COST_NAMES)))
-        self._slot_energy = np.zeros((n, int(terms[0]["slots"])))
+        now = self._interval
+        self.index, self.work, self.gpu, self.raw = now.index_rows, now.work, now.gpu, now.raw
+        self.terms, self.cost, self.histogram = now.terms, now.cost, now.histogram
+        self.slot_energy, self.devices = now.slot_energy, self.state.devices
         self._final = np.zeros((n, len(FIELDS)), np.float32)
 
     def reset(self, seeds: Sequence[int] | np.ndarray) -> np.ndarray:
         """Start episode 0 of each seed; returns the observations, float32 [n, fields]."""
         if len(seeds) != self.num_envs:
             raise ValueError(f"{self.num_envs} environments need as many seeds, got {len(seeds)}")
-        self._seeds[:] = seeds
-        self._episodes[:] = 0
+        self.state.seeds[:] = seeds
+        self.state.episodes[:] = 0
         return self._advance(begin_all=True).observation
 
     def reset_to_next(self) -> np.ndarray:
         """Start the next episode of every environment's seed; returns the observations."""
-        self._episodes += np.uint64(1)
+        self.state.episodes[:] += np.uint64(1)
         return self._advance(begin_all=True).observation
 
-    def fork(self, source: BatchState, row: int) -> None:
+    def fork(self, source: TwinBatch, row: int) -> None:
         """Set every environment to what environment `row` of another batch of the same problem is now."""
-        for mine, theirs in zip(self.state, source, strict=True):
-            mine[:] = theirs[row]
+        mine, theirs = ((*batch.state, *batch.servers) for batch in (self, source))
+        for array, other in zip(mine, theirs, strict=True):
+            array[:] = other[row]
 
     def step(self, index: np.ndarray) -> BatchStep:
         """Play one interval in every environment.
@@ -275,11 +319,12 @@ class TwinBatch:
 
     def _advance(self, begin_all: bool) -> BatchStep:
         n = self.num_envs
-        observation = np.empty((n, len(FIELDS)), np.float32)
-        reward, terminated, truncated = np.empty(n), np.empty(n, np.bool_), np.empty(n, np.bool_)
-        _advance_all(
-            begin_all, *self._service, self._steps, *self._draws, *self.state, self.index, self.work,
-            self.gpu, *_with_rows(self.raw), self.histogram, self._slot_energy, self.terms, self.cost,
-            observation, self._final, reward, terminated, truncated,
+        step = BatchStep(
+            np.empty((n, len(FIELDS)), np.float32), np.empty(n), np.empty(n, np.bool_), np.empty(n, np.bool_),
+            self._final,
         )  # fmt: skip
-        return BatchStep(observation, reward, terminated, truncated, self._final)
+        _advance_all(
+            min(n, numba.get_num_threads()), begin_all, self._fixed, self._traffic, self._service, self.state,
+            self.servers, self._interval, step,
+        )  # fmt: skip
+        return step

@@ -196,7 +196,7 @@ class LiveWorkload:
             ranges.append((first, last))
             heads.append(int(self._head[c]))
             if taken:
-                self._head[c] = slot_of(arrivals[c], last - 1, self._head[c])
+                self._head[c] = slot_of(arrivals, c, last - 1, self._head[c])
                 self._next[c] = last
                 room -= taken
         if room == knobs.batch_size:  # rounding: the request that is due arrives a moment later
@@ -212,11 +212,11 @@ class LiveWorkload:
         """When a batch is due, in seconds into the slot that `now` lies in; infinity if later."""
         queued, in_slot, arrived, due = 0, 0, 0, math.inf
         for c in range(1 + serve_deferrable):
-            arrivals = self._arrivals[c]
-            queued += int(arrivals[slot]) - int(self._next[c])
-            in_slot += int(arrivals[slot + 1] - arrivals[slot])
-            arrived += arrived_by(arrivals, now) - int(arrivals[slot])
-            oldest, self._head[c] = oldest_in_slot(arrivals, self._next[c], self._head[c], slot)
+            arrivals = self._arrivals
+            queued += int(arrivals[c, slot]) - int(self._next[c])
+            in_slot += int(arrivals[c, slot + 1] - arrivals[c, slot])
+            arrived += arrived_by(arrivals, c, now) - int(arrivals[c, slot])
+            oldest, self._head[c] = oldest_in_slot(arrivals, c, self._next[c], self._head[c], slot)
             due = min(due, oldest + self._max_wait_s[c])
         return next_launch(now - slot * SLOT_S, batch_size, queued, in_slot, arrived, due)
 
@@ -237,27 +237,24 @@ class LiveWorkload:
     def _expire(self, now: float, tally: Tally) -> None:
         for c in range(2):
             self._next[c], self._head[c], expired = expire(
-                self._arrivals[c], self._next[c], self._head[c], now, self._expire_after_s[c]
+                self._arrivals, c, self._next[c], self._head[c], now, self._expire_after_s[c]
             )
             tally.expired[c] += expired
 
     def _stats(self, now: float, shift: int, tally: Tally) -> WorkStats:
-        arrived = np.array([arrived_by(self._arrivals[c], now) for c in range(2)], np.int64)
+        arrived = np.array([arrived_by(self._arrivals, c, now) for c in range(2)], np.int64)
         new, self._arrived = arrived - self._arrived, arrived
         waiting = arrived - self._next
         for flight in self._in_flight:
             waiting += [last - first for first, last in flight.ranges]
         oldest = [
-            max(0.0, now - oldest_arrival(self._arrivals[c], self._next[c], self._head[c], now))
+            max(0.0, now - oldest_arrival(self._arrivals, c, self._next[c], self._head[c], now))
             for c in range(2)
         ]
         return WorkStats(
-            arrived_interactive=float(new[0]),
-            arrived_deferrable=float(new[1]),
-            waiting_interactive=float(waiting[0]),
-            waiting_deferrable=float(waiting[1]),
-            oldest_interactive_s=oldest[0],
-            oldest_deferrable_s=oldest[1],
+            arrived=tuple(new.astype(float).tolist()),
+            waiting=tuple(waiting.astype(float).tolist()),
+            oldest_s=tuple(oldest),
             shift_id=float(shift),
             budget_share=self._budget_share(now),
             **tally.stats(),
@@ -310,7 +307,7 @@ class LiveWorkload:
         return self._stream.arrivals
 
     def _waiting(self, c: int, now: float) -> int:
-        return arrived_by(self._arrivals[c], now) - int(self._next[c])
+        return arrived_by(self._arrivals, c, now) - int(self._next[c])
 
     def _shift_at(self, now: float) -> int:
         assert self._stream is not None
@@ -330,8 +327,8 @@ class LiveWorkload:
         self.reset(0)
         arrivals = np.array([[0, 1], [0, 1]], np.int32)
         self._due(0, 0.0, 1, True)
-        oldest_arrival(arrivals[0], self._next[0], self._head[0], SLOT_S)
-        expire(arrivals[0], self._next[0], self._head[0], 0.0, self._expire_after_s[0])
-        late_count(arrivals[0], 0, 1, SLOT_S, self._deadline_s[0])
-        record_latencies(arrivals[0], 0, 1, 0, SLOT_S, Tally().histogram)
-        slot_of(arrivals[0], 0, self._head[0])
+        oldest_arrival(arrivals, 0, self._next[0], self._head[0], SLOT_S)
+        expire(arrivals, 0, self._next[0], self._head[0], 0.0, self._expire_after_s[0])
+        late_count(arrivals, 0, 0, 1, SLOT_S, self._deadline_s[0])
+        record_latencies(arrivals, 0, 0, 1, 0, SLOT_S, Tally().histogram)
+        slot_of(arrivals, 0, 0, self._head[0])

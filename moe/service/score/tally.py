@@ -72,8 +72,8 @@ class Tally:
         for c, (first, last) in enumerate(flight.ranges):
             if last == first:
                 continue
-            late = late_count(arrivals[c], first, last, completion, deadline_s[c])
-            record_latencies(arrivals[c], first, last, flight.heads[c], completion, self.histogram)
+            late = late_count(arrivals, c, first, last, completion, deadline_s[c])
+            record_latencies(arrivals, c, first, last, flight.heads[c], completion, self.histogram)
             self.answered[c] += last - first
             self.late[c] += late
             # A class's requests lie in order of arrival: the late ones are its first.
@@ -96,12 +96,9 @@ class Tally:
         """The fields of `WorkStats` that these sums make."""
         answered, load = max(1, int(self.answered.sum())), self.tokens_per_expert
         return {
-            "answered_interactive": float(self.answered[0]),
-            "answered_deferrable": float(self.answered[1]),
-            "late_interactive": float(self.late[0]),
-            "late_deferrable": float(self.late[1]),
-            "expired_interactive": float(self.expired[0]),
-            "expired_deferrable": float(self.expired[1]),
+            "answered": tuple(self.answered.astype(float).tolist()),
+            "late": tuple(self.late.astype(float).tolist()),
+            "expired": tuple(self.expired.astype(float).tolist()),
             "correct": float(self.correct),
             "good": float(self.good),
             "batches": float(self.batches),

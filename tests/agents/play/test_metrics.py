@@ -16,13 +16,13 @@ from agents.play.metrics import KPIS, episode_metrics, expert_entropy, steps_tab
 from agents.play.rollout import Recording, play_twin
 from agents.policies.policy import RandomPolicy
 from moe.profiles import save_profile
-from moe.workload import LATENCY_EDGES_S
+from moe.workload import LATENCY_EDGES_S, WORK_DTYPE
 from tests.thermoe_env.conftest import make_profile
 from thermoe_env.mdp.fields import FIELDS
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Feasibility, load_scenario
 from thermoe_env.twin.heat import GPU_DTYPE
-from thermoe_env.twin.score import HISTOGRAM_BINS, WORK_DTYPE
+from thermoe_env.twin.service import HISTOGRAM_BINS
 
 Frame = Any  # pandas' own types are too wide to check against
 
@@ -31,9 +31,8 @@ def make_recording() -> Recording:
     """Two episodes: one of two intervals with known counts, one of one interval without any answer."""
     work, gpu = np.zeros((2, 2), WORK_DTYPE), np.zeros((2, 2), GPU_DTYPE)
     known = {
-        "arrived_interactive": (60, 40), "arrived_deferrable": (30, 70), "answered_interactive": (50, 30),
-        "answered_deferrable": (20, 40), "late_interactive": (5, 1), "late_deferrable": (0, 2),
-        "expired_interactive": (4, 6), "expired_deferrable": (0, 10), "correct": (49, 63), "good": (40, 60),
+        "arrived": ((60, 30), (40, 70)), "answered": ((50, 20), (30, 40)), "late": ((5, 0), (1, 2)),
+        "expired": ((4, 0), (6, 10)), "correct": (49, 63), "good": (40, 60),
         "busy_s": (0.8, 0.7), "ttt_busy_s": (0.3, 0.0),
     }  # fmt: skip
     for name, values in known.items():
@@ -100,16 +99,15 @@ def test_metrics_equal_sums_over_the_steps_table(tmp_path_factory: pytest.TempPa
     steps: Frame = steps_table(recording, problem)
     assert len(steps) == 60 and steps.seed.tolist() == [4] * 20 + [5] * 20 + [6] * 20
     total: Frame = steps.groupby("seed").sum(numeric_only=True)
-    answered = total.answered_interactive + total.answered_deferrable
-    missed = (
-        total.late_interactive + total.late_deferrable + total.expired_interactive + total.expired_deferrable
+    answered, late, expired = (
+        total[f"{name}_interactive"] + total[f"{name}_deferrable"] for name in ("answered", "late", "expired")
     )
     expected = pd.DataFrame(
         {
             "j_per_good": total.energy_j / total.good,
             "mean_power_w": steps.groupby("seed").power_w.mean(),
             "quality": total.correct / answered,
-            "late_fraction": missed / (answered + total.expired_interactive + total.expired_deferrable),
+            "late_fraction": (late + expired) / (answered + expired),
             "over_budget_j": np.maximum(steps.power_w - steps.budget_w, 0.0).groupby(steps.seed).sum(),
             "above_limit_s": (steps.temp_c > problem.scenario.limits.temperature_c).groupby(steps.seed).sum(),
             "peak_c": steps.groupby("seed").temp_c.max(),

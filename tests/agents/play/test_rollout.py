@@ -101,7 +101,7 @@ def test_requests_and_tokens_add_up(scenario: Scenario) -> None:
     for kind in ("interactive", "deferrable"):
         left = work[f"arrived_{kind}"] - work[f"answered_{kind}"] - work[f"expired_{kind}"]
         np.testing.assert_array_equal(left.cumsum(0), work[f"waiting_{kind}"])
-    answered = work["answered_interactive"] + work["answered_deferrable"]
+    answered = work["answered"].sum(axis=-1)
     np.testing.assert_array_equal(recording.histogram.sum(-1), answered)
     count = np.array(problem.knobs.levels["expert_count"])[
         recording.index[..., KNOB_NAMES.index("expert_count")]

@@ -15,6 +15,7 @@ from agents.policies.planner import Oracle, PlanConfig, Planner
 from agents.policies.policy import Policy, RandomPolicy, for_episodes
 from agents.policies.registry import make_policy
 from moe.profiles import save_profile
+from moe.service.queueing import SLOT_S
 from tests.thermoe_env.conftest import make_profile
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.problem.problem import Problem
@@ -59,7 +60,7 @@ def test_perfect_knowledge_predicts_the_next_intervals(problem: Problem, steps: 
     plans = np.stack([chance() for _ in SHORT.blocks], axis=1)  # [n, blocks, controlled]
     copies = planner.copies
     promised = [
-        planner.returns(twins.state, row, np.tile(plan, (copies, 1, 1)))[0] for row, plan in enumerate(plans)
+        planner.returns(twins, row, np.tile(plan, (copies, 1, 1)))[0] for row, plan in enumerate(plans)
     ]
     total = np.zeros(len(SEEDS))
     for t in range(min(planner.horizon, STEPS - steps)):
@@ -73,9 +74,9 @@ def test_search_never_makes_a_plan_worse(problem: Problem) -> None:
     planner = Planner(problem, SHORT)
     for row in range(len(SEEDS)):
         plan = np.stack([chance()[row] for _ in SHORT.blocks])
-        better = planner.improved(twins.state, row, plan)
+        better = planner.improved(twins, row, plan)
         value, base = (
-            planner.returns(twins.state, row, np.tile(p, (planner.copies, 1, 1)))[0] for p in (better, plan)
+            planner.returns(twins, row, np.tile(p, (planner.copies, 1, 1)))[0] for p in (better, plan)
         )
         assert value >= base
         assert ((better >= 0) & (better < problem.knobs.nvec)).all()
@@ -100,12 +101,12 @@ def test_a_belief_knows_the_queue_the_shift_and_the_adaptation(problem: Problem)
             belief.follow(seen[i])
             true, own = twins.state, belief.state
             right.append(belief.shift == int(twins.work["shift_id"][i]))
-            off_weights.append(np.abs(own.weights[0] - true.weights[i]).max())
-            for c, name in enumerate(("interactive", "deferrable")):
-                waiting = own.arrivals[0, c, own.server["slot"][0]] - own.server[f"next_{c}"][0]
-                limit = (1.0, 30.0)[c] * problem.capacity_rps  # where the observation ends
-                if twins.work[f"waiting_{name}"][i] < limit:
-                    off_waiting.append(abs(waiting - twins.work[f"waiting_{name}"][i]))
+            off_weights.append(np.abs(belief.twins.servers.weights[0] - twins.servers.weights[i]).max())
+            slot = round((t + 1) * problem.scenario.interval_s / SLOT_S)
+            for c, waits in enumerate(twins.work["waiting"][i]):
+                waiting = own.arrivals[0, c, slot] - belief.twins.servers.server["next"][0, c]
+                if waits < (1.0, 30.0)[c] * problem.capacity_rps:  # where the observation ends
+                    off_waiting.append(abs(waiting - waits))
             off_debt.append(abs(own.track["quality_debt"][0] - true.track["quality_debt"][i]))
             notice = round(problem.scenario.power_budget.notice_s)
             change = until_change(true.budget_w[i], t + 1, notice)

@@ -44,15 +44,15 @@ def clear_of(t: float, moments: list[float]) -> bool:
 def test_arrived_by_counts_the_requests_before_t(per_slot, t):
     arrivals = arrival_list(per_slot)
     if clear_of(t, arrivals):
-        assert arrived_by(cumulative(per_slot), t) == sum(a <= t for a in arrivals)
+        assert arrived_by(cumulative(per_slot)[None], 0, t) == sum(a <= t for a in arrivals)
 
 
 @given(counts)
 def test_arrival_time_of_every_request(per_slot):
     cumulated, slot = cumulative(per_slot), 0
     for request, expected in enumerate(arrival_list(per_slot)):
-        slot = slot_of(cumulated, request, slot)
-        assert arrival_time(cumulated, request, slot) == pytest.approx(expected)
+        slot = slot_of(cumulated[None], 0, request, slot)
+        assert arrival_time(cumulated[None], 0, request, slot) == pytest.approx(expected)
 
 
 @given(counts, times, st.integers(0, 10))
@@ -62,7 +62,7 @@ def test_oldest_arrival_is_that_of_the_first_unserved_request(per_slot, t, serve
     if clear_of(t, arrivals):
         waiting = [a for a in arrivals[served:] if a <= t]
         expected = min(waiting, default=math.inf)
-        assert oldest_arrival(cumulative(per_slot), served, 0, t) == pytest.approx(expected)
+        assert oldest_arrival(cumulative(per_slot)[None], 0, served, 0, t) == pytest.approx(expected)
 
 
 @given(counts, times, st.floats(0.01, 0.3), st.integers(0, 10))
@@ -70,7 +70,7 @@ def test_expire_drops_exactly_the_requests_that_waited_too_long(per_slot, t, lim
     arrivals = arrival_list(per_slot)
     served = min(served, sum(a <= t for a in arrivals))
     if clear_of(t - limit_s, arrivals):
-        next_request, head, expired = expire(cumulative(per_slot), served, 0, t, limit_s)
+        next_request, head, expired = expire(cumulative(per_slot)[None], 0, served, 0, t, limit_s)
         assert expired == sum(t - a > limit_s for a in arrivals[served:])
         assert next_request == served + expired
         if next_request < len(arrivals):
@@ -85,7 +85,7 @@ def test_late_requests_are_the_first_of_the_batch(per_slot, extra_s, deadline_s,
     completion = (arrivals[last - 1] if last else 0.0) + extra_s
     if clear_of(completion - deadline_s, arrivals):
         late = [completion - a > deadline_s for a in arrivals[first:last]]
-        assert late_count(cumulative(per_slot), first, last, completion, deadline_s) == sum(late)
+        assert late_count(cumulative(per_slot)[None], 0, first, last, completion, deadline_s) == sum(late)
         assert late == sorted(late, reverse=True)
 
 
@@ -97,7 +97,7 @@ def test_latencies_are_recorded_within_their_bins(per_slot, extra_s, data):
     last = data.draw(st.integers(first, len(arrivals)))
     completion = (arrivals[last - 1] if last else 0.0) + extra_s
     histogram = np.zeros(len(LATENCY_EDGES_S) + 1, np.int64)
-    record_latencies(cumulative(per_slot), first, last, 0, completion, histogram)
+    record_latencies(cumulative(per_slot)[None], 0, first, last, 0, completion, histogram)
     assert histogram.sum() == last - first
     latencies = np.array([completion - a for a in arrivals[first:last]])
     for shift in (-1e-9, 1e-9):  # on which side of an edge a latency lies, rounding may decide
@@ -114,10 +114,10 @@ def launch_after(cumulated, served, slot, now, batch_size, max_wait, both):
     """`next_launch` as the services call it: its time since the stream began."""
     start, due, classes = slot * SLOT_S, math.inf, 2 if both else 1
     for c in range(classes):
-        due = min(due, oldest_in_slot(cumulated[c], served[c], 0, slot)[0] + max_wait[c])
+        due = min(due, oldest_in_slot(cumulated, c, served[c], 0, slot)[0] + max_wait[c])
     queued = sum(int(cumulated[c, slot]) - served[c] for c in range(classes))
     in_slot = sum(int(cumulated[c, slot + 1] - cumulated[c, slot]) for c in range(classes))
-    arrived = sum(arrived_by(cumulated[c], now) - int(cumulated[c, slot]) for c in range(classes))
+    arrived = sum(arrived_by(cumulated, c, now) - int(cumulated[c, slot]) for c in range(classes))
     return start + next_launch(now - start, batch_size, queued, in_slot, arrived, due)
 
 
@@ -137,7 +137,7 @@ def test_next_launch_is_when_a_batch_is_full_or_a_wait_is_over(
     cumulated = np.stack([cumulative([n[c] for n in slots]) for c in range(2)])
     slot = data.draw(st.integers(0, len(slots) - 1))
     now, until = (slot + phase * 0.999) * SLOT_S, (slot + 1) * SLOT_S
-    served = [data.draw(st.integers(0, int(arrived_by(cumulated[c], now)))) for c in range(2)]
+    served = [data.draw(st.integers(0, int(arrived_by(cumulated, c, now)))) for c in range(2)]
     queues = [lists[c][served[c] :] for c in range(2 if both else 1)]
 
     due = launch_after(cumulated, served, slot, now, batch_size, max_wait, both)
@@ -168,7 +168,7 @@ def test_oldest_in_slot_is_the_first_unserved_request_up_to_the_slot_s_end(per_s
     arrivals = arrival_list(per_slot)
     slot = min(slot, len(per_slot) - 1)
     served = min(served, len(arrivals))
-    oldest, head = oldest_in_slot(cumulative(per_slot), served, 0, slot)
+    oldest, head = oldest_in_slot(cumulative(per_slot)[None], 0, served, 0, slot)
     waiting = [a for a in arrivals[served:] if a <= (slot + 1) * SLOT_S]
     assert oldest + slot * SLOT_S == pytest.approx(min(waiting, default=math.inf))
     assert head <= slot

@@ -16,7 +16,7 @@ from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 from thermoe_env.twin.core import TwinBatch
 from thermoe_env.twin.heat import TwinTelemetry
-from thermoe_env.twin.score import ProfiledWorkload
+from thermoe_env.twin.workload import TwinWorkload
 
 ONE = [{}]
 TWO = [{"experts": [0, 1, 2, 3]}, {"experts": [4, 5, 6, 7], "inlet_offset_c": 6.0}]
@@ -95,7 +95,7 @@ def test_requests_are_conserved(problem: Problem, seed, low, spread, share, devi
         devices=devices,
     )
     telemetry = TwinTelemetry(Problem.of(scenario))
-    workload = ProfiledWorkload(Problem.of(scenario), lambda: telemetry.clock)
+    workload = TwinWorkload(Problem.of(scenario), lambda: telemetry.clock)
     workload.reset(seed)
     telemetry.reset(seed)
     arrived, answered, expired = np.zeros(2), np.zeros(2), np.zeros(2)
@@ -109,15 +109,14 @@ def test_requests_are_conserved(problem: Problem, seed, low, spread, share, devi
         )
         stats = workload.run(setting, 1.0, deferrable)
         telemetry.read(stats, 1.0)
-        arrived += stats.arrived_interactive, stats.arrived_deferrable
-        answered += stats.answered_interactive, stats.answered_deferrable
-        expired += stats.expired_interactive, stats.expired_deferrable
-        waiting = np.array([stats.waiting_interactive, stats.waiting_deferrable])
-        assert np.array_equal(arrived, answered + expired + waiting)
-        assert stats.latency_histogram.sum() == stats.answered_interactive + stats.answered_deferrable
-        assert stats.late_interactive <= stats.answered_interactive
+        arrived += stats.arrived
+        answered += stats.answered
+        expired += stats.expired
+        assert np.array_equal(arrived, answered + expired + stats.waiting)
+        assert stats.latency_histogram.sum() == sum(stats.answered)
+        assert all(np.less_equal(stats.late, stats.answered))
         assert 0.0 <= stats.good <= stats.correct * (1.0 + 1e-12)
-        assert stats.correct <= stats.answered_interactive + stats.answered_deferrable
+        assert stats.correct <= sum(stats.answered)
         assert 0.0 <= stats.busy_s <= 1.0 + 1e-9
 
 
@@ -130,7 +129,7 @@ def test_energy_is_the_integral_of_power(problem: Problem) -> None:
     power, energy, dynamic = [], [], 0.0
     for _ in range(200):
         batch.step(index)
-        dynamic += batch._slot_energy.sum()
+        dynamic += batch.slot_energy.sum()
         power.append(batch.gpu["power_w"][0])
         energy.append(batch.gpu["energy_j"][0])
     assert np.sum(power) * scenario.interval_s == pytest.approx(np.sum(energy), rel=1e-12)
@@ -145,7 +144,7 @@ def test_busy_time_follows_the_slots(problem: Problem) -> None:
         problem.scenario,
         traffic={"kind": "poisson", "low_load": 3.0, "high_load": 3.0, "interactive_share": 0.1},
     )
-    workload = ProfiledWorkload(Problem.of(scenario), lambda: 1.0)
+    workload = TwinWorkload(Problem.of(scenario), lambda: 1.0)
     workload.reset(0)
     for _ in range(3):
         stats = workload.run(Knobs(batch_size=2048, expert_count=4), 1.0)

@@ -118,7 +118,7 @@ def test_energy_of_an_episode_is_conserved(problem: Problem, n_devices: int) -> 
         index = shared.knobs.indices(rng.integers(0, shared.knobs.nvec, (3, 4)), "multi_discrete")
         batch.step(index)
         energy += batch.gpu["energy_j"]
-        dynamic += batch._slot_energy.sum(axis=1)
+        dynamic += batch.slot_energy.sum(axis=1)
         assert not batch.gpu["power_capped_s"].any()
     np.testing.assert_allclose(energy, dynamic + 100 * n_devices * shared.twin.idle_power_w, rtol=1e-12)
 

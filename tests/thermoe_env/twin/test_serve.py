@@ -16,7 +16,7 @@ from moe.service.queueing import SLOT_S, latency_quantile
 from moe.workload import LATENCY_EDGES_S, Knobs
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
-from thermoe_env.twin.score import ProfiledWorkload
+from thermoe_env.twin.workload import TwinWorkload
 
 SECONDS = 8
 
@@ -137,7 +137,7 @@ class BatchByBatch:
 
 def play(problem: Problem, seed: int, knobs: list[Knobs], serve: list[bool]) -> tuple[Sums, Sums, np.ndarray]:
     """(twin, batch by batch, the twin's histogram) over one second of each setting."""
-    workload = ProfiledWorkload(problem, lambda: 1.0)
+    workload = TwinWorkload(problem, lambda: 1.0)
     workload.reset(seed)
     stream = workload._stream
     stream.shift_id[:] = stream.shift_id[0]
@@ -151,7 +151,7 @@ def play(problem: Problem, seed: int, knobs: list[Knobs], serve: list[bool]) -> 
             getattr(twin, name)[:] += pair
             getattr(reference, name)[:] += getattr(sums, name)
         twin.good, reference.good = twin.good + stats.good, reference.good + sums.good
-        answers = stats.answered_interactive + stats.answered_deferrable
+        answers = sum(stats.answered)
         twin.confidence += stats.confidence * answers
         reference.confidence += sums.confidence
         twin.batches, reference.batches = twin.batches + int(stats.batches), reference.batches + sums.batches

@@ -25,7 +25,7 @@ from thermoe_env.mdp.fields import decode
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import AdaptationConfig, Scenario, StepBudgetConfig, load_scenario
 from thermoe_env.twin.core import TwinBatch
-from thermoe_env.twin.score import ProfiledWorkload
+from thermoe_env.twin.workload import TwinWorkload
 
 STEP_J = 5.0  # of the made-up profile
 SECONDS = 8
@@ -63,7 +63,7 @@ def knobs_of(problem: Problem, batch: int, experts: int, steps: int, pace: float
 def test_every_joule_is_somewhere(problem: Problem, seed, load, fraction, bank_windows, seconds) -> None:
     """Earned is the fraction of what serving took; what is not charged or expired is in the bank."""
     budgeted = with_budget(problem, load, fraction=fraction, bank_windows=bank_windows)
-    workload = ProfiledWorkload(budgeted, lambda: 1.0)
+    workload = TwinWorkload(budgeted, lambda: 1.0)
     workload.reset(seed)
     launched_j, steps = 0.0, 0.0
     for setting in seconds:
@@ -74,39 +74,39 @@ def test_every_joule_is_somewhere(problem: Problem, seed, load, fraction, bank_w
         assert stats.slot_energy_j is not None
         launched_j += stats.slot_energy_j.sum()
         steps += stats.ttt_steps
-        purse = EnergyBudget.of(workload._purse)
+        purse = EnergyBudget.of(workload.state.purse[0])
         assert purse.balance_j + purse.charged_j + purse.expired_j == pytest.approx(purse.earned_j, abs=1e-6)
         assert purse.charged_j == pytest.approx(steps * STEP_J, rel=1e-9, abs=1e-9)
         assert purse.balance_j >= 0.0
-    launched_j += float(workload._server[0]["tail_s"] * workload._server[0]["tail_power_w"])
+    launched_j += float(workload.state.server[0]["tail_s"] * workload.state.server[0]["tail_power_w"])
     assert purse.earned_j == pytest.approx(fraction * (launched_j - purse.charged_j), rel=1e-6, abs=1e-6)
 
 
 def test_a_refused_step_leaves_the_twin_s_weights_bit_for_bit(problem: Problem) -> None:
-    workload = ProfiledWorkload(with_budget(problem, fraction=1e-6), lambda: 1.0)
+    workload = TwinWorkload(with_budget(problem, fraction=1e-6), lambda: 1.0)
     workload.reset(1)
-    fresh, asked = workload._weights.copy(), 0.0
+    fresh, asked = workload.state.weights.copy(), 0.0
     for _ in range(SECONDS):
         stats = workload.run(knobs_of(problem, 3, 2, 2), 1.0)
         assert stats.ttt_steps == 0.0 and stats.ttt_busy_s == 0.0
         asked += stats.ttt_refused
     assert asked > 0.0
-    assert np.array_equal(workload._weights, fresh)
+    assert np.array_equal(workload.state.weights, fresh)
 
 
 def test_a_budget_that_pays_for_all_is_as_good_as_none(problem: Problem) -> None:
     """Batch by batch, as a budget needs it, or batches alike at once: the same service."""
     unlimited = with_budget(problem, fraction=1.0)
     unlimited = Problem.of(load_scenario(unlimited.scenario, adaptation={"budget": None}))
-    rich = ProfiledWorkload(with_budget(problem, fraction=1e3), lambda: 1.0)
-    free = ProfiledWorkload(unlimited, lambda: 1.0)
+    rich = TwinWorkload(with_budget(problem, fraction=1e3), lambda: 1.0)
+    free = TwinWorkload(unlimited, lambda: 1.0)
     for workload in (rich, free):
         workload.reset(4)
     sums = np.zeros((2, 4))
     for _ in range(SECONDS):
         for row, workload in enumerate((rich, free)):
             stats = workload.run(knobs_of(problem, 2, 2, 1), 1.0)
-            answered = stats.answered_interactive + stats.answered_deferrable
+            answered = sum(stats.answered)
             assert stats.slot_energy_j is not None and stats.ttt_refused == 0.0
             sums[row] += stats.ttt_steps, answered, stats.slot_energy_j.sum(), stats.busy_s
     assert sums[0] == pytest.approx(sums[1], rel=0.01)
@@ -142,7 +142,7 @@ class AsProfiled:
 def test_twin_and_live_service_pay_for_the_same_steps(problem: Problem, fraction: float, batch: int) -> None:
     """Each on its own way through the same requests; a batch may fall on either side of an interval's end."""
     budgeted, clock = with_budget(problem, 0.5, fraction=fraction, bank_windows=1), Clock()
-    twin = ProfiledWorkload(budgeted, lambda: 1.0)
+    twin = TwinWorkload(budgeted, lambda: 1.0)
     budget = budgeted.step_budget()
     assert budget is not None
     runner: Any = AsProfiled(budgeted, clock)
@@ -160,7 +160,7 @@ def test_twin_and_live_service_pay_for_the_same_steps(problem: Problem, fraction
     assert counts["twin"].min() > 0
     np.testing.assert_allclose(counts["live"], counts["twin"], rtol=0.01, atol=2)
     assert counts["live"][:2].sum() == 2 * counts["live"][2]
-    mine, own = EnergyBudget.of(twin._purse), budget.energy
+    mine, own = EnergyBudget.of(twin.state.purse[0]), budget.energy
     assert own.earned_j == pytest.approx(mine.earned_j, rel=0.02)
     assert own.charged_j == pytest.approx(STEP_J * counts["live"][0])
 

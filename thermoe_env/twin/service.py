@@ -1,0 +1,126 @@
+"""The seam of compiled services: what the batched core asks of one, whatever it serves.
+
+A service is a `NamedTuple` of arrays that says what does not change, another that holds what it carries from
+interval to interval, and two functions over both, `start` and `serve`. Compiled code chooses the functions by
+the type of the first, so the core is compiled once per kind of service and calls them directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+from numba.core import types
+from numba.extending import overload
+
+from moe.compiled import fill, jit
+from moe.service.queueing import SLOT_S
+from moe.workload import LATENCY_EDGES_S
+
+HISTOGRAM_BINS = len(LATENCY_EDGES_S) + 1
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service of a problem, ready for compiled code."""
+
+    fixed: NamedTuple
+    """What does not change: arrays and numbers. Its type is one that `implement` was told of."""
+    knobs: tuple[str, ...]
+    """Those that it reads."""
+    new_state: Callable[[int], Any]
+    """State of so many servers: a `NamedTuple` of arrays [n, ...], which `start` fills."""
+
+
+def start(fixed, seed, state, i):
+    """Begin an episode in server `i`: an idle device, an empty queue.
+
+    Args:
+        fixed: `Service.fixed`.
+        seed: uint64, of the episode: what the service draws beside the arrivals follows from it.
+        state: what `Service.new_state` made; row `i` is filled.
+        i: number of the server.
+    """
+    raise NotImplementedError("compiled code calls what `implement` was given")
+
+
+def serve(
+    fixed, knobs, index, arrivals, first_slot, shift, clock, serve_deferrable, state, i, work, histogram,
+    slot_energy,
+):  # fmt: skip
+    """Serve one interval of the request stream in server `i`.
+
+    Args:
+        fixed: `Service.fixed`.
+        knobs: record of `thermoe_env.problem.knobs.VALUE_DTYPE`, the knobs in force.
+        index: record of `INDEX_DTYPE`, their levels.
+        arrivals: int32 [2, slots + 1], the whole stream.
+        first_slot: slot in which the interval begins.
+        shift: index of the input shift in force.
+        clock: clock fraction that throttling leaves.
+        serve_deferrable: whether deferrable requests are served.
+        state: row `i` is updated.
+        i: number of the server.
+        work: record of `moe.workload.WORK_DTYPE`, zeroed by the caller; filled.
+        histogram: int64 [bins], added to; without bins no latencies are recorded.
+        slot_energy: float [slots per interval]; filled with J above idle.
+    """
+    raise NotImplementedError("compiled code calls what `implement` was given")
+
+
+def implement(fixed: type, start_one: Any, serve_one: Any) -> None:
+    """Let compiled code call `start_one` and `serve_one` where it is handed a `fixed` of this type.
+
+    Args:
+        fixed: the `NamedTuple` class of `Service.fixed`.
+        start_one: a plain function that can be compiled.
+        serve_one: likewise.
+    """
+
+    def is_meant(given: Any) -> bool:
+        return isinstance(given, types.NamedTuple | types.NamedUniTuple) and given.instance_class is fixed
+
+    @overload(start, jit_options={"error_model": "numpy"})
+    def _start(fixed, seed, state, i):
+        return start_one if is_meant(fixed) else None
+
+    @overload(serve, jit_options={"error_model": "numpy"})
+    def _serve(
+        fixed, knobs, index, arrivals, first_slot, shift, clock, serve_deferrable, state, i, work, histogram,
+        slot_energy,
+    ):  # fmt: skip
+        return serve_one if is_meant(fixed) else None
+
+
+@cache
+def single_server(fixed_kind: Any, state_kind: Any) -> tuple[Any, Any]:
+    """`start` and `serve` of one server alone, for the types of a service's two tuples.
+
+    Both take the arrays of the tuples one by one, last of all, and records as arrays of one: so they cross
+    into compiled code several times faster.
+
+    Returns:
+        (`start` of (seed, arrays), `serve` of (knobs, index, arrivals, first slot, shifts in force [seconds],
+        clock, whether deferrable requests are served, work, its memory, histogram, slot energy, arrays))
+    """
+    n = len(fixed_kind._fields)
+
+    @jit
+    def start_single(seed, *arrays):
+        start(fixed_kind(*arrays[:n]), seed, state_kind(*arrays[n:]), 0)
+
+    @jit
+    def serve_single(
+        knobs, index, arrivals, first_slot, shift_id, clock, serve_deferrable, work, work_row, histogram,
+        slot_energy, *arrays,
+    ):  # fmt: skip
+        fill(work_row, 0.0)
+        serve(
+            fixed_kind(*arrays[:n]), knobs[0], index[0], arrivals, first_slot,
+            shift_id[int(first_slot * SLOT_S)], clock, serve_deferrable, state_kind(*arrays[n:]), 0, work[0],
+            histogram, slot_energy,
+        )  # fmt: skip
+
+    return start_single, serve_single

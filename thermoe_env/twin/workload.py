@@ -1,0 +1,91 @@
+"""A compiled service behind the `Workload` seam: one server, interval by interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moe.service.queueing import SLOT_S
+from moe.service.traffic import RequestStream, draw_stream
+from moe.workload import (
+    PER_CLASS_NAMES,
+    REQUEST_CLASSES,
+    SCALAR_NAMES,
+    WORK_DTYPE,
+    Knobs,
+    WorkStats,
+    frozen,
+)
+from thermoe_env.problem.problem import Problem
+from thermoe_env.twin.service import HISTOGRAM_BINS, single_server
+from thermoe_env.twin.services import service_of
+
+_NAMES = (*PER_CLASS_NAMES, *SCALAR_NAMES)
+_SCALARS_FROM = len(PER_CLASS_NAMES) * len(REQUEST_CLASSES)
+"""Place of the first scalar in a record of work; pairs before it."""
+
+
+class TwinWorkload:
+    """`Workload` that costs what the profile says."""
+
+    def __init__(self, problem: Problem, clock: Callable[[], float]) -> None:
+        """Serve on a device whose throttling leaves the clock fraction `clock()`."""
+        self._problem, self._clock = problem, clock
+        service = service_of(problem)
+        self.state = service.new_state(1)
+        """The service's own state, of one server."""
+        self._start, self._serve = single_server(type(service.fixed), type(self.state))
+        self._arrays = (*service.fixed, *self.state)
+        self._slots = round(problem.scenario.interval_s / SLOT_S)
+        self._known: dict[Knobs, tuple[np.ndarray, ...]] = {}
+        """Records of values and levels; tokens per expert of an answer, [L, E]; `device_share`, [D]."""
+        self._work = np.zeros(1, WORK_DTYPE)
+        self._work_row = self._work.view(np.float64)
+
+    def reset(self, seed: int) -> None:
+        """Draw the request stream of `seed` and start with an empty queue."""
+        scenario = self._problem.scenario
+        # The live workload plays the same stream.
+        self._stream: RequestStream = draw_stream(
+            scenario.traffic, seed, scenario.episode_s + 1, self._problem.capacity_rps
+        )
+        self._slot = 0
+        self._start(np.uint64(seed), *self._arrays)
+
+    def run(self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True) -> WorkStats:
+        """Serve one interval. `duration_s` must be the scenario's interval."""
+        if duration_s != self._problem.scenario.interval_s:
+            raise ValueError(
+                f"a twin runs whole intervals of {self._problem.scenario.interval_s} s, got {duration_s} s"
+            )
+        values, index, tokens, device_share = self._known.get(knobs) or self._learn(knobs)
+        histogram = np.zeros(HISTOGRAM_BINS, np.int64)
+        slot_energy = np.empty(self._slots)
+        self._serve(
+            values, index, self._stream.arrivals, self._slot, self._stream.shift_id, self._clock(),
+            serve_deferrable, self._work, self._work_row, histogram, slot_energy, *self._arrays,
+        )  # fmt: skip
+        self._slot += self._slots
+        row = self._work_row.tolist()
+        pairs = zip(row[:_SCALARS_FROM:2], row[1:_SCALARS_FROM:2], strict=True)
+        stats: dict[str, Any] = dict(zip(_NAMES, (*pairs, *row[_SCALARS_FROM:]), strict=True))
+        stats["row"] = row
+        stats["latency_histogram"] = histogram
+        stats["tokens_per_expert"] = tokens * sum(stats["answered"])
+        stats["slot_energy_j"] = slot_energy
+        stats["device_share"] = device_share
+        return frozen(WorkStats, stats)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _learn(self, knobs: Knobs) -> tuple[np.ndarray, ...]:
+        problem = self._problem
+        row = problem.knobs.index(knobs)
+        index, values = problem.knobs.records(row[None])
+        at = index["expert_count"][0], index["routing_bias"][0]
+        tokens = np.ascontiguousarray(problem.expert_tokens[at])
+        self._known[knobs] = values, index, tokens, problem.device_share[at]
+        return self._known[knobs]
