@@ -51,7 +51,7 @@ from moe.profiling.quality import (
     adaptation_error,
     measure_quality,
 )
-from moe.service.score.runner import ADAPT_BATCH, Runner
+from moe.service.score.runner import Runner
 from moe.training.weights import identity, load_model
 from moe.ttt import METHODS, STATISTICS_MOMENTUM, Adapter
 
@@ -176,9 +176,8 @@ def measure(options: Options) -> Profile:
     quality_s = time.monotonic() - began
     cells = serving_cells(batch_sizes, expert_counts, cost_biases)
     extra = held_out_cells(batch_sizes, expert_counts, cost_biases)
-    steps = (
-        sorted({adaptation_cell(n, k) for n in batch_sizes for k in expert_counts}) if runner.adapts else []
-    )
+    step_of = [adaptation_cell(n, k, runner.adapt_batch) for n in batch_sizes for k in expert_counts]
+    steps = sorted(set(step_of)) if runner.adapts else []
     idle_before_w = idle_power_w(meter) if meter else None
     visits = measure_cells(
         runner,
@@ -200,7 +199,6 @@ def measure(options: Options) -> Profile:
         shape = (len(batch_sizes), len(expert_counts))
         return values.reshape(shape if last is None else (*shape, last))
 
-    step_of = [adaptation_cell(n, k) for n in batch_sizes for k in expert_counts]
     adapts = runner.adapts
     profile = Profile(
         task=options.task,
@@ -250,7 +248,11 @@ def measure(options: Options) -> Profile:
             "spread": _spread(cost),
             "idle_power_w": {"before": idle_before_w, "after": idle_after_w},
             "temperature_c": {"start": cold_c, "end_of_load": hot_c},
-            "adaptation": {"method": options.method, "group": options.group, **_long_run(quality.long)}
+            "adaptation": {
+                "method": options.method,
+                "group": options.group,
+                **_long_run(quality.long, runner.adapt_batch),
+            }
             if adapts
             else None,
             "data": data.describe(options.task),
@@ -314,11 +316,11 @@ def _spread(cost: dict[Cell, Costs]) -> dict[str, Any]:
     return result
 
 
-def _long_run(long: np.ndarray | None) -> dict[str, Any]:
+def _long_run(long: np.ndarray | None, adapt_batch: int) -> dict[str, Any]:
     """What the gradients do in the long run: quality under the shift adapted to, after `LONG_STEPS`."""
     assert long is not None
     return {
-        "batch": ADAPT_BATCH,
+        "batch": adapt_batch,
         "steps": ADAPTED_STEPS,
         "long_steps": LONG_STEPS,
         "accuracy_after_long": long[:, 0].round(4).tolist(),

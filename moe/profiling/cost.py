@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from moe.device.meter import EnergyCounter
-from moe.service.score.runner import ADAPT_BATCH, Runner
+from moe.service.score.runner import Runner
 from moe.workload import Knobs
 
 WARM_S = 0.1
@@ -227,9 +227,9 @@ def held_out_cells(
     return cells
 
 
-def adaptation_cell(batch_size: int, expert_count: int) -> Cell:
-    """Cell of an adaptation step after a micro-batch: it looks at 2 to `ADAPT_BATCH` of its images."""
-    return Cell(max(2, min(batch_size, ADAPT_BATCH)), expert_count, 0.0, True)
+def adaptation_cell(batch_size: int, expert_count: int, adapt_batch: int) -> Cell:
+    """Cell of an adaptation step after a micro-batch: it looks at 2 to `adapt_batch` of its images."""
+    return Cell(max(2, min(batch_size, adapt_batch)), expert_count, 0.0, True)
 
 
 def fitting_batch_sizes(

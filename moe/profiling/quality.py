@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from moe import ttt
 from moe.service.adaptation import adapt, answer_quality, second_share, start_unadapted, tabulate
-from moe.service.score.runner import ADAPT_BATCH, Runner
+from moe.service.score.runner import Runner
 from moe.workload import Knobs
 
 SCORE_BATCH = 1000
@@ -99,10 +99,12 @@ class Examiner:
         """Take adaptation steps, unguarded, at the model's own expert count and without bias."""
         runner, adapter = self._runner, _adapter_of(self._runner)
         for _ in range(steps):
-            index = (torch.arange(ADAPT_BATCH, device=runner.device) + self._taken) % len(runner.samples)
+            index = (torch.arange(runner.adapt_batch, device=runner.device) + self._taken) % len(
+                runner.samples
+            )
             images, _ = runner.samples.take(shift, runner.order[index])
             adapter.method(runner.model, adapter.state, images, adapter.settings, self._own_k)
-            self._taken += ADAPT_BATCH
+            self._taken += runner.adapt_batch
 
     def save(self) -> ttt.Saved:
         """Copy the state of the adaptation."""

@@ -31,7 +31,7 @@ from moe.service.queueing import (
     record_latencies,
     slot_of,
 )
-from moe.service.score.runner import ADAPT_BATCH, Runner
+from moe.service.score.runner import Runner
 from moe.service.score.tally import InFlight, Tally
 from moe.service.traffic import RequestStream, TrafficConfig, draw_stream
 from moe.workload import Knobs, WorkStats
@@ -122,7 +122,11 @@ class LiveWorkload:
         )
         for k in expert_counts:
             for n in sizes:
-                steps = min(ttt, 1) if self.runner.adapts and (n <= ADAPT_BATCH or n == largest) else 0
+                steps = (
+                    min(ttt, 1)
+                    if self.runner.adapts and (n <= self.runner.adapt_batch or n == largest)
+                    else 0
+                )
                 self.runner.launch([(0, n), (0, 0)], 0, Knobs(batch_size=n, expert_count=k, ttt_steps=steps))
                 self.runner.synchronize()
         self._compile_queue()

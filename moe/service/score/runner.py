@@ -22,11 +22,11 @@ from moe.model.transformer import ModelOutput, MoEModel
 from moe.ttt import Adapter
 from moe.workload import Knobs
 
-# As the shipped profiles were measured: 256 on the H100, 64 on a CPU (`adapt_batch` in their provenance).
-ADAPT_BATCH = 256 if torch.cuda.is_available() else 64
-"""Most images of a micro-batch that an adaptation step looks at, the size common in the literature.
+ADAPT_BATCH = {"cpu": 64, "cuda": 256}
+"""Most images of a micro-batch that an adaptation step looks at, by type of device.
 
-Four times as many cost four times the work on a small device and adapt no further.
+As the shipped profiles were measured (`batch` of the adaptation in their provenance). Four times as many cost
+four times the work on a small device and adapt no further.
 """
 
 
@@ -216,6 +216,11 @@ class Runner:
         return self.adapter is not None
 
     @property
+    def adapt_batch(self) -> int:
+        """Most images of a micro-batch that an adaptation step looks at."""
+        return ADAPT_BATCH[self.device.type]
+
+    @property
     def n_experts(self) -> int:
         """Experts per layer."""
         return self.model.config.n_experts
@@ -288,7 +293,7 @@ class Runner:
         return replace(output, logits=output.logits[:, -1])  # [B, S, C] -> [B, C]
 
     def adapt(self, inputs: Tensor, answers: Tensor, knobs: Knobs) -> int:
-        """Take `ttt_steps` adaptation steps on the first `ADAPT_BATCH` inputs; returns how many were kept.
+        """Take `ttt_steps` adaptation steps on the first `adapt_batch` inputs; returns how many were kept.
 
         Args:
             inputs: inputs already answered.  # [B, ...]
@@ -299,7 +304,7 @@ class Runner:
             raise ValueError(f"this {self.samples.task} model has no adaptation; set ttt_steps to 0")
         inputs = inputs if self.samples.task == "vision" else self._in_context(inputs)
         return self.adapter.adapt(
-            inputs[:ADAPT_BATCH], answers[:ADAPT_BATCH], knobs.ttt_steps, knobs.expert_count,
+            inputs[: self.adapt_batch], answers[: self.adapt_batch], knobs.ttt_steps, knobs.expert_count,
             knobs.routing_bias,
         )  # fmt: skip
 

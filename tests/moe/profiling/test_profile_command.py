@@ -31,7 +31,7 @@ from moe.profiling.cost import (
     serving_cells,
 )
 from moe.profiling.quality import measure_quality
-from moe.service.score.runner import ADAPT_BATCH, Runner
+from moe.service.score.runner import Runner
 from moe.workload import Knobs
 from tests.moe.conftest import IDENTITY, made_up
 
@@ -102,10 +102,17 @@ def runner() -> Runner:
     return Runner(model, samples, "cpu")
 
 
+def test_the_most_images_of_a_step_follow_from_the_runners_device(runner, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert runner.adapt_batch == 64
+    runner.device = torch.device("cuda")
+    assert runner.adapt_batch == 256
+
+
 def test_quality_tables_agree_with_the_bare_model(runner, monkeypatch):
     monkeypatch.setattr(profile_quality, "ADAPTED_STEPS", 4)
     monkeypatch.setattr(profile_quality, "LONG_STEPS", 5)
-    monkeypatch.setattr(profile_quality, "ADAPT_BATCH", 32)
+    monkeypatch.setattr(Runner, "adapt_batch", 32)
     samples, model = runner.samples, runner.model
     state = {name: value.clone() for name, value in model.state_dict().items()}
     quality = measure_quality(runner, [1, 2], [0.0, 1.0], samples=300, seed=3)
@@ -154,8 +161,13 @@ def adapter_tensors(saved: ttt.Saved) -> list[torch.Tensor]:
 
 def test_every_cell_is_visited_in_random_order_and_the_model_stays_as_it_was(runner):
     state = {name: value.clone() for name, value in runner.model.state_dict().items()}
-    cells = [Cell(2, 1, 0.0, False), Cell(8, 2, 1.0, False), adaptation_cell(1, 2), adaptation_cell(10**6, 2)]
-    assert [cell.batch_size for cell in cells[2:]] == [2, ADAPT_BATCH]
+    cells = [
+        Cell(2, 1, 0.0, False),
+        Cell(8, 2, 1.0, False),
+        adaptation_cell(1, 2, 64),
+        adaptation_cell(10**6, 2, 64),
+    ]
+    assert [cell.batch_size for cell in cells[2:]] == [2, 64]
     visits = measure_cells(runner, cells, None, 0.02, 0.0, 0.0, np.random.default_rng(0))
     assert {cell: len(seen) for cell, seen in visits.items()} == dict.fromkeys(cells, 2)
     assert all(visit.latency_s > 0 and visit.units_per_s > 0 for seen in visits.values() for visit in seen)
