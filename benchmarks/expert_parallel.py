@@ -36,8 +36,10 @@ from torch import Tensor
 
 from benchmarks.expert_parallel_report import add_forecast, draw, summarise
 from moe.data import datasets as data
-from moe.device.meter import EnergyCounter, MeterUnavailableError, Tick, open_meter
+from moe.device.base import Tick
+from moe.device.meter import EnergyMeter, open_meter
 from moe.device.torch_device import device_name
+from moe.errors import ReadingError
 from moe.model.config import Size
 from moe.model.distributed import distribute, tokens_per_device
 from moe.model.transformer import ModelOutput, MoEModel
@@ -100,7 +102,7 @@ class Service:
     images: Tensor  # [N, 28, 28] of this rank
     labels: Tensor  # [N]
     device: torch.device
-    meter: EnergyCounter | None
+    meter: EnergyMeter | None
 
     @torch.no_grad()
     def answer(self, images: Tensor, condition: Condition) -> ModelOutput:
@@ -276,24 +278,23 @@ def _window(service: Service, condition: Condition, step_s: float) -> np.ndarray
             done.set()
         ticks = watch.result()
     if len(ticks) < 2:
-        raise MeterUnavailableError(
+        raise ReadingError(
             f"the energy counter ticked {len(ticks)} times in {sum(times_s):.2f} s; raise --window-s"
         )
     power_w = (ticks[-1].energy_j - ticks[0].energy_j) / (ticks[-1].time_s - ticks[0].time_s)
     answers_per_s = service.batch_size * service.placement.n_devices / float(np.mean(times_s))
-    temperature_c = service.meter.temperature_c()
+    temperature_c = service.meter.gpu.temperature_c()
     return _of_ranks([float(np.median(times_s)), power_w, power_w / answers_per_s, temperature_c])
 
 
-def _ticks(meter: EnergyCounter, done: threading.Event) -> list[Tick]:
-    """Advances of the counter until `done`; its first value is no tick, only where it ticked is known."""
-    ticks, last = [], meter.read()
-    while not done.wait(LOOK_S):
-        now = meter.read()
-        if now.energy_j != last.energy_j:
-            ticks.append(now)
-            last = now
-    return ticks
+def _ticks(meter: EnergyMeter, done: threading.Event) -> list[Tick]:
+    """Ticks of the counter until `done`."""
+    ticks: list[Tick] = []
+    while True:
+        tick = meter.next_tick(lambda: done.wait(LOOK_S))
+        if done.is_set():
+            return ticks
+        ticks.append(tick)
 
 
 def _of_ranks(values: list[float]) -> np.ndarray:

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import tyro
 
+from thermoe_env.calibration.driver_info import driver_info_path, load_driver_info
 from thermoe_env.calibration.power import fit_power
 from thermoe_env.calibration.traces import (
-    driver_info_path,
-    load_driver_info,
     load_segments,
     load_trace,
     segments_path,

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from agents.evaluation.figures import save_figure
 from agents.files import new_run_folder, write_file
 from moe.data.pools import SamplePool
-from moe.device.meter import MeterUnavailableError, open_meter
+from moe.device.meter import open_meter
 from moe.device.torch_device import device_name, pick_device
+from moe.errors import ThermoeError
 from moe.model.config import Size, Task
 from moe.profiling.cost import Cell, Load
 from moe.profiling.expert_cost import measure_expert_cost
@@ -194,5 +195,5 @@ def heatmaps(signal: np.ndarray, tokens: np.ndarray, origin: dict[str, Any]) -> 
 if __name__ == "__main__":
     try:
         main(tyro.cli(Arguments, description=__doc__))
-    except (ValueError, OSError, WeightsError, MeterUnavailableError) as failure:
+    except (ValueError, OSError, WeightsError, ThermoeError) as failure:
         sys.exit(f"{type(failure).__name__}: {failure}")

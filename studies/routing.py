@@ -13,8 +13,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from moe.device.meter import MeterUnavailableError
-from moe.errors import DataCorruptError, DataMissingError
+from moe.errors import DataCorruptError, DataMissingError, ThermoeError
 from moe.training.fit import TrainingDiverged
 from studies.repeats import RepeatArguments, ensure_repeats, load_all
 from studies.routing_config import load_study
@@ -44,6 +43,6 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
     except (
-        ValueError, OSError, DataMissingError, DataCorruptError, MeterUnavailableError, TrainingDiverged,
+        ValueError, OSError, DataMissingError, DataCorruptError, ThermoeError, TrainingDiverged,
     ) as failure:  # fmt: skip
         sys.exit(f"{type(failure).__name__}: {failure}")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from moe.data import datasets as data
 from moe.data.pools import SamplePool
-from moe.device.meter import EnergyCounter, open_meter
+from moe.device.meter import EnergyMeter, open_meter
 from moe.device.torch_device import serving_dtype
 from moe.model.config import ModelConfig, Size, Task
 from moe.model.transformer import MoEModel, initialise
@@ -50,7 +50,7 @@ def run_repeat(study: Study, task: Task, size: Size, device: torch.device, seed:
 
     Raises:
         TrainingDiverged: A loss is not finite.
-        MeterUnavailableError: A CUDA device without an energy counter.
+        GpuUnavailableError: A CUDA device that NVML does not read.
     """
     meter = open_meter(device)
     inputs = load_inputs(study, task, size, device)
@@ -93,7 +93,7 @@ def _train_variants(
     device: torch.device,
     seed: int,
     inputs: Inputs,
-    meter: EnergyCounter | None,
+    meter: EnergyMeter | None,
 ) -> tuple[dict[str, MoEModel], dict[str, dict[str, Any]]]:
     """Train all variants on the same batches; each model then has the measured cost of its experts.
 
@@ -147,7 +147,7 @@ def _measure_costs(
     size: Size,
     seed: int,
     inputs: Inputs,
-    meter: EnergyCounter | None,
+    meter: EnergyMeter | None,
     models: dict[str, MoEModel],
     records: dict[str, dict[str, Any]],
 ) -> None:

@@ -16,7 +16,6 @@ import tyro
 
 from agents.evaluation.command import held_out_seeds
 from agents.policies.rules import load_settings
-from moe.device.meter import MeterUnavailableError
 from moe.errors import DataCorruptError, DataMissingError
 from moe.training.fit import TrainingDiverged
 from studies import rq1, rq2, rq3, rq4, rq5
@@ -95,8 +94,7 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
     except (
-        ValueError, OSError, ThermoeError, DataMissingError, DataCorruptError, MeterUnavailableError,
-        TrainingDiverged,
+        ValueError, OSError, ThermoeError, DataMissingError, DataCorruptError, TrainingDiverged,
     ) as failure:  # fmt: skip
         sys.exit(f"{type(failure).__name__}: {failure}")
     except KeyboardInterrupt:

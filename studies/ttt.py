@@ -13,8 +13,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from moe.device.meter import MeterUnavailableError
-from moe.errors import DataCorruptError, DataMissingError
+from moe.errors import DataCorruptError, DataMissingError, ThermoeError
 from moe.training.fit import TrainingDiverged
 from moe.ttt import AdaptationDiverged
 from studies.repeats import RepeatArguments, StudyError, ensure_repeats, load_all
@@ -45,7 +44,7 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
     except (
-        ValueError, OSError, ArithmeticError, DataMissingError, DataCorruptError, MeterUnavailableError,
+        ValueError, OSError, ArithmeticError, DataMissingError, DataCorruptError, ThermoeError,
         TrainingDiverged, AdaptationDiverged,
     ) as failure:  # fmt: skip
         sys.exit(f"{type(failure).__name__}: {failure}")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from moe import ttt
 from moe.data import datasets as data
 from moe.data.pools import SamplePool
-from moe.device.meter import EnergyCounter, open_meter
+from moe.device.meter import EnergyMeter, open_meter
 from moe.model.config import Norm, Size, Task, model_config
 from moe.model.transformer import MoEModel
 from moe.model.variants import with_norm, with_rotation_head
@@ -53,7 +53,7 @@ def run_repeat(study: Study, task: Task, size: Size, device: torch.device, seed:
         StreamError: A stream needs more samples than there are.
         TrainingDiverged: A loss is not finite.
         AdaptationDiverged: An unguarded adaptation ruined its model.
-        MeterUnavailableError: A CUDA device without an energy counter.
+        GpuUnavailableError: A CUDA device that NVML does not read.
     """
     meter, own = open_meter(device), study.sizes[size]
     pool = load_pool(task, size, device)
@@ -129,7 +129,7 @@ class Bench:
         size: Size,
         model: MoEModel,
         streams: dict[str, list[Batch]],
-        meter: EnergyCounter | None,
+        meter: EnergyMeter | None,
         load: str,
     ) -> None:
         """Measure the power of each phase, where there is a meter.
@@ -249,7 +249,7 @@ class Bench:
         cost = self._cost(self._clock.stop())
         return Price(cost[SERVE] / PRICED_STEPS, sum(cost[phase] for phase in ADAPTING) / PRICED_STEPS)
 
-    def _measure_power(self, meter: EnergyCounter, name: str, window_s: float) -> PhasePower:
+    def _measure_power(self, meter: EnergyMeter, name: str, window_s: float) -> PhasePower:
         """Power under five loads, each mostly of one phase, in the order of the phases."""
         model, clock, adaptation = self._model, self._clock, self._adaptations[name]
         batch = next(iter(self._streams.values()))[0]

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe.device.meter import PERIOD_S, EnergyCounter
+from moe.device.base import PERIOD_S
+from moe.device.meter import EnergyMeter
 
 PHASES: tuple[str, ...] = ("serve", "adapt_forward", "adapt_update", "guard", "host")
 """Answering a batch; forward passes of adaptation; its loss, backward pass and step; judging, checking and
@@ -81,7 +82,7 @@ class PhasePower:
 
 
 def measure_power(
-    meter: EnergyCounter, clock: PhaseClock, loads: list[Callable[[], object]], window_s: float
+    meter: EnergyMeter, clock: PhaseClock, loads: list[Callable[[], object]], window_s: float
 ) -> PhasePower:
     """Measure the power of each phase from loads that mix them in different shares.
 
@@ -131,7 +132,7 @@ def solve_power(seconds: list[list[float]], energy_j: list[float]) -> dict[str, 
     return power_w
 
 
-def energy_around(meter: EnergyCounter, work: Callable[[], object], rest_w: float) -> float:
+def energy_around(meter: EnergyMeter, work: Callable[[], object], rest_w: float) -> float:
     """Energy of some work by the counter, in J: from a tick to the first one after it, less the rest between.
 
     Args:

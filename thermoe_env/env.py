@@ -91,6 +91,7 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self.world = self._world.name
         """Which world this is: `twin`, `live` or `live-cpu`."""
         self.problem = self._world.problem
+        self._missing = ", ".join(self._world.telemetry.missing)
         if render_mode is not None:
             from thermoe_env.render import Dashboard
 
@@ -140,7 +141,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         if self._dashboard is not None:
             self._dashboard.begin(reading.temp_c, reading.power_w, self._stage)
             self._show()
-        return self._encode(), {"world": self.world, "reading": dict(vars(reading))}
+        info = {"world": self.world, "missing": self._missing, "reading": dict(vars(reading))}
+        return self._encode(), info
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Play one control interval.
@@ -173,6 +175,7 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
             del counted[name]
         info: dict[str, Any] = {
             "world": self.world,
+            "missing": self._missing,
             "knobs": dict(vars(knobs)),
             "work": counted,
             "latency_histogram": work.latency_histogram,

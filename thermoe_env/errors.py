@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from moe.errors import GpuLostError, GpuUnavailableError, ReadingError, ThermoeError
 
-class ThermoeError(RuntimeError):
-    """Base of the run-time errors of this package."""
-
-
-class GpuUnavailableError(ThermoeError):
-    """No NVIDIA driver, no device, or no CUDA for the live world."""
-
-
-class GpuLostError(ThermoeError):
-    """The device stopped answering during an episode; what was recorded so far is kept."""
+__all__ = [
+    "GpuBusyError",
+    "GpuLostError",
+    "GpuUnavailableError",
+    "PrivilegeError",
+    "ReadingError",
+    "ScenarioError",
+    "ThermoeError",
+    "TraceFormatError",
+]
 
 
 class GpuBusyError(ThermoeError):
@@ -21,10 +22,6 @@ class GpuBusyError(ThermoeError):
 
 class PrivilegeError(ThermoeError):
     """A knob needs a right that this process does not have, or an opt-in that was not given."""
-
-
-class ReadingError(ThermoeError):
-    """A sensor or a model gave a value that is not a number; nothing is put in its place."""
 
 
 class TraceFormatError(ValueError):

@@ -111,10 +111,11 @@ def _no_gpu_reason() -> str | None:
 
     if not torch.cuda.is_available():
         return "CUDA is not available"
+    from moe.device.torch_device import uuid_of
     from thermoe_env.device.nvml import NvmlTelemetry
 
     try:
-        NvmlTelemetry().close()
+        NvmlTelemetry(uuid_of(torch.device("cuda"))).close()
     except GpuUnavailableError as error:
         return f"NVML does not answer ({error})"
     return None
@@ -179,6 +180,7 @@ def _live(scenario: Scenario, checkpoint: Checkpoint | None) -> World:
         raise ScenarioError(f"{several}; play it in the twin")
     import torch
 
+    from moe.device.torch_device import uuid_of
     from moe.service.score.live import LiveWorkload
     from thermoe_env.device.nvml import NvmlTelemetry
     from thermoe_env.twin.shadow import Shadow
@@ -189,7 +191,7 @@ def _live(scenario: Scenario, checkpoint: Checkpoint | None) -> World:
         _LOG.warning(
             "live world on a CPU: work is measured, the device is modelled after %s", problem.twin.gpu
         )
-    telemetry: Telemetry = NvmlTelemetry() if on_gpu else TwinTelemetry(problem)
+    telemetry: Telemetry = NvmlTelemetry(uuid_of(torch.device("cuda"))) if on_gpu else TwinTelemetry(problem)
     if isinstance(telemetry, NvmlTelemetry):
         warn_of_another_card(telemetry.gpu.name, problem)
     try:

@@ -64,8 +64,13 @@ def recording_beside(env: ThermalMoEEnv, live: LiveEpisodes, samples_per_s: floa
     if env.world not in RECORDED_WORLDS:
         yield Segments(None, counts)
         return
+    import torch
+
+    from moe.device.torch_device import uuid_of
+
+    uuid = uuid_of(torch.device("cuda"))
     number = next(i for i in range(1, 1000) if not (live.folder / f"live{i}_telemetry.csv").exists())
-    recorder = Recorder(live.folder / f"live{number}_telemetry.csv", samples_per_s=samples_per_s)
+    recorder = Recorder(live.folder / f"live{number}_telemetry.csv", uuid, samples_per_s=samples_per_s)
     try:
         recorder.__enter__()
     except RecorderError as error:

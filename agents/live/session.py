@@ -174,9 +174,10 @@ def machine_of(env: ThermalMoEEnv) -> dict[str, str]:
 
     driver = card = "-"
     if env.world == "live":
-        from thermoe_env.device.nvml import Gpu
+        from moe.device.nvml import Gpu
+        from moe.device.torch_device import uuid_of
 
-        gpu = Gpu()
+        gpu = Gpu(uuid_of(torch.device("cuda")))
         driver, card = gpu.driver, hashlib.sha256(gpu.uuid.encode()).hexdigest()[:8]
         gpu.close()
     weights = weights_path(env.problem.scenario.task, env.problem.profile.size)

@@ -8,6 +8,7 @@ loads observed. Nothing of the true future is used.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -151,7 +152,11 @@ class Belief:
     def _set_device(self, o: dict[str, np.ndarray]) -> None:
         """The device as the filter sees it. What power does not explain of die and memory stays as it is."""
         twin, devices = self._problem.twin, self.state.devices
-        self._observer.update(self._device_power_w(o), float(o["temp_c"]), float(o["mem_temp_c"]))
+        bare = "mem_temp_c" in twin.provenance.get(
+            "missing", ()
+        )  # then the field holds the die's temperature
+        memory_c = math.nan if bare else float(o["mem_temp_c"])
+        self._observer.update(self._device_power_w(o), float(o["temp_c"]), memory_c)
         seen = self._observer.state
         for node in ("spreader", "sink", "fan", "memory"):
             devices[f"{node}_c"] = seen[node]

@@ -28,3 +28,8 @@ def pick_device(name: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """Return the name of the GPU, or of the processor architecture."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
+
+
+def uuid_of(device: torch.device) -> str:
+    """Return the UUID of a CUDA device, as NVML writes it."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"

@@ -24,7 +24,7 @@ import tyro
 
 from moe.data import datasets as data
 from moe.data.pools import DEFAULT_SHIFTS, SamplePool
-from moe.device.meter import EnergyCounter, open_meter
+from moe.device.meter import EnergyMeter, open_meter
 from moe.device.torch_device import device_name
 from moe.hf.runner import SIZE as HF_SIZE
 from moe.hf.runner import HfRunner, checkpoint_identity, load_runner
@@ -141,7 +141,7 @@ def measure(options: Options) -> Profile:
 
     Raises:
         ProfileError: not even the smallest batch fits, or the model's own expert count is not asked for.
-        MeterUnavailableError: CUDA is used and NVML gives no energy.
+        GpuUnavailableError: CUDA is used and NVML does not read the card.
     """
     device = torch.device(options.device)
     meter = open_meter(device)
@@ -156,7 +156,7 @@ def measure(options: Options) -> Profile:
     else:
         runner = load_runner(options.model, shifts, device)
     began = time.monotonic()
-    cold_c = meter.temperature_c() if meter else None
+    cold_c = meter.gpu.temperature_c() if meter else None
     expert = _expert_cost(runner, meter, options.seed)
     expert_counts = sorted(set(options.expert_counts or runner.top_k_choices))
     own_k = level_index("expert_count", runner.top_k, np.array(expert_counts))
@@ -188,7 +188,7 @@ def measure(options: Options) -> Profile:
         idle_before_w or 0.0,
         np.random.default_rng(options.seed),
     )
-    hot_c = meter.temperature_c() if meter else None
+    hot_c = meter.gpu.temperature_c() if meter else None
     idle_after_w = idle_power_w(meter) if meter else None
     idle_w = None if idle_before_w is None or idle_after_w is None else (idle_before_w + idle_after_w) / 2
     cost = {cell: costs(seen, idle_w or 0.0) for cell, seen in visits.items()}
@@ -268,7 +268,7 @@ def _adapter(model: MoEModel, options: Options) -> Adapter | None:
     return Adapter(model, METHODS[options.method][0](), options.group)
 
 
-def _expert_cost(runner: Runner, meter: EnergyCounter | None, seed: int) -> ExpertCost:
+def _expert_cost(runner: Runner, meter: EnergyMeter | None, seed: int) -> ExpertCost:
     """Measure what experts cost, and let the router's bias go by it."""
     if isinstance(runner, HfRunner):
         return measure_alike_experts(runner, meter, seed)
@@ -291,10 +291,11 @@ def interpolation_error(profile: Profile, cell: Cell, cost: Costs) -> dict[str, 
     return dict(zip(HELD_OUT, values, strict=True))
 
 
-def _machine(device: torch.device, meter: EnergyCounter | None) -> dict[str, Any]:
+def _machine(device: torch.device, meter: EnergyMeter | None) -> dict[str, Any]:
     return {
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "driver": meter.driver() if meter else None,
+        "driver": meter.gpu.driver if meter else None,
+        "missing": list(meter.gpu.missing) if meter else [],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }

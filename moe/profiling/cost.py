@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from moe.device.meter import EnergyCounter
+from moe.device.meter import EnergyMeter
 from moe.service.score.runner import Runner
 from moe.workload import Knobs
 
@@ -128,11 +128,11 @@ class Load:
         return lambda: True, lambda: latency_s
 
 
-def visit(runner: Runner, cell: Cell, meter: EnergyCounter | None, window_s: float) -> Visit:
+def visit(runner: Runner, cell: Cell, meter: EnergyMeter | None, window_s: float) -> Visit:
     """Measure a cell once, over about `window_s` or `LEAST_UNITS` units of work."""
     if meter is not None:
         time.sleep(REST_S)
-    start_c = float("nan") if meter is None else meter.temperature_c()
+    start_c = float("nan") if meter is None else meter.gpu.temperature_c()
     load = Load(runner, cell)
     warm_until = time.perf_counter() + min(WARM_S, window_s)
     while time.perf_counter() < warm_until or not load.latencies_s:
@@ -158,7 +158,7 @@ def visit(runner: Runner, cell: Cell, meter: EnergyCounter | None, window_s: flo
 def measure_cells(
     runner: Runner,
     cells: Sequence[Cell],
-    meter: EnergyCounter | None,
+    meter: EnergyMeter | None,
     window_s: float,
     within_s: float,
     idle_w: float,
@@ -249,7 +249,7 @@ def fitting_batch_sizes(
     return fitting
 
 
-def idle_power_w(meter: EnergyCounter) -> float:
+def idle_power_w(meter: EnergyMeter) -> float:
     """Mean power with the model in memory and no work, after a second of rest."""
     time.sleep(1.0)
     start, end = meter.window(lambda: time.sleep(2e-3), IDLE_S)

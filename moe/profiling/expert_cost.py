@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from moe.device.meter import EnergyCounter
+from moe.device.meter import EnergyMeter
 from moe.hf.runner import HfRunner
 from moe.model.router import Routing
 from moe.model.transformer import MoELayer, MoEModel
@@ -57,7 +57,7 @@ class ExpertCost:
 
 @torch.no_grad()
 def measure_expert_cost(
-    model: MoEModel, inputs: Tensor, meter: EnergyCounter | None, seed: int = 0
+    model: MoEModel, inputs: Tensor, meter: EnergyMeter | None, seed: int = 0
 ) -> ExpertCost:
     """Measure each group of experts `REPEATS` times, in random order.
 
@@ -82,7 +82,7 @@ def measure_units(
     groups: Sequence[Sequence[int]],
     n_tokens: int,
     device: torch.device,
-    meter: EnergyCounter | None,
+    meter: EnergyMeter | None,
     seed: int,
 ) -> ExpertCost:
     """Measure units of work, each `n_tokens` tokens in the experts of one group; together all experts.
@@ -142,7 +142,7 @@ def _unit(layers: list[tuple[MoELayer, Tensor]], group: list[int], n_experts: in
 
 
 def _window(
-    unit: Callable[[], object], device: torch.device, meter: EnergyCounter | None
+    unit: Callable[[], object], device: torch.device, meter: EnergyMeter | None
 ) -> tuple[float, float]:
     """Time of a unit of work under load, and the mean power, NaN without a meter."""
     done_at: list[float] = []
@@ -172,7 +172,7 @@ def _window(
 
 
 @torch.no_grad()
-def measure_alike_experts(runner: HfRunner, meter: EnergyCounter | None, seed: int) -> ExpertCost:
+def measure_alike_experts(runner: HfRunner, meter: EnergyMeter | None, seed: int) -> ExpertCost:
     """Measure what a token costs in an expert of a checkpoint, by the first layer: its experts are alike.
 
     Args:

@@ -29,7 +29,8 @@ from benchmarks.sim_to_live import SimToLive, run
 from moe.profiles import load_profile, save_profile
 from tests.thermoe_env.calibration.test_recorder import PYNVML, ROOT
 from tests.thermoe_env.conftest import make_profile
-from thermoe_env.calibration.traces import load_driver_info, load_segments, load_trace
+from thermoe_env.calibration.driver_info import load_driver_info
+from thermoe_env.calibration.traces import load_segments, load_trace
 from thermoe_env.configs import config_path
 from thermoe_env.device.physics import relax
 from thermoe_env.env import ThermalMoEEnv
@@ -334,6 +335,7 @@ def fake_nvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     (tmp_path / "library" / "pynvml.py").write_text(PYNVML)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "library"), str(ROOT)]))
     monkeypatch.setattr(segments, "RECORDED_WORLDS", ("live-cpu",))
+    monkeypatch.setattr("moe.device.torch_device.uuid_of", lambda device: "recorded")
     yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe.data.streams import StreamConfig
-from moe.device.meter import EnergyCounter, Tick, open_meter
+from moe.device.base import Tick
+from moe.device.meter import EnergyMeter, open_meter
 from moe.model.config import model_config
 from moe.model.transformer import MoEModel, initialise
 from studies.ttt_config import Run, load_study
@@ -53,7 +55,7 @@ def test_loads_that_tell_nothing_apart_and_power_below_nothing_are_refused():
 
 
 class MadeUpDevice:
-    """A device with a clock of its own, whose counter is exact: it plays `PhaseClock` and `EnergyCounter`."""
+    """A device with a clock of its own, whose counter is exact: it plays `PhaseClock` and `EnergyMeter`."""
 
     def __init__(self) -> None:
         self.now_s, self.energy_j, self.phase = 0.0, 0.0, HOST
@@ -102,26 +104,29 @@ def test_energy_around_leaves_out_the_rest_before_the_last_tick(monkeypatch):
     assert energy_j == pytest.approx(POWER_W["serve"] * 0.123)
 
 
-class SteadyMeter(EnergyCounter):
-    """The counter of a device that always draws 100 W, read without delay."""
+class SteadyGpu:
+    """A device that always draws 100 W, read without delay."""
 
-    def __init__(self) -> None:
-        pass
+    name, power_limit_w, averages = "steady", 200.0, True
 
-    def read(self) -> Tick:
+    def energy(self) -> Tick:
         now_s = time.perf_counter()
         return Tick(100.0 * now_s, now_s)
+
+    def power_w(self) -> float:
+        return 100.0
 
 
 def test_all_energy_of_a_stream_is_found_in_its_phases():
     """The metered path on a CPU: where power never changes, the phases add up to the counter."""
     device, study = torch.device("cpu"), load_study()
+    steady: Any = SteadyGpu()
     model = initialise(MoEModel(model_config("vision", "tiny")), torch.Generator().manual_seed(0))
     model.requires_grad_(False).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = StreamConfig(task="vision", kinds=("clean",), batches=12, batch_size=8)
     streams = {"shifts": make_stream(config, load_pool("vision", "tiny", device), 0)}
-    bench = Bench(study, "tiny", model, streams, SteadyMeter(), "tent")
+    bench = Bench(study, "tiny", model, streams, EnergyMeter(steady), "tent")
     assert bench.power is not None and set(bench.power.power_w) == set(PHASES)
     run = Run(stream="shifts", norm="batch", adaptation="tent", gate="always", budget=0.5, guarded=True)
     result = bench.measure(run)

@@ -7,11 +7,8 @@ from pathlib import Path
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from thermoe_env.calibration.traces import (
-    COLUMNS,
-    SENSOR_LAG_S,
-    load_driver_info,
-)
+from thermoe_env.calibration.driver_info import load_driver_info
+from thermoe_env.calibration.traces import COLUMNS, SENSOR_LAG_S
 from thermoe_env.device.parameters import TwinParams
 
 ROOT = Path(__file__).parents[2]

@@ -102,6 +102,7 @@ class _FailingTelemetry:
 
     simulated = False
     tripped = False
+    missing: tuple[str, ...] = ("mem_temp_c",)
 
     def __init__(self, inner, n: int) -> None:
         self._inner, self._left = inner, n

@@ -14,12 +14,11 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
+from thermoe_env.calibration.driver_info import driver_info_path, load_driver_info
 from thermoe_env.calibration.excitation import schedule
 from thermoe_env.calibration.fit import fit_twin
 from thermoe_env.calibration.traces import (
     SEGMENT_COLUMNS,
-    driver_info_path,
-    load_driver_info,
     load_segments,
     load_trace,
     refuse_foreign_temperature,
@@ -30,7 +29,7 @@ from thermoe_env.configs import config_path
 from thermoe_env.device.free_run import THERMAL
 from thermoe_env.device.observer import NOISE
 from thermoe_env.device.parameters import load_twin, save_twin
-from thermoe_env.errors import ThermoeError, TraceFormatError
+from thermoe_env.errors import GpuUnavailableError, ThermoeError, TraceFormatError
 
 BEFORE_CONTEXT_S = 8.0
 """Recorded before the CUDA context opens: the card at its lowest clock."""
@@ -55,10 +54,12 @@ def record(
         device_index: number of the GPU as CUDA counts it.
         load: run the load; with --no-load only listen, while a load of your own runs.
     """
+    from moe.device.nvml import visible_uuid
     from thermoe_env.calibration.recorder import Recorder
 
+    uuid = visible_uuid(device_index)
     levels = list(schedule(seconds, seed)) if load else []
-    with Recorder(out, device_index) as recorder, tqdm(total=round(seconds), unit="s") as bar:
+    with Recorder(out, uuid) as recorder, tqdm(total=round(seconds), unit="s") as bar:
         if not load:
             while recorder.now_s < seconds:
                 recorder.check()
@@ -67,9 +68,18 @@ def record(
             print(f"{out} and {driver_info_path(out)}")
             return
         time.sleep(BEFORE_CONTEXT_S)
+        import torch
+
+        from moe.device.torch_device import uuid_of
         from moe.profiling.load import LOAD_NAME, LoadStack
 
-        stack = LoadStack(f"cuda:{device_index}")
+        device = torch.device("cuda", device_index)
+        if uuid_of(device) != uuid:
+            raise GpuUnavailableError(
+                f"the recorder reads {uuid}, but the load would run on {uuid_of(device)}: set "
+                "CUDA_DEVICE_ORDER=PCI_BUS_ID, or name the card's UUID in CUDA_VISIBLE_DEVICES"
+            )
+        stack = LoadStack(device)
         stack.warm_up({(level.tokens, level.top_k) for level in levels if level.tokens})
         with segments_path(out).open("w", newline="", buffering=1) as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -122,6 +132,10 @@ def fit(
     save_twin(twin, out)
     for name in ("idle_power_w", "leakage_per_c", "power_cap_w", *THERMAL, *NOISE):
         print(f"{name:20} {getattr(twin, name):10.5g}")
+    if "mem_temp_c" in twin.provenance["missing"]:
+        print(
+            "No memory temperature in these traces: the memory's parameters are typical values, not fitted."
+        )
     if "left_to_the_prior" in twin.provenance:
         print(f"Hardly determined by these traces: {', '.join(twin.provenance['left_to_the_prior'])}.")
     for part in twin.provenance["held_out"]:

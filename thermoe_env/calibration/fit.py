@@ -18,8 +18,9 @@ import numpy as np
 from scipy.optimize import least_squares
 from tqdm import tqdm
 
+from thermoe_env.calibration.driver_info import DriverInfo
 from thermoe_env.calibration.power import fit_power
-from thermoe_env.calibration.traces import DriverInfo, Intervals, Segment, Trace, refuse_foreign_temperature
+from thermoe_env.calibration.traces import Intervals, Segment, Trace, refuse_foreign_temperature
 from thermoe_env.calibration.validation import HORIZONS_S, SHORTEST_S, WARM_UP, horizon_errors, validate_twin
 from thermoe_env.device.free_run import THERMAL
 from thermoe_env.device.observer import NOISE
@@ -100,9 +101,13 @@ def fit_twin(
         **{name: getattr(info, name) for name in limits},
         provenance={},
     )
+    missing = set(info.missing)
+    if all(np.isnan(part.mem_temp_c).all() for part in parts):
+        missing.add("mem_temp_c")
     provenance = {
         "measured_on": info.measured_on,
         "driver": info.driver,
+        "missing": sorted(missing),
         "traces": [
             {"file": t.path.name, "sha256": t.sha256, "duration_s": round(float(t.t[-1] - t.t[0]), 1)}
             for t in traces
@@ -165,7 +170,8 @@ def fit_heat(parts: Sequence[Intervals]) -> tuple[dict[str, float], dict[str, An
             for h in range(len(steps)):
                 seen = errors[np.isfinite(errors[:, h, 0]), h]  # [n, 2]
                 weight = 1.0 / _SCALE_C[h] / np.sqrt(max(1, len(seen)) * len(parts))
-                rows += [weight * seen[:, 0], weight * _MEMORY_WEIGHT * seen[:, 1]]
+                memory = seen[np.isfinite(seen[:, 1]), 1]  # none where the card has no such sensor
+                rows += [weight * seen[:, 0], weight * _MEMORY_WEIGHT * memory]
         return np.concatenate(rows)
 
     solution = least_squares(

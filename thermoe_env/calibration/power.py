@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from thermoe_env.calibration.traces import DriverInfo, Intervals, Segment
+from thermoe_env.calibration.driver_info import DriverInfo
+from thermoe_env.calibration.traces import Intervals, Segment
 from thermoe_env.device.physics import idle_power_w
 from thermoe_env.errors import TraceFormatError
 

@@ -22,8 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from thermoe_env.calibration.traces import COLUMNS, driver_info_path
-from thermoe_env.device.nvml import Gpu
+from moe.device.base import AVERAGE_S, Tick, check_energy
+from moe.device.nvml import Gpu
+from thermoe_env.calibration.driver_info import driver_info_path
+from thermoe_env.calibration.traces import COLUMNS
 from thermoe_env.errors import ThermoeError
 
 SAMPLES_PER_S = 20.0
@@ -42,16 +44,16 @@ class Recorder:
     `now_s` names moments of the trace, such as the limits of its segments.
     """
 
-    def __init__(self, path: str | Path, device_index: int = 0, samples_per_s: float = SAMPLES_PER_S) -> None:
+    def __init__(self, path: str | Path, uuid: str, samples_per_s: float = SAMPLES_PER_S) -> None:
         """Prepare a recording; it begins with the `with` block.
 
         Args:
             path: the trace, named `X_telemetry.csv`; X_nvml_info.json goes beside it.
-            device_index: number of the GPU as CUDA counts it.
+            uuid: of the GPU.
             samples_per_s: rows per second; a fit needs 10 or more.
         """
         self.path = Path(path)
-        self._arguments = (str(self.path.resolve()), str(device_index), repr(float(samples_per_s)))
+        self._arguments = (str(self.path.resolve()), uuid, repr(float(samples_per_s)))
         self._process: subprocess.Popen[str] | None = None
         self.start_s = math.nan
         """Reading of `time.perf_counter()` that is 0 in the trace."""
@@ -129,6 +131,7 @@ def write_driver_info(gpu: Gpu, trace: Path) -> None:
         "card": hashlib.sha256(gpu.uuid.encode()).hexdigest()[:12],  # tells cards apart, names none
         "measured_on": now.date().isoformat(),
         "started": now.isoformat(timespec="seconds"),
+        "missing": list(gpu.missing),
         **gpu.limits(),
     }
     driver_info_path(trace).write_text(json.dumps(about, indent=1) + "\n")
@@ -145,23 +148,36 @@ def write_trace(
         start_s: reading of `time.perf_counter()` that is 0 in the trace.
         samples_per_s: rows per second; one that is delayed past the next one's time replaces it.
         stopped: waits for the given seconds; True ends the recording.
+
+    Raises:
+        GpuLostError: the device stopped answering.
+        ReadingError: a sensor gave what cannot be, or energy that does not go with power.
     """
+    compared = gpu.energy()
     with path.open("w", newline="", buffering=1) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         while True:
             row = gpu.trace_row()
-            now_s = time.perf_counter() - start_s
-            writer.writerow([round(now_s, 4), *(row[name] for name in COLUMNS[1:])])
+            read_s = time.perf_counter()
+            now_s = read_s - start_s
+            cells = ["" if math.isnan(row[name]) else row[name] for name in COLUMNS[1:]]
+            writer.writerow([round(now_s, 4), *cells])
+            tick = Tick(row["energy_mj"] / 1e3, read_s)
+            elapsed_s = tick.time_s - compared.time_s
+            if elapsed_s >= AVERAGE_S:
+                used_j = tick.energy_j - compared.energy_j
+                check_energy(gpu, used_j, elapsed_s, row["power_w"])
+                compared = tick
             due_s = (round(now_s * samples_per_s) + 1) / samples_per_s
             if stopped(due_s - now_s):
                 return
 
 
-def _main(path: str, device_index: str, samples_per_s: str, start_s: str) -> None:
+def _main(path: str, uuid: str, samples_per_s: str, start_s: str) -> None:
     """The recording process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; its end closes our input
-    gpu = Gpu(int(device_index))
+    gpu = Gpu(uuid)
     try:
         write_driver_info(gpu, Path(path))
         ready = False

@@ -9,20 +9,29 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from moe.device.base import AVERAGE_S, MOST_OF_LIMIT, PERIOD_S, RANGES
 from thermoe_env.errors import TraceFormatError
 
 COLUMNS = (
     "t", "temp_c", "mem_temp_c", "power_w", "power_inst_w", "energy_mj",
     "sm_mhz", "mem_mhz", "util", "reasons",
 )  # fmt: skip
-"""`t` in s; `energy_mj` is the cumulative counter; `reasons` is NVML's bitmask of clock event reasons."""
+"""`t` in s; `energy_mj` is the cumulative counter; `reasons` is NVML's bitmask of clock event reasons;
+`mem_temp_c` is empty or 0 throughout where the card has no such sensor."""
+_CHECKED = {
+    "temp_c": "temp_c",
+    "mem_temp_c": "mem_temp_c",
+    "power_w": "power_w",
+    "power_inst_w": "power_w",
+    "sm_mhz": "sm_clock_mhz",
+}
+"""Columns whose values must lie within one of `moe.device.base.RANGES`."""
 POWER_CAP_REASON = 0x4
 THROTTLE_REASONS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 """Power cap, hardware slowdown, software and hardware thermal slowdown, power brake."""
@@ -53,6 +62,7 @@ class Intervals:
     """From the energy counter."""
     temp_c: np.ndarray
     mem_temp_c: np.ndarray
+    """NaN where the card has no such sensor."""
     util: np.ndarray
     sm_mhz_min: np.ndarray
     power_capped: np.ndarray
@@ -75,7 +85,7 @@ class Intervals:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """A checked trace: one float array [N] per column of the file."""
+    """A checked trace: one float array [N] per column of the file; NaN where the card lacks a sensor."""
 
     path: Path
     sha256: str
@@ -157,34 +167,27 @@ class Segment:
     """Which load: energies of one say nothing of another."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DriverInfo:
-    """What the driver of a card says of it."""
-
-    name: str
-    driver: str
-    measured_on: str
-    """ISO date of the trace."""
-    slowdown_c: float
-    """Highest operating temperature: above it software lowers the clock (87 on an H100)."""
-    hw_slowdown_c: float
-    mem_limit_c: float
-    shutdown_c: float
-    power_limit_w: float
-
-
 def load_trace(path: str | Path) -> Trace:
     """Read and check a trace.
 
     Raises:
-        TraceFormatError: missing column, not a number, time repeated or running backward, a gap (more than
-            10 median steps or 5 s), an energy counter that falls or stands still; names file, row and field.
+        TraceFormatError: missing column, not a number, what no sensor says (`moe.device.base.RANGES`), time
+            repeated or running backward, a gap (more than 10 median steps or 5 s), an energy counter that
+            falls, stands still, jumps or does not go with power; names file, row and field.
     """
     path = Path(path)
-    table = _read_numbers(path, COLUMNS)
+    table = _read_numbers(path, COLUMNS, lacking=("mem_temp_c",))
     t, energy = table["t"], table["energy_mj"]
     if len(t) < 3:
         raise TraceFormatError(f"{path}: {len(t)} rows; a trace needs at least 3")
+    for column, name in _CHECKED.items():
+        (low, high), values = RANGES[name], table[column]
+        odd = np.flatnonzero((values < low) | (values > high))
+        if len(odd):
+            raise TraceFormatError(
+                f"{path}: row {odd[0] + 2}: {column} is {values[odd[0]]:g}, which no card at work says "
+                f"({low:g} to {high:g}): cut the trace there, or record again with a current driver"
+            )
     steps = np.diff(t)
     _refuse(path, "t", steps <= 0.0, "time must ascend: remove the repeated or swapped row")
     allowed_s = min(MAX_GAP_S, MAX_GAP_STEPS * float(np.median(steps)))
@@ -198,6 +201,16 @@ def load_trace(path: str | Path) -> Trace:
         path, "energy_mj", (since > FROZEN_S)[1:],
         f"the counter is frozen for more than {FROZEN_S:g} s: reload the driver and record again",
     )  # fmt: skip
+    most_w = MOST_OF_LIMIT * max(table["power_w"].max(), table["power_inst_w"].max())
+    before = np.maximum(0, np.searchsorted(t, t - AVERAGE_S, side="right") - 1)
+    jumped = energy - energy[before] > 1e3 * most_w * (t - t[before] + PERIOD_S)
+    _refuse(path, "energy_mj", jumped[1:], f"the counter jumped, by more than {most_w:.0f} W: cut the trace")
+    used_j, integral_j = (energy[-1] - energy[0]) / 1e3, float(np.trapezoid(table["power_w"], t))
+    if t[-1] - t[0] > FROZEN_S and not 0.5 < used_j / integral_j < 2.0:
+        raise TraceFormatError(
+            f"{path}: energy_mj rose by {used_j:.4g} J while power_w adds up to {integral_j:.4g}: is it in "
+            "mJ, and of the same card?"
+        )
     return Trace(path=path, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), **table)
 
 
@@ -239,62 +252,27 @@ def load_segments(path: str | Path) -> list[Segment]:
     return segments
 
 
-def driver_info_path(trace: Path) -> Path:
-    """Where the driver's answers to a trace `X_telemetry.csv` lie: `X_nvml_info.json`."""
-    return trace.with_name(trace.stem.removesuffix("_telemetry") + "_nvml_info.json")
-
-
 def segments_path(trace: Path) -> Path:
     """Where what ran in a trace `X_telemetry.csv` lies: `X_segments.csv`."""
     return trace.with_name(trace.stem.removesuffix("_telemetry") + "_segments.csv")
 
 
-def load_driver_info(path: str | Path) -> DriverInfo:
-    """Read what NVML said of the card; limits are the card's own and never guessed.
-
-    Raises:
-        TraceFormatError: no such file, or a limit that is missing or not a number.
-    """
-    path = Path(path)
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise TraceFormatError(
-            f"{path}: missing; `thermalmoe-calibrate record` writes it, --nvml-info names another"
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise TraceFormatError(f"{path}: not JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise TraceFormatError(f"{path}: must be a JSON object")
-
-    def number(key: str) -> float:
-        try:
-            value = float(raw[key])
-        except (KeyError, TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            raise TraceFormatError(f"{path}: {key} must be a number, got {raw.get(key, 'nothing')!r}")
-        return value
-
-    for key in ("name", "driver", "measured_on"):
-        if not isinstance(raw.get(key), str):
-            raise TraceFormatError(f"{path}: {key} must be a string, got {raw.get(key, 'nothing')!r}")
-    return DriverInfo(
-        name=raw["name"],
-        driver=raw["driver"],
-        measured_on=raw["measured_on"],
-        slowdown_c=number("thr_GPU_MAX"),
-        hw_slowdown_c=number("thr_SLOWDOWN"),
-        mem_limit_c=number("thr_MEM_MAX"),
-        shutdown_c=number("thr_SHUTDOWN"),
-        power_limit_w=number("nvmlDeviceGetEnforcedPowerLimit") / 1e3,
-    )
-
-
 def _read_numbers(
-    path: Path, numbers: tuple[str, ...], texts: tuple[str, ...] = (), optional: tuple[str, ...] = ()
+    path: Path,
+    numbers: tuple[str, ...],
+    texts: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+    lacking: tuple[str, ...] = (),
 ) -> dict[str, np.ndarray]:
-    """Columns of a CSV file, `optional` ones where it has them; row numbers in messages are its lines."""
+    """Columns of a CSV file; row numbers in messages are its lines.
+
+    Args:
+        path: the file.
+        numbers: columns of numbers.
+        texts: columns of text.
+        optional: columns of text that it may have.
+        lacking: which of `numbers` may be of a sensor that the card lacks: those are NaN.
+    """
     try:
         with path.open(newline="") as file:
             reader = csv.reader(file)
@@ -306,19 +284,26 @@ def _read_numbers(
                 )
             texts = (*texts, *(name for name in optional if name in header))
             at = {name: header.index(name) for name in (*numbers, *texts)}
-            columns: dict[str, list] = {name: [] for name in at}
+            columns: dict[str, list[str]] = {name: [] for name in at}
+            lines: list[int] = []
             for row in reader:
                 if len(row) != len(header):
                     raise TraceFormatError(
                         f"{path}: row {reader.line_num}: {len(row)} fields, the header names {len(header)}"
                     )
-                for name in numbers:
-                    columns[name].append(_number(path, reader.line_num, name, row[at[name]]))
-                for name in texts:
+                lines.append(reader.line_num)
+                for name in at:
                     columns[name].append(row[at[name]])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TraceFormatError(f"{path}: cannot be read as CSV ({error})") from error
-    return {name: np.array(values) for name, values in columns.items()}
+    table = {name: np.array(columns[name]) for name in texts}
+    for name in numbers:
+        if name in lacking and all(map(_says_nothing, columns[name])):
+            table[name] = np.full(len(lines), math.nan)
+        else:
+            cells = zip(lines, columns[name], strict=True)
+            table[name] = np.array([_number(path, line, name, cell) for line, cell in cells])
+    return table
 
 
 def _number(path: Path, row: int, field: str, text: str) -> float:
@@ -329,6 +314,12 @@ def _number(path: Path, row: int, field: str, text: str) -> float:
     if not math.isfinite(value):
         raise TraceFormatError(f"{path}: row {row}: {field} must be a finite number, got {text!r}")
     return value
+
+
+def _says_nothing(cell: str) -> bool:
+    """Whether a cell is what tools write, or drivers answer, for a sensor that is not there."""
+    cell = cell.strip()
+    return cell in ("", "N/A", "[N/A]") or set(cell) <= set("0.")
 
 
 def _refuse(path: Path, field: str, bad: np.ndarray, rule: str) -> None:

@@ -48,7 +48,7 @@ def filter_step(power_w, measured_c, interval_s, p, noise, state, covariance):
 
     Args:
         power_w: mean power.
-        measured_c: float [2], mean temperature of die and memory.
+        measured_c: float [2], mean temperature of die and memory; the latter NaN where there is no sensor.
         interval_s: length of the interval.
         p: float [15], the `THERMAL` parameters.
         noise: float [6], the `NOISE` parameters.
@@ -65,6 +65,9 @@ def filter_step(power_w, measured_c, interval_s, p, noise, state, covariance):
     h[:, 5] = 1.0
     h[0, 6] = p[0] * power_w
     h[1, 7] = 1.0
+    seen = not math.isnan(measured_c[1])
+    if not seen:
+        h[1] = 0.0  # says nothing of the state
     mean_c, trial = np.empty(2), state.copy()
     advance(power_w, interval_s, p, trial, mean_c)
     ch = np.zeros((8, 2))
@@ -78,7 +81,7 @@ def filter_step(power_w, measured_c, interval_s, p, noise, state, covariance):
         s01 += h[0, i] * ch[i, 1]
         s11 += h[1, i] * ch[i, 1]
     determinant = s00 * s11 - s01 * s01
-    off0, off1 = measured_c[0] - mean_c[0], measured_c[1] - mean_c[1]
+    off0, off1 = measured_c[0] - mean_c[0], measured_c[1] - mean_c[1] if seen else 0.0
     gain = np.empty((8, 2))
     for i in range(8):
         gain[i, 0] = (ch[i, 0] * s11 - ch[i, 1] * s01) / determinant
@@ -101,7 +104,7 @@ def follow(power_w, measured_c, interval_s, p, noise):
 
     Args:
         power_w: float [N], mean power of each interval.
-        measured_c: float [N, 2], mean temperature of die and memory.
+        measured_c: float [N, 2], mean temperature of die and memory; the latter NaN where there is no sensor.
         interval_s: length of an interval.
         p: float [15], the `THERMAL` parameters.
         noise: float [6], the `NOISE` parameters.
@@ -129,7 +132,7 @@ class Observer:
         start_filter(power_w, self._p, self._noise, self._state, self._covariance)
 
     def update(self, power_w: float, temp_c: float, mem_temp_c: float) -> None:
-        """Take in the last interval: its mean power and temperatures."""
+        """Take in the last interval: its mean power and temperatures; NaN for a memory without a sensor."""
         measured_c = np.array([temp_c, mem_temp_c])
         filter_step(power_w, measured_c, self.interval_s, self._p, self._noise, self._state, self._covariance)
 

@@ -15,7 +15,7 @@ class GpuReading:
     temp_c: float
     """Temperature of the hottest die as the sensors give it at the end of the interval (whole degrees)."""
     mem_temp_c: float
-    """Temperature of the hottest memory, likewise."""
+    """Temperature of the hottest memory, likewise; of the hottest die where `Telemetry.missing` names it."""
     temp_mean_c: float
     """Mean over the devices of their die temperatures."""
     temp_spread_c: float
@@ -42,6 +42,8 @@ class Telemetry(Protocol):
     """Whether the readings come from a model."""
     tripped: bool
     """Whether a device passed its shutdown temperature in this episode."""
+    missing: tuple[str, ...]
+    """What the device cannot say, see `moe.device.nvml.Gpu`; () for a model."""
 
     def reset(self, seed: int) -> GpuReading:
         """Start an episode; returns the state before any work of it."""

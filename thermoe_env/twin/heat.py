@@ -264,6 +264,7 @@ class TwinTelemetry:
     """`Telemetry` of the modelled devices."""
 
     simulated = True
+    missing: tuple[str, ...] = ()
 
     def __init__(self, problem: Problem) -> None:
         self._nominal, self._spread = nominal_devices(problem), spread_of(problem)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe.device.meter import Tick
+from moe.device.base import Tick
 from moe.model.config import ModelConfig, model_config
 from moe.model.experts import Experts
 from moe.model.transformer import MoEModel, initialise

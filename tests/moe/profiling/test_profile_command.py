@@ -8,12 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pynvml
 import pytest
 import torch
 
 from moe import ttt
-from moe.device import meter
+from moe.device.base import Tick
 from moe.model.config import ModelConfig
 from moe.model.transformer import MoEModel, initialise
 from moe.profiles import HELD_OUT, ProfileError, load_profile
@@ -227,7 +226,7 @@ class FakeMeter:
     def __init__(self) -> None:
         self.loads = 0
 
-    def window(self, between, seconds: float) -> tuple[meter.Tick, meter.Tick]:
+    def window(self, between, seconds: float) -> tuple[Tick, Tick]:
         load = isinstance(getattr(between, "__self__", None), profile_cost.Load)
         loaded = load or between.__name__ == "step"  # a cell, or a group of experts
         self.loads += load
@@ -235,13 +234,13 @@ class FakeMeter:
         between()
         while (now := time.perf_counter()) < start + min(seconds, 0.02):
             between()
-        return meter.Tick(0.0, start), meter.Tick((300.0 if loaded else 70.0) * (now - start), now)
+        return Tick(0.0, start), Tick((300.0 if loaded else 70.0) * (now - start), now)
 
-    def temperature_c(self) -> float:
-        return 45.0 + self.loads
-
-    def driver(self) -> str:
-        return "none"
+    @property
+    def gpu(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            driver="none", missing=("mem_temp_c",), temperature_c=lambda: 45.0 + self.loads
+        )
 
 
 def test_a_metered_profile_has_energies_above_idle(runner, monkeypatch, tmp_path, capsys):
@@ -269,6 +268,7 @@ def test_a_metered_profile_has_energies_above_idle(runner, monkeypatch, tmp_path
     assert 45.0 <= measured.start_temperature_c.min() < measured.start_temperature_c.max()
     assert card.loads == measured.provenance["spread"]["visits"]["total"]
     assert all(cell["energy_error"] is not None for cell in measured.held_out)
+    assert measured.provenance["missing"] == ["mem_temp_c"]
     assert "energy interpolation" in capsys.readouterr().out
 
 
@@ -280,46 +280,3 @@ def test_a_count_of_experts_without_the_models_own_is_refused(runner, monkeypatc
     )
     with pytest.raises(ProfileError, match="expert_count=2"):
         profile.measure(options)
-
-
-class Nvml:
-    """A card that draws `power_w` and whose counter ticks every 100 ms; reads and waits take time."""
-
-    def __init__(self, power_w: float) -> None:
-        self.power_w, self.time_s = power_w, 50.0
-
-    def perf_counter(self) -> float:
-        return self.time_s
-
-    def read_mj(self, handle) -> int:
-        self.time_s += 3e-3
-        return round(self.power_w * 1e3 * 0.1 * int(self.time_s / 0.1 + 1e-9))
-
-    def wait(self) -> None:
-        self.time_s += 1e-3
-
-
-def test_a_window_runs_from_tick_to_tick(monkeypatch):
-    card = Nvml(300.0)
-    monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=card.perf_counter))
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", card.read_mj)
-    counter: Any = meter.EnergyCounter.__new__(meter.EnergyCounter)
-    counter._handle = None
-    start, end = counter.window(card.wait, 0.5)
-    assert end.energy_j - start.energy_j == pytest.approx(300.0 * 0.5)
-    assert end.time_s - start.time_s == pytest.approx(0.5, abs=5e-3)
-    card.power_w = 0.0  # a counter that stands still
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: 7)
-    with pytest.raises(meter.MeterUnavailableError, match="stood still"):
-        counter.next_tick(card.wait)
-
-
-def test_a_cpu_has_no_meter_and_cuda_without_nvml_is_an_error(monkeypatch):
-    assert meter.open_meter(torch.device("cpu")) is None
-
-    def no_driver() -> None:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
-
-    monkeypatch.setattr(pynvml, "nvmlInit", no_driver)
-    with pytest.raises(meter.MeterUnavailableError, match="libnvidia-ml"):
-        meter.open_meter(torch.device("cuda"))

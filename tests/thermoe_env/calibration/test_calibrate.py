@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 
 from tests.thermoe_env.recorded import INFO, RECORDED, ROOT, SHIPPED, simulate, write_trace
 from thermoe_env.calibration import command as calibrate
+from thermoe_env.calibration.driver_info import driver_info_path, load_driver_info
 from thermoe_env.calibration.excitation import TOKENS, TOP_K, schedule
 from thermoe_env.calibration.fit import fit_twin
 from thermoe_env.calibration.traces import (
     COLUMNS,
     Segment,
     Trace,
-    driver_info_path,
-    load_driver_info,
     load_segments,
     load_trace,
     segments_path,
@@ -62,7 +61,9 @@ def _rows(**changes: dict[int, str]) -> str:
     """A good trace of 40 rows, with cells replaced: column -> {row: text}."""
     rows = []
     for i in range(40):
-        cells = dict.fromkeys(COLUMNS, "0") | {"t": f"{0.1 * i:.1f}", "energy_mj": str(1000 + 12000 * i)}
+        cells = {"t": f"{0.1 * i:.1f}", "energy_mj": str(1000 + 12000 * i), "util": "0", "reasons": "0"}
+        cells |= dict.fromkeys(("temp_c", "mem_temp_c"), "40") | dict.fromkeys(("sm_mhz", "mem_mhz"), "1980")
+        cells |= dict.fromkeys(("power_w", "power_inst_w"), "120")
         rows.append(cells)
     for column, cells in changes.items():
         for i, text in cells.items():
@@ -82,6 +83,18 @@ def _rows(**changes: dict[int, str]) -> str:
         (_rows(mem_temp_c={3: ""}), "row 5", "mem_temp_c"),
         (_rows(energy_mj={9: "0"}), "row 11", "energy_mj"),
         (_rows(energy_mj={i: "13000" for i in range(1, 40)}), "row 24", "frozen"),
+        (
+            _rows(energy_mj={i: str(10**8 + 12000 * i) for i in range(20, 40)}),
+            "row 22",
+            "energy_mj: the counter jumped",
+        ),
+        (_rows(energy_mj={i: str(1 + 12 * i) for i in range(40)}), "energy_mj", "is it in mJ"),
+        (_rows(temp_c={5: "0"}), "row 7", "temp_c is 0"),
+        (_rows(temp_c={5: "255"}), "row 7", "temp_c is 255"),
+        (_rows(mem_temp_c={5: "0"}), "row 7", "mem_temp_c is 0"),
+        (_rows(mem_temp_c={39: "4294967295"}), "row 41", "mem_temp_c is 4.29"),
+        (_rows(sm_mhz={5: "0"}), "row 7", "sm_mhz is 0"),
+        (_rows(power_w={5: "0"}), "row 7", "power_w is 0"),
         (_rows() + "\n1,2,3", "row 42", "3 fields"),
         ("", "row 1", "t"),
         (",".join(COLUMNS), "0 rows", "at least 3"),
@@ -203,6 +216,47 @@ def test_the_shipped_twin_forecasts_a_card_that_it_never_saw(shipped: TwinParams
         assert rmse_c < aim_c and rmse_c < stays_c
 
 
+@pytest.mark.parametrize("nothing", ["", "0", "0.0", "[N/A]"])
+def test_a_column_that_says_nothing_is_a_sensor_that_is_not_there(tmp_path: Path, nothing: str) -> None:
+    path = tmp_path / "bare_telemetry.csv"
+    path.write_text(_rows(mem_temp_c=dict.fromkeys(range(40), nothing)))
+    assert np.isnan(load_trace(path).mem_temp_c).all()
+    path.write_text(_rows(temp_c=dict.fromkeys(range(40), nothing)))
+    with pytest.raises(TraceFormatError, match="temp_c"):
+        load_trace(path)
+
+
+def test_a_die_is_fitted_without_the_temperature_of_its_memory(
+    cut: Trace, shipped: TwinParams, tmp_path: Path
+) -> None:
+    whole = fit_twin([cut], INFO, judge=False)
+    bare = dataclasses.replace(cut, mem_temp_c=np.full_like(cut.mem_temp_c, np.nan))
+    alone = fit_twin([bare], INFO, judge=False)
+    assert alone.provenance["missing"] == ["mem_temp_c"] and whole.provenance["missing"] == []
+    assert {"r_stack_c_per_w", "r_mem_c_per_w", "tau_mem_s", "mem_offset_c"} <= set(
+        alone.provenance["left_to_the_prior"]
+    )
+    assert alone.r_die_c_per_w == pytest.approx(whole.r_die_c_per_w, rel=0.1)
+    assert alone.r_sink_c_per_w == pytest.approx(whole.r_sink_c_per_w, rel=0.15)
+    errors, plain = validate_twin(bare.intervals(), shipped), validate_twin(cut.intervals(), shipped)
+    assert set(errors.mem_temp_rmse_c.values()) == {None}
+    assert errors.temp_rmse_c["1"] == pytest.approx(plain.temp_rmse_c["1"], abs=0.1)
+
+
+def test_a_card_without_a_memory_sensor_needs_no_memory_limit(tmp_path: Path) -> None:
+    raw = json.loads((RECORDED.parent / "h100_steps_nvml_info.json").read_text())
+    del raw["thr_MEM_MAX"]
+    path = tmp_path / "info.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(TraceFormatError, match="thr_MEM_MAX must be a number"):
+        load_driver_info(path)
+    path.write_text(json.dumps(raw | {"missing": ["mem_temp_c"]}))
+    assert load_driver_info(path).mem_limit_c == load_driver_info(path).shutdown_c
+    path.write_text(json.dumps(raw | {"missing": "mem_temp_c"}))
+    with pytest.raises(TraceFormatError, match="list of names"):
+        load_driver_info(path)
+
+
 def test_a_trace_too_short_to_judge_is_refused(shipped: TwinParams, cut: Trace) -> None:
     with pytest.raises(TraceFormatError, match="59 s are too short"):
         validate_twin(cut.intervals().until(59), shipped)
@@ -222,6 +276,7 @@ def test_traces_without_what_the_fit_needs_are_refused(tmp_path: Path, shipped: 
     with pytest.raises(TraceFormatError, match="another card"):
         fit_of(temp_c=np.full(rows, 40.0))
     steady = {"energy_mj": 12e3 * np.floor(columns["t"] * 10.0) / 1.0, "temp_c": np.full(rows, 40.0)}
+    steady |= dict.fromkeys(("power_w", "power_inst_w"), np.full(rows, 120.0))
     with pytest.raises(TraceFormatError, match=r"do not determine .*tau_sink_s: record steps"):
         fit_of(**steady, mem_temp_c=np.full(rows, 41.0))
     with pytest.raises(TraceFormatError, match="too short"):

@@ -109,10 +109,12 @@ def test_restarts_know_only_the_past(cut: Trace, shipped: TwinParams) -> None:
     assert not np.array_equal(a[100], b[100])
 
 
-def test_the_observer_is_a_kalman_filter(cut: Trace, shipped: TwinParams) -> None:
+@pytest.mark.parametrize("sensors", [2, 1], ids=["die and memory", "die alone"])
+def test_the_observer_is_a_kalman_filter(cut: Trace, shipped: TwinParams, sensors: int) -> None:
     """Against the textbook's matrices, read off the model by differences."""
     parts, p, noise = cut.intervals().until(60), thermal_vector(shipped), noise_vector(shipped)
     measured = np.stack([parts.temp_c, parts.mem_temp_c], axis=1)
+    measured[:, sensors:] = np.nan
     observer = Observer(shipped, parts.power_w[0])
     x = np.array(list(observer.state.values()))
     covariance = np.diag(np.array(list(observer.spread.values())) ** 2)
@@ -121,10 +123,10 @@ def test_the_observer_is_a_kalman_filter(cut: Trace, shipped: TwinParams) -> Non
         one = np.array([power])
         base, end = free_run(one, 1.0, np.zeros(8), p)
         runs = [free_run(one, 1.0, unit, p) for unit in np.eye(8)]
-        h = np.array([(mean - base)[0] for mean, _ in runs]).T  # [2, 8]
+        h = np.array([(mean - base)[0] for mean, _ in runs]).T[:sensors]  # [2, 8]
         f = np.array([state - end for _, state in runs]).T  # [8, 8]
-        gain = covariance @ h.T @ np.linalg.inv(h @ covariance @ h.T + np.eye(2) * noise[5] ** 2)
-        x = x + gain @ (truth - base[0] - h @ x)
+        gain = covariance @ h.T @ np.linalg.inv(h @ covariance @ h.T + np.eye(sensors) * noise[5] ** 2)
+        x = x + gain @ ((truth - base[0])[:sensors] - h @ x)
         covariance = (np.eye(8) - gain @ h) @ covariance
         x, covariance = f @ x + end, f @ covariance @ f.T + np.diag(spread**2) @ (np.eye(8) - f @ f)
         observer.update(power, *truth)
