@@ -27,9 +27,9 @@ RANGES: dict[str, tuple[float, float]] = {
 """What a card at work answers, ends included. Drivers answer 0, 255 or all ones where they know nothing."""
 MOST_OF_LIMIT = 1.5
 """Mean power over the power limit that no board reaches: H100s report up to 1.02 over a second."""
-LEAST_OF_AVERAGE = 0.5
-"""Energy of the last second by the counter over that by the board's average. No good counter falls below:
-three H100s stay above 0.77 at every step of power."""
+LEAST_OF_AVERAGE = 0.25
+"""Energy of the last second by the counter over that by the board's average. No good counter falls below,
+even where power has just stepped: three H100s stay above 0.77, an H200 above 0.57."""
 LEAST_OF_INSTANT = 0.05
 """Likewise over the power of the moment, on boards that average nothing: at rest they draw a tenth of it."""
 

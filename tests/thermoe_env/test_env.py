@@ -132,6 +132,14 @@ def test_a_lost_gpu_ends_the_episode_with_a_named_error(problem: Problem) -> Non
         env.step(env.action_space.sample())
 
 
+def test_what_a_device_cannot_say_is_in_every_info(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TwinTelemetry, "missing", ("mem_temp_c", "energy_j"))
+    env = ThermalMoEEnv(problem.scenario, world="twin")
+    _, at_reset = env.reset(seed=0)
+    info = env.step(env.action_space.sample())[4]
+    assert at_reset["missing"] == info["missing"] == "mem_temp_c, energy_j"
+
+
 def test_an_overheated_device_ends_the_episode(problem: Problem) -> None:
     env = ThermalMoEEnv(problem.scenario, world="twin")
     env.reset(seed=0)

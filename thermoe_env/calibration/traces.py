@@ -39,6 +39,8 @@ SENSOR_LAG_S = 0.1
 """How far temperature trails power: the sensor's 100 ms hold and the rise of the die itself. On two H100s
 forecasts over a second are best at 0.1 s."""
 FROZEN_S = 2.0
+SUMMED_S = 10.0
+"""From this length on the sum of `power_w`, which trails by a second, judges the energy counter."""
 LEAST_STEP_W = 100.0
 LEAST_RESPONSE_C_PER_W = 0.004
 MAX_GAP_S = 5.0
@@ -206,7 +208,7 @@ def load_trace(path: str | Path) -> Trace:
     jumped = energy - energy[before] > 1e3 * most_w * (t - t[before] + PERIOD_S)
     _refuse(path, "energy_mj", jumped[1:], f"the counter jumped, by more than {most_w:.0f} W: cut the trace")
     used_j, integral_j = (energy[-1] - energy[0]) / 1e3, float(np.trapezoid(table["power_w"], t))
-    if t[-1] - t[0] > FROZEN_S and not 0.5 < used_j / integral_j < 2.0:
+    if t[-1] - t[0] > SUMMED_S and not 0.5 < used_j / integral_j < 2.0:
         raise TraceFormatError(
             f"{path}: energy_mj rose by {used_j:.4g} J while power_w adds up to {integral_j:.4g}: is it in "
             "mJ, and of the same card?"

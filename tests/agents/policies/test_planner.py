@@ -16,8 +16,10 @@ from agents.policies.policy import Policy, RandomPolicy, for_episodes
 from agents.policies.registry import make_policy
 from moe.profiles import save_profile
 from moe.service.queueing import SLOT_S
+from moe.workload import KNOB_NAMES
 from tests.thermoe_env.conftest import make_profile
 from thermoe_env.env import ThermalMoEEnv
+from thermoe_env.mdp.fields import FIELDS
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 from thermoe_env.twin.core import TwinBatch
@@ -87,6 +89,25 @@ def test_a_plan_moves_on_by_an_interval(problem: Problem) -> None:
     plan = np.arange(len(SHORT.blocks))[:, None].repeat(len(problem.knobs.nvec), 1)
     # Actions 0 1 1 2 2 2 2 become 1 1 2 2 2 2 2, and blocks of 1, 2 and 4 begin at 0, 1 and 3.
     np.testing.assert_array_equal(planner.later(plan)[:, 0], [1, 1, 2])
+
+
+def test_a_belief_of_a_card_without_a_memory_sensor_does_not_go_by_the_field_that_stands_for_it(
+    problem: Problem,
+) -> None:
+    twin = problem.twin
+    for missing, alike in (((), False), (("mem_temp_c",), True)):
+        own = replace(problem, twin=replace(twin, provenance={**twin.provenance, "missing": missing}))
+        twins = TwinBatch(own, 1)
+        first = twins.reset(SEEDS[:1])[0].copy()
+        seen = twins.step(np.zeros((1, len(KNOB_NAMES)), np.int64)).observation[0]
+        hotter = seen.copy()
+        hotter[[field.name for field in FIELDS].index("mem_temp_c")] += 0.2
+        nodes = []
+        for observation in (seen, hotter):
+            belief = Belief(without_luck(own), MpcConfig(), first)
+            belief.follow(observation)
+            nodes.append(belief.state.devices["sink_c"][0])
+        assert (nodes[0] == nodes[1]).all() == alike
 
 
 def test_a_belief_knows_the_queue_the_shift_and_the_adaptation(problem: Problem) -> None:

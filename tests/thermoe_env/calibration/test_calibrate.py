@@ -88,7 +88,13 @@ def _rows(**changes: dict[int, str]) -> str:
             "row 22",
             "energy_mj: the counter jumped",
         ),
-        (_rows(energy_mj={i: str(1 + 12 * i) for i in range(40)}), "energy_mj", "is it in mJ"),
+        (
+            _rows(
+                t={i: f"{0.5 * i:.1f}" for i in range(40)}, energy_mj={i: str(1 + 60 * i) for i in range(40)}
+            ),
+            "energy_mj",
+            "is it in mJ",
+        ),
         (_rows(temp_c={5: "0"}), "row 7", "temp_c is 0"),
         (_rows(temp_c={5: "255"}), "row 7", "temp_c is 255"),
         (_rows(mem_temp_c={5: "0"}), "row 7", "mem_temp_c is 0"),
