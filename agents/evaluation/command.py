@@ -48,7 +48,7 @@ class EvaluateConfig:
     """Name in configs/scenarios or path of a YAML file."""
     traffic: str | None = None
     """Replay requests as they arrived in production: a name in configs/traces/requests (azure-conv-2023), or
-    path of a CSV file in the same format (TIMESTAMP,ContextTokens,GeneratedTokens)."""
+    path of a file like the traces of Azure LLM inference, BurstGPT (CSV) or Mooncake (JSON lines)."""
     seeds: int = 20
     """Episodes per policy."""
     seed: int = 1000

@@ -7,10 +7,8 @@ from its seed, by one compiled function: the live service, the twin and its batc
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -20,16 +18,12 @@ import numpy as np
 from moe.compiled import jit
 from moe.randomness import derive, exponential, integer, poisson, uniform
 from moe.service.queueing import SLOT_S
+from moe.service.request_trace import TraceError, read_request_trace
 
 KINDS = ("poisson", "bursts", "diurnal", "trace")
 
 _BURSTS, _DIURNAL, _TRACE = (KINDS.index(kind) for kind in ("bursts", "diurnal", "trace"))
 _SLOTS_PER_S = round(1.0 / SLOT_S)
-_LONGEST_TRACE_S = 31 * 86400.0
-
-
-class TraceError(ValueError):
-    """A trace file cannot be used; the message names the file, the line and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +33,7 @@ class TrafficConfig:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     kind: str = "bursts"
-    """`poisson` (constant mean), `bursts` (Markov-modulated), `diurnal` (sine) or `trace` (CSV)."""
+    """`poisson` (constant mean), `bursts` (Markov-modulated), `diurnal` (sine) or `trace` (a file)."""
     low_load: float = 0.2
     high_load: float = 1.3
     levels: int = 6
@@ -50,9 +44,11 @@ class TrafficConfig:
     """`diurnal`: length of a day."""
     interactive_share: float = 0.5
     trace: str | None = None
-    """`trace`: CSV in the format of the Azure LLM inference traces (TIMESTAMP,ContextTokens,GeneratedTokens).
-    Requests per second are those of the trace, scaled so that the load of the whole trace has mean
-    (low_load + high_load) / 2; an episode begins at a random second. Token counts are not used."""
+    """`trace`: a file in a format that `moe.service.request_trace` reads: that of the Azure LLM inference
+    traces, of BurstGPT or of Mooncake. Requests per second are those of the trace, scaled so that the load of
+    the whole trace has mean (low_load + high_load) / 2; an episode begins at a random second. Stamps coarser
+    than a second, as to the minute, give the mean load of their step. A trace of less than one request per
+    second (or per step) is refused: scaled up, single requests would be spikes. Token counts are not used."""
     shifts: tuple[int, ...] = (0,)
     """Input shifts that take turns (indices into the profile's shifts)."""
     shift_dwell_s: float = 40.0
@@ -70,9 +66,7 @@ class TrafficConfig:
         if self.levels < 2 or min(self.dwell_s, self.period_s, self.shift_dwell_s) <= 0.0:
             raise ValueError("traffic needs levels >= 2 and dwell_s, period_s, shift_dwell_s > 0")
         if (self.kind == "trace") != (self.trace is not None):
-            raise ValueError(
-                "traffic.trace names a CSV file for kind 'trace' and is absent for any other kind"
-            )
+            raise ValueError("traffic.trace names a file for kind 'trace' and is absent for any other kind")
         if not self.shifts:
             raise ValueError("traffic.shifts must name at least one input shift (0 is the clean one)")
 
@@ -111,13 +105,14 @@ def traffic_of(config: TrafficConfig, seconds: int, capacity_rps: float) -> Traf
     """
     trace_rps = np.zeros(0)
     if config.trace is not None:
-        per_second = _trace_per_second(config.trace)
-        if len(per_second) < seconds:
+        path = Path(config.trace)
+        rate = _relative_rate(config.trace, path.stat().st_mtime_ns if path.exists() else 0)
+        if len(rate) < seconds:
             raise TraceError(
-                f"{config.trace}: covers {len(per_second)} s, the episode needs {seconds} s: "
+                f"{config.trace}: covers {len(rate)} s, the episode needs {seconds} s: "
                 "shorten the episode (episode_s), or give a longer trace"
             )
-        trace_rps = 0.5 * (config.low_load + config.high_load) * capacity_rps * per_second
+        trace_rps = 0.5 * (config.low_load + config.high_load) * capacity_rps * rate
     return Traffic(
         KINDS.index(config.kind), config.low_load * capacity_rps, config.high_load * capacity_rps,
         config.levels, config.dwell_s, config.period_s, config.interactive_share,
@@ -213,38 +208,6 @@ def _fill_shifts(traffic, key, shift_id):
 
 
 @lru_cache(maxsize=4)
-def _trace_per_second(path: str) -> np.ndarray:
-    """Arrivals per second of a request trace, over their mean, float [seconds]."""
-    if not Path(path).is_file():
-        raise TraceError(f"{path}: no such trace; traffic.trace must name a CSV file")
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames is None or "TIMESTAMP" not in reader.fieldnames:
-                raise TraceError(f"{path}: no column TIMESTAMP in the header {reader.fieldnames}")
-            rows = [
-                (reader.line_num, _timestamp_s(path, reader.line_num, row["TIMESTAMP"])) for row in reader
-            ]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise TraceError(f"{path}: not a CSV file in UTF-8 ({error})") from error
-    if len(rows) < 2:
-        raise TraceError(f"{path}: holds {len(rows)} requests, at least 2 are needed")
-    t = np.asarray([time_s for _, time_s in rows])
-    if np.any(np.diff(t) < 0):
-        line = rows[int(np.argmax(np.diff(t) < 0)) + 1][0]
-        raise TraceError(f"{path}, line {line}: time runs backward; sort the trace by TIMESTAMP")
-    if t[-1] - t[0] > _LONGEST_TRACE_S:
-        raise TraceError(
-            f"{path}: spans {(t[-1] - t[0]) / 86400:.0f} days, at most 31 are read; check its dates"
-        )
-    counts = np.bincount((t - t[0]).astype(np.int64))
-    return counts / counts.mean()
-
-
-def _timestamp_s(path: str, line: int, text: str | None) -> float:
-    # Of the public traces some name a zone; the others mean UTC, never a local zone with its summer time.
-    try:
-        time = datetime.fromisoformat(text or "")
-    except ValueError as error:
-        raise TraceError(f"{path}, line {line}: TIMESTAMP {text!r} is not an ISO date and time") from error
-    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+def _relative_rate(path: str, changed_ns: int) -> np.ndarray:
+    """Arrivals per second of a request trace over their mean; kept until the file changes."""
+    return read_request_trace(path).relative_rate()

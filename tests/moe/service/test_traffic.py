@@ -1,6 +1,6 @@
 """Request streams: their seeds, their means, and replay of a trace against counts by hand."""
 
-import time
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.lib.stride_tricks import sliding_window_view
 
 from moe.service.queueing import SLOT_S
-from moe.service.traffic import TraceError, TrafficConfig, draw_stream
+from moe.service.request_trace import TraceError
+from moe.service.traffic import TrafficConfig, draw_stream, traffic_of
 from thermoe_env.configs import config_path
 
 SLOTS_PER_S = round(1 / SLOT_S)
@@ -115,56 +116,31 @@ def test_shipped_trace_is_replayed_second_by_second():
     assert len(set(begins)) > 15 and max(begins) - min(begins) > 900
 
 
-@pytest.fixture
-def berlin(monkeypatch):
-    monkeypatch.setenv("TZ", "Europe/Berlin")
-    time.tzset()
-    yield
-    monkeypatch.undo()
-    time.tzset()
+def test_a_trace_shorter_than_an_episode_is_refused(tmp_path):
+    path = write_trace(tmp_path / "trace.csv", [f"2024-05-10 00:00:{second:02d}" for second in range(10)])
+    with pytest.raises(TraceError, match=r"trace\.csv: covers 10 s, the episode needs 30 s"):
+        draw_stream(TrafficConfig(kind="trace", trace=path), 0, 30, 100.0)
 
 
-def test_zones_and_summer_time_do_not_matter(tmp_path, berlin):
-    # In Berlin an hour lies between the first two on that night; in UTC, as the traces have it, a second.
-    plain = ["2023-10-29 02:59:59", "2023-10-29 03:00:00", "2023-10-29 03:00:01.5"]
-    streams = []
-    for name, zone in (("plain", ""), ("zoned", "+00:00")):
-        path = write_trace(tmp_path / f"{name}.csv", [stamp + zone for stamp in plain])
-        streams.append(draw_stream(TrafficConfig(kind="trace", trace=path), 1, 3, 100.0))
-    assert np.array_equal(streams[0].arrivals, streams[1].arrivals)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("TIME,ContextTokens\n1,2\n", "no column TIMESTAMP"),
-        ("", "no column TIMESTAMP"),
-        ("TIMESTAMP\n2024-05-10 00:00:00\n", "holds 1 requests"),
-        ("TIMESTAMP\n2024-05-10 00:00:00\nyesterday\n", "line 3: TIMESTAMP 'yesterday'"),
-        ("A,TIMESTAMP\n1,2024-05-10 00:00:00\n2\n", "line 3: TIMESTAMP None"),
-        (
-            "TIMESTAMP\n2024-05-10 00:00:05\n2024-05-10 00:00:06\n2024-05-10 00:00:01\n",
-            "line 4: time runs backward",
-        ),
-        ("TIMESTAMP\n2024-05-10 00:00:05\n\n2024-05-10 00:00:01\n", "line 4: time runs backward"),
-        ("TIMESTAMP\n2014-05-10 00:00:00\n2024-05-10 00:00:00\n", "days"),
-        ("TIMESTAMP\n2024-05-10 00:00:00\n2024-05-10 00:00:09\n", "covers 10 s, the episode needs 30 s"),
-    ],
-)
-def test_malformed_traces_are_refused(tmp_path, text, message):
+def test_a_trace_that_changed_is_read_again(tmp_path):
     path = tmp_path / "trace.csv"
-    path.write_text(text)
-    with pytest.raises(TraceError, match=message) as caught:
-        draw_stream(TrafficConfig(kind="trace", trace=str(path)), 0, 30, 100.0)
-    assert str(path) in str(caught.value)
+    lengths = []
+    for minutes in (1, 2):
+        stamps = [f"2024-05-10 00:{minute:02d}:{s:02d}" for minute in range(minutes) for s in range(60)]
+        config = TrafficConfig(kind="trace", trace=write_trace(path, stamps))
+        os.utime(path, (minutes, minutes))
+        lengths.append(len(traffic_of(config, 1, 100.0).trace_rps))
+    assert lengths == [60, 120]
 
 
-def test_missing_and_binary_traces_are_refused(tmp_path):
-    with pytest.raises(TraceError, match="no such trace"):
-        draw_stream(TrafficConfig(kind="trace", trace=str(tmp_path / "none.csv")), 0, 30, 100.0)
-    (tmp_path / "trace.csv").write_bytes(b"TIMESTAMP\n\xff\xfe\x00\n")
-    with pytest.raises(TraceError, match="not a CSV"):
-        draw_stream(TrafficConfig(kind="trace", trace=str(tmp_path / "trace.csv")), 0, 30, 100.0)
+def test_stamps_to_the_minute_give_no_spikes(tmp_path):
+    """90 and 30 requests in two minutes: loads of 1.5 and 0.5 of the mean, second by second."""
+    stamps = ["2024-05-10 12:00:00"] * 90 + ["2024-05-10 12:01:00"] * 30
+    path = write_trace(tmp_path / "trace.csv", stamps)
+    config = TrafficConfig(kind="trace", trace=path, low_load=0.5, high_load=0.5)
+    arrived = per_second(draw_stream(config, 0, 120, 1e5).arrivals)
+    assert arrived[:60] == pytest.approx(75_000, rel=0.03)
+    assert arrived[60:] == pytest.approx(25_000, rel=0.03)
 
 
 @pytest.mark.parametrize(
