@@ -7,11 +7,13 @@ import sys
 import tyro
 
 from agents.evaluation.command import EvaluateConfig, evaluate
+from moe.terminal import plain_terminal
 from thermoe_env.errors import ThermoeError
 
 
 def main() -> None:
     """Parse the command line and evaluate."""
+    plain_terminal()
     config = tyro.cli(EvaluateConfig, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         evaluate(config)

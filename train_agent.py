@@ -16,6 +16,7 @@ from agents.learning.config import load_train_config
 from agents.learning.seeds import train_seeds
 from agents.learning.training import resume, train
 from agents.learning.tuning import tune
+from moe.terminal import plain_terminal
 from thermoe_env.errors import ThermoeError
 from thermoe_env.problem.scenario import load_scenario
 
@@ -95,6 +96,7 @@ def _show(run: Path) -> None:
 
 
 if __name__ == "__main__":
+    plain_terminal()
     try:
         main(tyro.cli(Options, description=__doc__))
     except (ValueError, RunFolderError, CheckpointError, ThermoeError) as error:

@@ -14,6 +14,7 @@ import tyro
 from agents.evaluation.command import EvaluateConfig, Results, evaluate
 from agents.files import new_run_folder
 from agents.play.metrics import summarize
+from moe.terminal import plain_terminal
 from thermoe_env.errors import ThermoeError
 
 
@@ -51,6 +52,7 @@ def demo(
 
 def main() -> None:
     """Parse the command line and run the demonstration."""
+    plain_terminal()
     try:
         tyro.cli(demo)
     except (ValueError, OSError, ThermoeError) as error:

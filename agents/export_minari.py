@@ -21,6 +21,7 @@ import thermoe_env  # noqa: F401  (registers the ids)
 from agents.evaluation.command import held_out_seeds
 from agents.load import load_policy, policy_label
 from agents.play.rollout import Recording, play_twin
+from moe.terminal import plain_terminal
 from moe.workload import KNOB_NAMES
 from thermoe_env.errors import ThermoeError
 from thermoe_env.mdp.interval import COST_NAMES
@@ -139,6 +140,7 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    plain_terminal()
     try:
         main(tyro.cli(Options, description=__doc__))
     except (ValueError, ImportError, ThermoeError) as error:

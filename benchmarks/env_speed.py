@@ -33,6 +33,7 @@ import thermoe_env  # noqa: F401  (registers the ids)
 from agents.learning.config import load_train_config
 from agents.learning.training import build_model
 from agents.learning.vec import TwinVecEnv
+from moe.terminal import plain_terminal
 from thermoe_env.mdp.fields import FIELDS
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
@@ -250,6 +251,7 @@ def _show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    plain_terminal()
     chosen = tyro.cli(Options, description=__doc__)
     measured = main(chosen)
     if chosen.json:

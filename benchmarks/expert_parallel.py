@@ -45,6 +45,7 @@ from moe.model.distributed import distribute, tokens_per_device
 from moe.model.transformer import ModelOutput, MoEModel
 from moe.placement import Placement
 from moe.profiles import load_profile
+from moe.terminal import plain_terminal
 from moe.training.weights import load_model
 from thermoe_env.configs import config_path
 
@@ -347,4 +348,5 @@ def _write(
 
 
 if __name__ == "__main__":
+    plain_terminal()
     main(tyro.cli(Options, description=__doc__))

@@ -27,6 +27,7 @@ from moe.model.config import Size, model_config
 from moe.model.experts import Experts
 from moe.model.router import Routing
 from moe.model.transformer import MoEModel, initialise
+from moe.terminal import plain_terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,4 +192,5 @@ def _time(form: Callable[[], object], repeats: int, device: torch.device) -> flo
 
 
 if __name__ == "__main__":
+    plain_terminal()
     main(tyro.cli(Options, description=__doc__))

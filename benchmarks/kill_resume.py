@@ -33,6 +33,7 @@ from agents.files import new_run_folder, write_file
 from agents.learning.checkpoints import read_state
 from agents.learning.config import TrainConfig, load_train_config
 from benchmarks.env_speed import cpu_name
+from moe.terminal import plain_terminal
 from thermoe_env.problem.scenario import load_scenario
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -275,4 +276,5 @@ even two trainings that nobody stopped may differ in their last bits.
 
 
 if __name__ == "__main__":
+    plain_terminal()
     print(main(tyro.cli(Options, description=__doc__)))

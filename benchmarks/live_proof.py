@@ -34,6 +34,7 @@ from agents.load import policy_label
 from agents.policies.policy import for_episodes
 from benchmarks.live_proof_report import write_proof
 from benchmarks.live_proof_results import Proof
+from moe.terminal import plain_terminal
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.errors import ThermoeError
 from thermoe_env.problem.problem import Problem
@@ -207,6 +208,7 @@ def _todo(config: LiveProof, session: LiveSession) -> Iterator[tuple[str, int]]:
 
 def main() -> None:
     """Run the command line."""
+    plain_terminal()
     try:
         run(tyro.cli(LiveProof, description=__doc__))
     except (ValueError, OSError, ThermoeError) as error:

@@ -33,6 +33,7 @@ from agents.policies.registry import make_policy
 from agents.policies.rules import RuleBased, load_rule_config
 from moe.profiles import save_profile
 from moe.profiling.command import Options, measure
+from moe.terminal import plain_terminal
 from thermoe_env.configs import config_path
 from thermoe_env.env import ThermalMoEEnv
 
@@ -139,6 +140,7 @@ def _finish(process: subprocess.Popen[bytes], what: str) -> None:
 
 
 if __name__ == "__main__":
+    plain_terminal()
     if shutil.which("nvidia-smi") is None:
         sys.exit("this command needs an NVIDIA GPU; `python evaluate.py` plays in the twin")
     main(tyro.cli(LiveRun, description=__doc__))

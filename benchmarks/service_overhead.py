@@ -23,6 +23,7 @@ from moe.model.config import Size, Task
 from moe.service.score.live import LiveWorkload
 from moe.service.score.runner import Runner
 from moe.service.traffic import TrafficConfig
+from moe.terminal import plain_terminal
 from moe.training.weights import load_model
 from moe.workload import Knobs
 
@@ -124,4 +125,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    plain_terminal()
     main(tyro.cli(Options, description=__doc__))

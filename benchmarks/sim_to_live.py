@@ -29,6 +29,7 @@ from agents.live.report import print_comparison, write_fidelity
 from agents.live.segments import recording_beside
 from agents.live.session import PER_EPISODE_S, LiveSession, machine_of
 from agents.load import policy_label
+from moe.terminal import plain_terminal
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.errors import ThermoeError
 from thermoe_env.problem.problem import Problem
@@ -233,6 +234,7 @@ def _seconds(config: SimToLive, count: int, end: float) -> int:
 
 def main() -> None:
     """Run the command line."""
+    plain_terminal()
     try:
         run(tyro.cli(SimToLive, description=__doc__))
     except (ValueError, OSError, ThermoeError) as error:

@@ -18,6 +18,7 @@ from agents.learning.callbacks import RolloutLog, Updates
 from agents.learning.config import load_train_config
 from agents.learning.training import train
 from agents.learning.vec import TwinVecEnv
+from moe.terminal import plain_terminal
 from thermoe_env.problem.scenario import load_scenario
 
 _PARTS: dict[str, tuple[type, str]] = {
@@ -84,6 +85,7 @@ def _timed(owner: type, method: str, name: str, spent: dict[str, float]) -> Iter
 
 
 if __name__ == "__main__":
+    plain_terminal()
     result = main(tyro.cli(Options, description=__doc__))
     for part, seconds in result.items():
         if part in _PARTS:

@@ -15,6 +15,7 @@ from pathlib import Path
 import tyro
 
 from thermoe_env.calibration.driver_info import driver_info_path, load_driver_info
+from moe.terminal import plain_terminal
 from thermoe_env.calibration.power import fit_power
 from thermoe_env.calibration.traces import (
     load_segments,
@@ -111,6 +112,7 @@ def _row(path: Path, fitted_to: str, errors: dict) -> str:
 
 
 if __name__ == "__main__":
+    plain_terminal()
     try:
         tyro.cli(main, description=__doc__)
     except (TraceFormatError, ValueError) as error:

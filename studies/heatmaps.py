@@ -32,6 +32,7 @@ from moe.profiling.expert_cost import measure_expert_cost
 from moe.service.score.live import LiveWorkload
 from moe.service.score.runner import Runner
 from moe.service.traffic import TrafficConfig
+from moe.terminal import plain_terminal
 from moe.training.weights import WeightsError, load_model
 from moe.workload import Knobs
 from thermoe_env.mdp.signals import thermal_signal
@@ -193,6 +194,7 @@ def heatmaps(signal: np.ndarray, tokens: np.ndarray, origin: dict[str, Any]) -> 
 
 
 if __name__ == "__main__":
+    plain_terminal()
     try:
         main(tyro.cli(Arguments, description=__doc__))
     except (ValueError, OSError, WeightsError, ThermoeError) as failure:

@@ -25,6 +25,7 @@ from agents.load import load_policy, model_file, policy_label
 from agents.play.metrics import episode_metrics
 from agents.play.rollout import play_twin
 from agents.policies.rules import load_settings
+from moe.terminal import plain_terminal
 from studies.robustness_report import BASELINE, Cell, Row, write_report
 from studies.tasks import StudyError, read_result
 from thermoe_env.errors import ThermoeError
@@ -155,6 +156,7 @@ def _digest(policy: str) -> str | None:
 
 
 if __name__ == "__main__":
+    plain_terminal()
     try:
         main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
     except (ValueError, OSError, ThermoeError) as failure:

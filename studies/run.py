@@ -17,6 +17,7 @@ import tyro
 from agents.evaluation.command import held_out_seeds
 from agents.policies.rules import load_settings
 from moe.errors import DataCorruptError, DataMissingError
+from moe.terminal import plain_terminal
 from moe.training.fit import TrainingDiverged
 from studies import rq1, rq2, rq3, rq4, rq5
 from studies.plays import Options, Trained
@@ -91,6 +92,7 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
+    plain_terminal()
     try:
         main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
     except (

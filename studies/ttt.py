@@ -14,6 +14,9 @@ import tyro
 from rich.console import Console
 
 from moe.errors import DataCorruptError, DataMissingError, ThermoeError
+from moe.device.meter import MeterUnavailableError
+from moe.errors import DataCorruptError, DataMissingError
+from moe.terminal import plain_terminal
 from moe.training.fit import TrainingDiverged
 from moe.ttt import AdaptationDiverged
 from studies.repeats import RepeatArguments, StudyError, ensure_repeats, load_all
@@ -41,6 +44,7 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
+    plain_terminal()
     try:
         main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
     except (

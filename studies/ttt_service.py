@@ -26,6 +26,7 @@ from agents.policies.gates import GATES, Gated, load_gate_config
 from agents.policies.policy import Policy
 from agents.policies.registry import POLICIES
 from agents.policies.rules import load_settings
+from moe.terminal import plain_terminal
 from studies.repeats import StudyError
 from studies.ttt_service_report import Played, write_report
 from studies.ttt_service_results import BASELINE
@@ -188,6 +189,7 @@ def _kept(path: Path, about: dict[str, Any]) -> list[Recording]:
 
 
 if __name__ == "__main__":
+    plain_terminal()
     try:
         main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
     except (ValueError, OSError, ThermoeError) as failure:

@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from agents.evaluation.figures import save_figure
 from agents.files import write_file
@@ -206,8 +206,9 @@ def _screen(table: pd.DataFrame) -> Table:
     for column in columns:
         shown.add_column(column.head, justify="right")
     for row in table.to_dict("records"):
-        texts = [_text(row, column).replace(" ±", "\n[dim]±") for column in columns]
-        shown.add_row(escape(row["policy"]), *texts)
+        texts = [_text(row, column).partition(" ±") for column in columns]
+        cells = [Text(mean).append(half and f"\n±{half}", "dim") for mean, _, half in texts]
+        shown.add_row(Text(row["policy"]), *cells)
     return shown
 
 

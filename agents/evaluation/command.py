@@ -140,7 +140,7 @@ class Results:
     def finish(self, console: Console) -> None:
         """Draw the figures, write the report, and say what came out and where it is."""
         if not self._episodes:
-            console.print("nothing was played")
+            console.out("nothing was played")
             return
         episodes, summary = self.episodes, self.summary
         baselines = dict.fromkeys(("static", self.baseline))
@@ -162,14 +162,14 @@ class Results:
         report = write_report(self.folder, title, scope, summary, figures, notes)
         _write_table(self.folder / "statistics.csv", statistics)
         write_results(self.folder, results, scope, notes)
-        console.print(scope, highlight=False)
+        console.out(scope, highlight=False)
         print_summary(summary, console)
         for note in notes:
-            console.print(note, highlight=False)
-        console.print(
+            console.out(note, highlight=False)
+        console.out(
             f"results: {self.folder} (for a paper: results.md, results.tex, results.csv)\nreport:  {report}",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            highlight=False,
+        )
 
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:
@@ -339,5 +339,8 @@ def _cool_down(env: ThermalMoEEnv, seed: int, start_c: float | None, label: str,
     wanted_c = math.inf if start_c is None else start_c + COOL_WITHIN_C
     reached_c = cool_down(env, seed, wanted_c, COOL_AT_MOST_S, _COOL_EVERY_S)
     if reached_c > wanted_c:
-        console.print(f"{label}, seed {seed}: starts at {reached_c:g} °C, not at {start_c:g} °C as the first")
+        console.out(
+            f"{label}, seed {seed}: starts at {reached_c:g} °C, not at {start_c:g} °C as the first",
+            highlight=False,
+        )
     return reached_c

@@ -33,6 +33,7 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#e6e6e6", "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.linewidth": 1.2,
     "legend.frameon": False, "legend.fontsize": 8, "figure.titlesize": 10,
+    "text.parse_math": False,  # a dollar in a name is a dollar
 }  # fmt: skip
 _COLOUR = {
     "static": "#555555", "best_constant": "#E69F00", "rule_based": "#0072B2", "ppo": "#D55E00",

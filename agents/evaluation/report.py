@@ -13,13 +13,16 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from rich import box
 from rich.console import Console
-from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from agents.files import write_file
 from agents.play.metrics import KPIS
+from moe.terminal import as_shown
 
 _TABLE_WIDTH = 104
+_WIDEST = 10_000
 
 
 @dataclass(frozen=True)
@@ -143,26 +146,36 @@ def number_text(value: float, column: Column) -> str:
 
 
 def wide_console() -> Console:
-    """A console wide enough for the table: a narrow terminal wraps it, a file keeps it aligned."""
-    return Console(width=max(Console().width, _TABLE_WIDTH))
+    """A console wide enough for the table: a narrow terminal wraps it, a file keeps it aligned.
+
+    It takes text as it is: names come from folders, where brackets are no markup.
+    """
+    return Console(width=max(Console().width, _TABLE_WIDTH), markup=False, highlight=False)
 
 
 def print_summary(summary: pd.DataFrame, console: Console) -> None:
     """Print the table, and below it why policies are not ranked."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i, head in enumerate(heads(summary, wide=False)):
-        table.add_column(head, justify="left" if i == 1 else "right", no_wrap=True)
+        justify = "left" if i == 1 else "right"
+        table.add_column(_shown(head, console), justify=justify, no_wrap=True)
     shown = rows(summary, wide=False)
     for row in shown:
-        texts = [
-            f"{escape(cell.value)}\n[dim]{cell.interval}[/dim]" if cell.interval else escape(cell.value)
-            for cell in row.cells
-        ]
-        table.add_row(*texts, style="dim" if row.reason else None)
-    console.print(table)
+        cells = []
+        for cell in row.cells:
+            text = _shown(cell.value, console)
+            cells.append(text.append(f"\n{cell.interval}", "dim") if cell.interval else text)
+        table.add_row(*cells, style="dim" if row.reason else None)
+    # Of a table that is cut to a width, numbers lose digits: a terminal wraps what is too wide for it.
+    wanted = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+    console.print(table, width=max(console.width, wanted), crop=False)
     for row in shown:
         if row.reason:
-            console.print(escape(f"{row.policy}: infeasible, not ranked: {row.reason}"), highlight=False)
+            console.out(f"{row.policy}: infeasible, not ranked: {row.reason}", highlight=False)
+
+
+def _shown(text: str, console: Console) -> Text:
+    return Text(as_shown(text, console.encoding))
 
 
 def write_report(
@@ -204,8 +217,8 @@ def write_report(
             {"caption": caption, "data": base64.b64encode(file.read_bytes()).decode()}
             for caption, file in figures
         ],
-        command=(folder / "command.txt").read_text(),
-        versions=(folder / "versions.json").read_text(),
+        command=(folder / "command.txt").read_text(encoding="utf-8"),
+        versions=(folder / "versions.json").read_text(encoding="utf-8"),
     )
     path = folder / "report.html"
     write_file(path, html)

@@ -52,6 +52,8 @@ from moe.profiling.quality import (
     measure_quality,
 )
 from moe.service.score.runner import Runner
+from moe.service.score.runner import ADAPT_BATCH, Runner
+from moe.terminal import plain_terminal
 from moe.training.weights import identity, load_model
 from moe.ttt import METHODS, STATISTICS_MOMENTUM, Adapter
 
@@ -374,4 +376,5 @@ def main(options: Options) -> None:
 
 def cli() -> None:
     """Run the command line."""
+    plain_terminal()
     main(tyro.cli(Options, description=__doc__))

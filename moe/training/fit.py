@@ -37,6 +37,7 @@ from moe.model.variants import (
     with_rotation_head,
     with_zero_computation,
 )
+from moe.terminal import plain_terminal
 from moe.training.checkpoint import SHIPPED_FOLDER, TrainingRecord, save_checkpoint
 from moe.training.energy_loss import ASSUMED, EnergyTerm, cost_of_experts, measured_cost
 from moe.training.energy_report import energy_report, print_report
@@ -321,4 +322,5 @@ def _print_quality(quality: dict[str, dict[str, float]]) -> None:
 
 def cli() -> None:
     """Run the command line."""
+    plain_terminal()
     main(tyro.cli(Arguments))

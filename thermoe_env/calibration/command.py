@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from thermoe_env.calibration.driver_info import driver_info_path, load_driver_info
+from moe.terminal import plain_terminal
 from thermoe_env.calibration.excitation import schedule
 from thermoe_env.calibration.fit import fit_twin
 from thermoe_env.calibration.traces import (
@@ -204,6 +205,7 @@ def _print_errors(errors: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the command line."""
+    plain_terminal()
     commands = {"record": record, "fit": fit, "validate": validate}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="python -m thermoe_env.calibration")
