@@ -57,6 +57,21 @@ def write_file(path: Path, content: str | bytes) -> None:
     os.replace(part, path)
 
 
+def shown_name(name: str) -> str:
+    """A name of a folder or file, as it may stand in tables, figures and reports.
+
+    Raises:
+        ValueError: it begins with anything but a letter or a digit, as a formula of a spreadsheet does, or
+            holds what cannot be printed.
+    """
+    if not (name[:1].isalnum() and name.isprintable()):
+        raise ValueError(
+            f"{name!r} cannot stand in tables: a name is printable and begins with a letter or a digit, as "
+            "spreadsheets take = + - @ for formulas; rename its folder or file"
+        )
+    return name
+
+
 def write_origin(folder: Path, config: dict[str, Any]) -> None:
     """Write how a run came about: config.yaml, command.txt, versions.json."""
     write_file(folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))

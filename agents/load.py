@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from agents.files import shown_name
 from agents.learning.models import ModelFileError, UntrustedModelError, load_model
 from agents.policies.policy import Policy
 from agents.policies.registry import POLICIES, make_policy
@@ -11,11 +12,15 @@ from thermoe_env.problem.problem import Problem
 
 
 def policy_label(name_or_path: str | Path) -> str:
-    """Short name of a policy for tables and figures: its name, or that of its run folder or zip."""
+    """Short name of a policy for tables and figures: its name, or that of its run folder or zip.
+
+    Raises:
+        ValueError: the name of the folder or zip cannot stand in a table (`agents.files.shown_name`).
+    """
     if str(name_or_path) in POLICIES:
         return str(name_or_path)
     path = Path(name_or_path)
-    return path.stem if path.suffix == ".zip" else path.resolve().name
+    return shown_name(path.stem if path.suffix == ".zip" else path.resolve().name)
 
 
 def model_file(path: str | Path) -> Path:

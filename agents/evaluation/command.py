@@ -12,11 +12,12 @@ import pandas as pd
 import tyro
 from rich.console import Console
 
-from agents.evaluation.compare import Played, is_results, read_results, refuse_other_world
+from agents.evaluation.compare import is_results, read_results, refuse_other_world
 from agents.evaluation.figures import write_figures
 from agents.evaluation.report import print_summary, wide_console, write_report
 from agents.evaluation.results import results_table, statistics_table, unit_notes, write_results
-from agents.files import new_run_folder, training_runs, write_origin
+from agents.evaluation.tables import Played
+from agents.files import new_run_folder, shown_name, training_runs, write_origin
 from agents.load import load_policy, policy_label
 from agents.play.metrics import episode_metrics, steps_table, summarize, world_of
 from agents.play.rollout import COOL_WITHIN_C, Recording, cool_down, device_name, origin, play_live, play_twin
@@ -253,7 +254,7 @@ def _players(config: EvaluateConfig, problem: Problem, twin: Problem) -> dict[st
     for name in dict.fromkeys(named):
         label = policy_label(name)
         if any(player.name == label for player in players.values()):
-            label = f"{Path(name).resolve().parent.name}/{label}"
+            label = f"{shown_name(Path(name).resolve().parent.name)}/{label}"
         # The search for the best constant plays the twin, of another machine where this one has no energy
         # meter: levels stand for each other in order. A checkpoint has no other machine's profile.
         home = twin if name == "best_constant" else problem

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,10 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from agents.files import plain
+from agents.evaluation.tables import Played, ResultsError, read_tables
+from agents.files import plain, shown_name
 from agents.play.metrics import KPIS, world_of
 from thermoe_env.problem.scenario import Scenario
-
-
-class ResultsError(ValueError):
-    """Results that cannot be compared with the others, or are no results."""
-
-
-@dataclass(frozen=True)
-class Played:
-    """Tables of an evaluation; policies carry the names that they have in the comparison."""
-
-    episodes: pd.DataFrame
-    steps: pd.DataFrame
-
-    def renamed(self, names: dict[str, str]) -> Played:
-        """With new names, only the policies that have one."""
-        tables = [table[table.policy.isin(names)] for table in (self.episodes, self.steps)]
-        return Played(*(table.assign(policy=table.policy.map(names)) for table in tables))
 
 
 def is_results(folder: str | Path) -> bool:
@@ -50,13 +34,13 @@ def read_results(folders: Sequence[str | Path], scenario: Scenario, seeds: Seque
         seeds: on which episodes.
 
     Raises:
-        ResultsError: a folder holds other columns, scenario, seeds, world or device, and the message names
-            the difference; or `static` differs in two twins, so they are not the same twin.
+        ResultsError: `read_tables` refuses a folder; it holds another scenario, seeds, world or device, and
+            the message names the difference; or `static` differs in two twins: they are not the same twin.
     """
     taken: dict[str, list[pd.DataFrame]] = {}
     played: list[Played] = []
     for folder in map(Path, folders):
-        own = _read(folder)
+        own = read_tables(folder)
         _refuse_others(folder, own.episodes, scenario, seeds)
         if played:
             refuse_other_world(folder, own.episodes, *world_of(played[0].episodes))
@@ -70,7 +54,8 @@ def read_results(folders: Sequence[str | Path], scenario: Scenario, seeds: Seque
                     f"{folder}: static has other numbers than in {folders[0]}, so its twin was another one "
                     "(version, profile or calibration): play one of them again"
                 )
-            names[str(policy)] = f"{folder.resolve().name}/{policy}" if earlier else str(policy)
+            other = f"{shown_name(folder.resolve().name)}/{policy}"
+            names[str(policy)] = other if earlier else str(policy)
             earlier.append(rows)
         played.append(own.renamed(names))
     labels = [label for part in played for label in part.episodes.policy.unique()]
@@ -92,29 +77,10 @@ def refuse_other_world(folder: str | Path, episodes: pd.DataFrame, world: str, d
         )
 
 
-def _read(folder: Path) -> Played:
-    tables = []
-    for name in ("episodes.csv", "steps.csv.gz"):
-        try:
-            table = pd.read_csv(folder / name, dtype={"policy": str, "run": str})
-        except (OSError, EOFError, ValueError) as error:
-            raise ResultsError(f"{folder / name} cannot be read ({error})") from error
-        if "run" in table:
-            table["run"] = table.run.fillna("")
-        tables.append(table)
-    missing = {"policy", "run", "world", "device", "seed", "whole", "shut_down", *KPIS} - {*tables[0]}
-    if missing or "run" not in tables[1]:
-        raise ResultsError(
-            f"{folder} was written by another version: its tables lack "
-            f"{', '.join(sorted(missing)) or 'run'}; play it again"
-        )
-    return Played(*tables)
-
-
 def _refuse_others(folder: Path, episodes: pd.DataFrame, scenario: Scenario, seeds: Sequence[int]) -> None:
     try:
-        kept = yaml.safe_load((folder / "config.yaml").read_text())["scenario"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        kept = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["scenario"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
         raise ResultsError(f"{folder / 'config.yaml'} does not name the scenario ({error})") from error
     if differences := list(_differences(kept, plain(asdict(scenario)))):
         raise ResultsError(f"{folder} was played on another scenario: {'; '.join(differences)}")

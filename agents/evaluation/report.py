@@ -167,8 +167,8 @@ def print_summary(summary: pd.DataFrame, console: Console) -> None:
             cells.append(text.append(f"\n{cell.interval}", "dim") if cell.interval else text)
         table.add_row(*cells, style="dim" if row.reason else None)
     # Of a table that is cut to a width, numbers lose digits: a terminal wraps what is too wide for it.
-    wanted = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
-    console.print(table, width=max(console.width, wanted), crop=False)
+    table.width = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+    console.print(table, crop=False)
     for row in shown:
         if row.reason:
             console.out(f"{row.policy}: infeasible, not ranked: {row.reason}", highlight=False)

@@ -170,8 +170,16 @@ def _cell(record: dict[Any, Any], column: Column) -> str:
 
 def _markdown(head: list[str], body: list[list[str]], caption: list[str]) -> str:
     rule = ["---", "---", *["---:"] * (len(head) - 3), "---"]
-    cells = [[text.replace("|", "\\|") for text in row] for row in (head, rule, *body)]
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), "", *caption]) + "\n"
+    cells = [head, rule, *([markdown_text(text) for text in row] for row in body)]
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in cells), "", *map(markdown_text, caption)]) + "\n"
+
+
+_MARKDOWN = str.maketrans({c: f"\\{c}" for c in "\\|<&`*"})
+
+
+def markdown_text(text: str) -> str:
+    """Text as Markdown shows it: no HTML, no further cell, no link; intervals keep their brackets."""
+    return text.translate(_MARKDOWN).replace("](", "]\\(")
 
 
 _LATEX = str.maketrans({

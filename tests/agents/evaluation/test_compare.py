@@ -14,7 +14,7 @@ from rich.console import Console
 import evaluate as command
 from agents.evaluation import command as evaluation
 from agents.evaluation.command import EvaluateConfig, evaluate
-from agents.evaluation.compare import ResultsError
+from agents.evaluation.tables import ResultsError
 from agents.learning.seeds import seed_folder
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -81,8 +81,9 @@ def test_folders_and_names_in_one_comparison(
 @pytest.mark.usefixtures("no_figures")
 def test_other_numbers_are_another_policy(scenario: str, results: dict[str, Path], tmp_path: Path) -> None:
     def cheaper(policy: str) -> Any:
+        names = ["j_per_good", "energy_j", "mean_power_w"]
         return lambda table: table.assign(
-            j_per_good=table.j_per_good.where(table.policy != policy, 0.9 * table.j_per_good)
+            **{name: table[name].where(table.policy != policy, 0.9 * table[name]) for name in names}
         )
 
     changed = copy_with(results["a"], tmp_path / "changed", cheaper("rule_based"))
