@@ -150,7 +150,10 @@ def main(options: Options) -> None:
         service = _service(options, device, rank, n_ranks)
         _measure(service, rank, began)
         if rank == 0:
-            draw(json.loads((options.out / "summary.json").read_text()), options.out / "figure.png")
+            draw(
+                json.loads((options.out / "summary.json").read_text(encoding="utf-8")),
+                options.out / "figure.png",
+            )
             print(f"results: {options.out}")
     finally:
         dist.destroy_process_group()
@@ -179,7 +182,7 @@ def _service(options: Options, device: torch.device, rank: int, n_ranks: int) ->
     if options.placement is None:
         placement = Placement.even(model.config.expert_widths, n_ranks)
     else:
-        placement = Placement.from_dict(json.loads(options.placement.read_text()))
+        placement = Placement.from_dict(json.loads(options.placement.read_text(encoding="utf-8")))
     distribute(model, placement)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -321,7 +324,7 @@ def _write(
     """Write windows.csv and summary.json; a row per window and device, a cell is empty where no meter is."""
     options, n_devices = service.options, service.placement.n_devices
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "windows.csv").open("w", newline="") as file:
+    with (options.out / "windows.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*Condition._fields, *windows[0]])
         writer.writeheader()
         for window in windows:
@@ -344,7 +347,7 @@ def _write(
         ),
     }
     text = json.dumps(document, indent=2, default=str, allow_nan=False)
-    (options.out / "summary.json").write_text(text + "\n")
+    (options.out / "summary.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

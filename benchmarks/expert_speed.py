@@ -71,7 +71,7 @@ def main(options: Options) -> None:
     print(json.dumps(record))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1))
+        options.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 @torch.no_grad()

@@ -162,7 +162,7 @@ class Training:
         return self.checkpoint.stat().st_mtime_ns if self.checkpoint.exists() else 0
 
     def _output(self) -> str:
-        return self.folder.with_suffix(".log").read_text(errors="replace")[-2000:]
+        return self.folder.with_suffix(".log").read_text(errors="replace", encoding="utf-8")[-2000:]
 
 
 def arrays(path: Path) -> dict[str, bytes]:

@@ -72,7 +72,7 @@ def main(config: LiveRun) -> None:
     began = time.monotonic()
     folder = new_run_folder("live", config.out).resolve()
     profile = folder / "profile.json"
-    raw = yaml.safe_load(config_path("scenarios", config.scenario, ".yaml").read_text())
+    raw = yaml.safe_load(config_path("scenarios", config.scenario, ".yaml").read_text(encoding="utf-8"))
     save_profile(
         measure(
             Options(
@@ -84,7 +84,7 @@ def main(config: LiveRun) -> None:
         profile,
     )  # fmt: skip
     scenario = folder / "scenario.yaml"
-    scenario.write_text(yaml.safe_dump({**raw, "profile": str(profile)}, sort_keys=False))
+    scenario.write_text(yaml.safe_dump({**raw, "profile": str(profile)}, sort_keys=False), encoding="utf-8")
     print(f"profile after {time.monotonic() - began:.0f} s: {profile}", flush=True)
     cores = sorted(os.sched_getaffinity(0))
     tuner = _beside(cores, folder / "tune.log", "-m", "agents.tuning.rules", "--scenario", str(scenario),

@@ -96,13 +96,13 @@ def main(twin: str = "h100", out: Path = Path("docs/twin_error.md")) -> None:
                 f"{errors.throughput_error:+.1%} |"
             )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join(lines) + "\n")
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     print(f"\nwrote {out}")
 
 
 def _row(path: Path, fitted_to: str, errors: dict) -> str:
-    about = json.loads(driver_info_path(path).read_text())
+    about = json.loads(driver_info_path(path).read_text(encoding="utf-8"))
     cells = []
     for h in map(str, HORIZONS_S):
         rmse, stays = errors["temp_rmse_c"][h], errors["persistence_rmse_c"][h]

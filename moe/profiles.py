@@ -186,7 +186,7 @@ def load_profile(path: str | Path) -> Profile:
     """Read and check a profile; anything doubtful raises `ProfileError` naming file and field."""
     path = Path(path)
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ProfileError(f"{path}: no such profile; measure one with `python -m moe.profiling`") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -217,7 +217,7 @@ def save_profile(profile: Profile, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     try:
-        part.write_text(json.dumps(document, indent=1, allow_nan=False))
+        part.write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

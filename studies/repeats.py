@@ -85,7 +85,7 @@ def load_settings(kind: type[_S], config: str) -> _S:
 
     file = config_path("studies", config, ".yaml")
     try:
-        return TypeAdapter(kind).validate_python(yaml.safe_load(file.read_text()))
+        return TypeAdapter(kind).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (ValidationError, yaml.YAMLError) as error:
         known = sorted(f.name for f in dataclasses.fields(kind))  # pyright: ignore[reportArgumentType]
         raise StudyError(f"{file}: {error}\nknown keys: {known}") from error

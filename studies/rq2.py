@@ -154,7 +154,9 @@ def _collected(folder: Path) -> tuple[pd.DataFrame, str]:
     table, report = folder / "cells.csv", folder / "report.md"
     if not table.is_file() or not report.is_file():
         raise StudyError(f"{folder} holds no cells.csv and report.md: give a folder of `studies.routing`")
-    said = next(line for line in report.read_text().splitlines() if line.startswith("Written by"))
+    said = next(
+        line for line in report.read_text(encoding="utf-8").splitlines() if line.startswith("Written by")
+    )
     return pd.read_csv(table), said.partition(". ")[2].partition(". Cost")[0]
 
 

@@ -118,7 +118,7 @@ def read_result(path: Path) -> dict[str, Any]:
         StudyError: the file is damaged.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StudyError(f"{path} is no JSON ({error}); remove it to run it again") from error
 

@@ -77,7 +77,7 @@ def load_train_config(algo: str | Path = "ppo", **overrides: Any) -> TrainConfig
         algorithm(str(algo))  # refuses an unknown name
     file = config_path("agents", str(algo), ".yaml")
     try:
-        raw = yaml.safe_load(file.read_text())
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ScenarioError(f"{file}: {error}") from error
     if not isinstance(raw, dict):

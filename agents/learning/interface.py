@@ -32,7 +32,7 @@ def mismatch(folder: Path, problem: Problem) -> str:
     if not file.is_file():
         return ""
     try:
-        return "; ".join(_differences(json.loads(file.read_text()), _interface(problem)))
+        return "; ".join(_differences(json.loads(file.read_text(encoding="utf-8")), _interface(problem)))
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         return f"{file} is damaged, so nobody can tell ({error!r})"
 

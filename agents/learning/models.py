@@ -97,7 +97,7 @@ def _unpickled(path: Path, data: dict[str, Any], mode: str) -> tuple[type, dict[
 
     config, arguments = path.parent / "config.yaml", data["policy_kwargs"]
     try:
-        name = yaml.safe_load(config.read_text())["algo"]
+        name = yaml.safe_load(config.read_text(encoding="utf-8"))["algo"]
         check_action_mode(name, mode)
         if ":serialized:" in arguments:  # some algorithms add a class, which is pickled with all the rest
             arguments = load_train_config(config).settings.network()

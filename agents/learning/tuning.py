@@ -98,7 +98,7 @@ def read_ranges(config: TrainConfig, file: Path) -> dict[str, Range]:
     Raises:
         ScenarioError: none for the algorithm, an unknown setting, or no range.
     """
-    of_algo = yaml.safe_load(file.read_text()).get(config.algo)
+    of_algo = yaml.safe_load(file.read_text(encoding="utf-8")).get(config.algo)
     if of_algo is None:
         raise ScenarioError(f"{file} has no ranges for {config.algo!r}")
     unknown = sorted(set(of_algo) - set(config.flat()))

@@ -38,7 +38,7 @@ class Segments:
         load = _load(recording, self._expert_counts)
         name = [recording.policy, int(recording.seeds[0])]
         self._rows.append(["episode", round(t0, 3), round(self.now_s(), 3), *load, *name])
-        with segments_path(self._recorder.path).open("w", newline="") as file:
+        with segments_path(self._recorder.path).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow([*SEGMENT_COLUMNS, "policy", "seed"])
             writer.writerows(self._rows)

@@ -76,7 +76,7 @@ def load_settings(kind: type[T], path: str | Path, folder: str = "agents") -> T:
 
     file = config_path(folder, str(path), ".yaml")
     try:
-        return TypeAdapter(kind).validate_python(yaml.safe_load(file.read_text()))
+        return TypeAdapter(kind).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
     except ValidationError as error:
         known = sorted(f.name for f in fields(kind))  # type: ignore[arg-type]
         raise ScenarioError(f"{file}: {error}; known keys: {known}") from error

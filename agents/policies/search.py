@@ -28,13 +28,13 @@ def best_constant(problem: Problem) -> np.ndarray:
     """
     cache = _cache_file(problem)
     if cache.is_file():
-        return np.array(json.loads(cache.read_text())["action"], np.int64)
+        return np.array(json.loads(cache.read_text(encoding="utf-8"))["action"], np.int64)
     actions = np.array(list(itertools.product(*(range(n) for n in problem.knobs.nvec))), np.int64)
     returns = constant_returns(problem, actions)
     best = actions[int(np.argmax(returns))]
     cache.parent.mkdir(parents=True, exist_ok=True)
     part = cache.with_suffix(".part")
-    part.write_text(json.dumps({"action": best.tolist(), "return": float(returns.max())}))
+    part.write_text(json.dumps({"action": best.tolist(), "return": float(returns.max())}), encoding="utf-8")
     os.replace(part, cache)
     return best
 

@@ -185,7 +185,7 @@ def checkpoint_identity(path: str | Path) -> dict[str, Any]:
     """
     transformers = import_transformers()
     path = _folder(path)
-    config = json.loads((path / "config.json").read_text())
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     config.pop("transformers_version", None)  # of whoever wrote the file
     # config.json may leave defaults out.
     full = transformers.AutoConfig.from_pretrained(path, local_files_only=True)

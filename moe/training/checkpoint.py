@@ -58,7 +58,9 @@ def save_checkpoint(model: MoEModel, record: TrainingRecord, weights_path: Path)
         save_file(tensors, part)
         digest = _sha256(part)
     with _replacing(_json_path(weights_path)) as part:
-        part.write_text(json.dumps({**asdict(record), "weights_sha256": digest}, indent=2) + "\n")
+        part.write_text(
+            json.dumps({**asdict(record), "weights_sha256": digest}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def load_checkpoint(weights_path: Path, config: ModelConfig | None = None) -> tuple[MoEModel, TrainingRecord]:
@@ -111,7 +113,7 @@ def read_record(weights_path: Path) -> TrainingRecord:
         if not needed.is_file():
             raise WeightsError(f"{needed} does not exist. {_REMEDY}")
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise WeightsError(f"{path} is not JSON: {error}. {_REMEDY}") from error
     known = {field.name for field in fields(TrainingRecord)} | {"weights_sha256"}

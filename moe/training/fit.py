@@ -306,7 +306,7 @@ def main(arguments: Arguments) -> None:
         report = energy_report(model, device, cost_of_experts(config, cost), source)
         print_report(report)
         report_path = path.with_suffix(".report.json")
-        report_path.write_text(json.dumps(report, indent=2) + "\n")
+        report_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {report_path}")
     else:
         _print_quality(record.quality)

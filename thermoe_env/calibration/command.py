@@ -82,7 +82,7 @@ def record(
             )
         stack = LoadStack(device)
         stack.warm_up({(level.tokens, level.top_k) for level in levels if level.tokens})
-        with segments_path(out).open("w", newline="", buffering=1) as file:
+        with segments_path(out).open("w", newline="", buffering=1, encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(SEGMENT_COLUMNS)
             for level in levels:

@@ -134,7 +134,7 @@ def write_driver_info(gpu: Gpu, trace: Path) -> None:
         "missing": list(gpu.missing),
         **gpu.limits(),
     }
-    driver_info_path(trace).write_text(json.dumps(about, indent=1) + "\n")
+    driver_info_path(trace).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def write_trace(
@@ -154,7 +154,7 @@ def write_trace(
         ReadingError: a sensor gave what cannot be, or energy that does not go with power.
     """
     compared = gpu.energy()
-    with path.open("w", newline="", buffering=1) as file:
+    with path.open("w", newline="", buffering=1, encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         while True:

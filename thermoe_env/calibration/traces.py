@@ -276,7 +276,7 @@ def _read_numbers(
         lacking: which of `numbers` may be of a sensor that the card lacks: those are NaN.
     """
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             reader = csv.reader(file)
             header = next(reader, [])
             missing = [name for name in (*numbers, *texts) if name not in header]

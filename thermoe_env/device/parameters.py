@@ -145,7 +145,7 @@ def load_twin(path: str | Path) -> TwinParams:
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ScenarioError(f"{path}: cannot be read as YAML ({error})") from error
     known = [f.name for f in fields(TwinParams)]
@@ -169,5 +169,7 @@ def save_twin(twin: TwinParams, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(yaml.safe_dump(asdict(twin), sort_keys=False, width=100, default_flow_style=None))
+    part.write_text(
+        yaml.safe_dump(asdict(twin), sort_keys=False, width=100, default_flow_style=None), encoding="utf-8"
+    )
     os.replace(part, path)
