@@ -186,10 +186,14 @@ def load_profile(path: str | Path) -> Profile:
     """Read and check a profile; anything doubtful raises `ProfileError` naming file and field."""
     path = Path(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     except FileNotFoundError as error:
         raise ProfileError(f"{path}: no such profile; measure one with `python -m moe.profiling`") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ProfileError(
+            f"{path}: cannot be read ({error.strerror}); name the file of a profile"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise ProfileError(f"{path}: not a JSON document ({error}); measure it again") from error
     known = {f.name for f in dataclasses.fields(Profile)}
     if not isinstance(raw, dict) or set(raw) != known:
@@ -201,7 +205,7 @@ def load_profile(path: str | Path) -> Profile:
     values: dict[str, Any] = {
         name: _as_array(path, name, raw[name]) if name in arrays else raw[name] for name in known
     }
-    if not isinstance(raw["shifts"], list) or not raw["shifts"]:
+    if not isinstance(raw["shifts"], list) or not raw["shifts"] or not _all_text(raw["shifts"]):
         raise ProfileError(f"{path}: shifts must list the names of the input shifts, got {raw['shifts']!r}")
     values["shifts"] = tuple(raw["shifts"])
     profile = Profile(**values)
@@ -223,15 +227,26 @@ def save_profile(profile: Profile, path: str | Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that is there twice, one value would be lost without a word."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"{max(keys, key=keys.count)!r} is there twice in an object")
+    return dict(pairs)
+
+
 def _as_array(path: Path, name: str, value: Any) -> np.ndarray | None:
     if value is None:
         return None
     try:
-        return np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+        table = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ProfileError(
             f"{path}: {name} is ragged, or has a cell missing or not a number ({error})"
         ) from error
+    if any(isinstance(cell, str | bool) for cell in np.asarray(value, dtype=object).flat):
+        raise ProfileError(f"{path}: {name} holds text or true and false among its numbers")
+    return table
 
 
 def _as_json(value: Any) -> Any:
@@ -250,11 +265,14 @@ def _check(path: Path, p: Profile) -> None:
     _check_tables(path, p)
     for name in ("batch_size", "expert_count", "routing_bias", "cost_bias"):
         levels = getattr(p, name)
-        if np.any(np.diff(levels) <= 0):
+        if not (np.all(np.diff(levels) > 0) and np.all(np.isfinite(levels))):
             raise ProfileError(f"{path}: {name} must ascend, got {levels.tolist()}")
     for name in ("batch_size", "expert_count"):
-        if getattr(p, name)[0] < 1:
-            raise ProfileError(f"{path}: {name} must start at 1 or above, got {getattr(p, name)[0]}")
+        levels = getattr(p, name)
+        if levels[0] < 1:
+            raise ProfileError(f"{path}: {name} must start at 1 or above, got {levels[0]}")
+        if np.any(levels % 1):
+            raise ProfileError(f"{path}: {name} must hold whole numbers, got {levels.tolist()}")
     ends = [0.0, p.routing_bias[-1]]
     if [p.routing_bias[0], p.routing_bias[-1]] != ends or [p.cost_bias[0], p.cost_bias[-1]] != ends:
         raise ProfileError(f"{path}: routing_bias must start at 0 and cost_bias have the same ends")
@@ -303,7 +321,11 @@ def _check_tables(path: Path, p: Profile) -> None:
 
 
 def _check_scalars(path: Path, p: Profile) -> None:
-    """Check the numbers, and which fields are there together."""
+    """Check texts and numbers, and which fields are there together."""
+    if not _all_text([p.task, p.size, p.device]):
+        raise ProfileError(f"{path}: task, size and device must be text, got {p.task, p.size, p.device}")
+    if not isinstance(p.provenance, dict):
+        raise ProfileError(f"{path}: provenance must be an object, got {p.provenance!r}")
     groups = (
         (_METERED, p.energy_j is not None),
         (_ADAPTING, p.mixture is not None),
@@ -320,20 +342,29 @@ def _check_scalars(path: Path, p: Profile) -> None:
         raise ProfileError(f"{path}: idle_power_w must be above 0, got {p.idle_power_w}")
     if p.adapt_rate is not None and not _within(p.adapt_rate, 1e-6, 1.0):
         raise ProfileError(f"{path}: adapt_rate must lie in (0, 1], got {p.adapt_rate}")
-    if not isinstance(p.samples, int) or p.samples < 1:
+    if type(p.samples) is not int or p.samples < 1:
         raise ProfileError(f"{path}: samples must be a whole number above 0, got {p.samples!r}")
     if not isinstance(p.model, dict) or set(p.model) != set(IDENTITY):
         raise ProfileError(f"{path}: model must be an object with exactly the fields {IDENTITY}")
+    config = p.model["config"]
+    if not isinstance(config, dict) or config.get("top_k") not in p.expert_count:
+        raise ProfileError(f"{path}: model.config.top_k must be among expert_count {p.expert_count.tolist()}")
     for cell in p.held_out if isinstance(p.held_out, list) else [None]:
         if not isinstance(cell, dict) or set(cell) != set(HELD_OUT):
             raise ProfileError(f"{path}: held_out must list objects with exactly the fields {HELD_OUT}")
         for name, value in cell.items():
             if not (value is None and name.startswith("energy")) and not _within(value, -1e9, 1e9):
                 raise ProfileError(f"{path}: held_out has {name}={value!r}, which is not a number")
+    if not isinstance(p.adaptation_error, dict | None):
+        raise ProfileError(f"{path}: adaptation_error must be an object, got {p.adaptation_error!r}")
     for name, value in (p.adaptation_error or {}).items():
         if not _within(value, 0.0, 1e9):
             raise ProfileError(f"{path}: adaptation_error.{name} must be a number, got {value!r}")
 
 
 def _within(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, int | float) and low <= value <= high
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+def _all_text(values: list[Any]) -> bool:
+    return all(isinstance(value, str) and value for value in values)

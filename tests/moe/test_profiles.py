@@ -94,6 +94,13 @@ def cell_set(value: Any):
         ({"batch_size": lambda _: []}, "batch_size is absent, empty"),
         ({"batch_size": lambda _: [8, 1, 64]}, "batch_size must ascend"),
         ({"batch_size": lambda _: [0, 1, 64]}, "batch_size must start at 1"),
+        ({"batch_size": lambda _: [1, float("nan"), 64]}, "batch_size must ascend"),
+        ({"batch_size": lambda _: [1, 8, float("inf")]}, "batch_size must ascend"),
+        ({"batch_size": lambda _: [1, 8.5, 64]}, "batch_size must hold whole numbers"),
+        ({"latency_s": cell_set("0.5")}, "latency_s holds text"),
+        ({"latency_s": cell_set(True)}, "latency_s holds text or true and false"),
+        ({"latency_s": cell_set(10**400)}, "latency_s is ragged"),
+        ({"energy_j": cell_set(float("inf"))}, r"energy_j\[0, 0, 0\] is negative or not a number"),
         ({"routing_bias": lambda _: [0.1, 1.0]}, "routing_bias must start at 0"),
         ({"cost_bias": lambda _: [0.0, 0.5]}, "same ends"),
         ({"shifts": lambda _: ["blur@5", "clean"]}, "shifts must start"),
@@ -107,6 +114,11 @@ def cell_set(value: Any):
         ({"adapt_rate": lambda _: float("nan")}, "adapt_rate"),
         ({"adapt_rate": lambda _: 1.5}, "adapt_rate"),
         ({"samples": lambda _: 0}, "samples"),
+        ({"samples": lambda _: True}, "samples"),
+        ({"device": lambda _: 7}, "task, size and device must be text"),
+        ({"provenance": lambda _: []}, "provenance must be an object"),
+        ({"model": lambda m: {**m, "config": {"top_k": 3}}}, r"top_k must be among expert_count \[1\.0, 2"),
+        ({"adaptation_error": lambda _: [1.0]}, "adaptation_error must be an object"),
         ({"model": lambda _: {"key": "0"}}, "model must be"),
         ({"held_out": lambda _: [{**CELL, "latency_error": float("nan")}]}, "held_out has latency_error"),
         ({"held_out": lambda _: [{"batch_size": 1}]}, "held_out must list"),
@@ -186,3 +198,47 @@ def test_another_training_of_a_base_model_is_logged_and_not_refused(tmp_path, ca
     assert "another training" in caplog.text
     with pytest.raises(ProfileError, match="data_sha256"):
         weights.check_profile(replace(base, model={**base.model, "data_sha256": "f" * 64}), tmp_path)
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(Profile)])
+def test_no_value_of_a_field_ends_in_another_error(saved, field):
+    """Whatever stands in a field, the profile is loaded or refused by name."""
+    original = json.loads(saved.read_text())
+    odd = (
+        None,
+        True,
+        -1,
+        1e308,
+        10**400,
+        float("nan"),
+        float("-inf"),
+        "x",
+        [],
+        {},
+        [[]],
+        [None],
+        ["x"],
+        [{}],
+    )
+    for value in (*odd, [original[field]], {"a": original[field]}):
+        saved.write_text(json.dumps({**original, field: value}))
+        try:
+            load_profile(saved)
+        except ProfileError as error:
+            assert str(saved) in str(error)
+
+
+def test_what_is_no_profile_is_refused(tmp_path, saved):
+    path = tmp_path / "other.json"
+    for content, message in (
+        (b"{", "not a JSON document"),
+        (b"\xff", "not a JSON document"),
+        (b"[" * 100_000, "not a JSON document"),
+        (b"[1]", "missing or unknown fields"),
+        (saved.read_bytes().replace(b'"task"', b'"size": 1, "task"', 1), "'size' is there twice"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ProfileError, match=message):
+            load_profile(path)
+    with pytest.raises(ProfileError, match="cannot be read"):
+        load_profile(tmp_path)
