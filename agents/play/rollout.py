@@ -104,7 +104,8 @@ _PER_INTERVAL = (
 )  # fmt: skip
 
 
-def _empty(steps: int, n: int, layers_experts: tuple[int, ...]) -> dict[str, Any]:
+def empty_rows(steps: int, n: int, layers_experts: tuple[int, ...]) -> dict[str, Any]:
+    """What a `Recording` holds per interval, all zero: name -> array."""
     return {
         "observation": np.zeros((steps, n, len(FIELDS)), np.float32),
         "index": np.zeros((steps, n, len(KNOB_NAMES)), np.int64),
@@ -131,7 +132,7 @@ def play_twin(problem: Problem, policy: Policy, seeds: Sequence[int], name: str 
     scenario, n = problem.scenario, len(seeds)
     batch = TwinBatch(problem, n, latencies=True)
     tokens = problem.expert_tokens  # [K, B, L, E]
-    data = _empty(scenario.steps, n, tokens.shape[2:])
+    data = empty_rows(scenario.steps, n, tokens.shape[2:])
     for i, seed in enumerate(seeds):
         budget = draw_power_budget(
             scenario.power_budget, episode_seed(seed, 0), scenario.steps, scenario.interval_s
@@ -204,7 +205,7 @@ def play_live(
     policy = for_episodes(policy, [seed], env.world)
     problem = env.problem
     steps = problem.scenario.steps
-    data = _empty(steps, 1, problem.profile.expert_share.shape[2:])
+    data = empty_rows(steps, 1, problem.profile.expert_share.shape[2:])
     first, _ = env.reset(seed=seed)
     observation, state, start = first[None], None, np.ones(1, bool)
     length, terminated, error = 0, False, None

@@ -165,6 +165,37 @@ def test_recordings_of_before_the_budget_read_as_unlimited(scenario: str, tmp_pa
         dataclasses.replace(played, observation=played.observation[..., 2:]).field("load")
 
 
+def test_recordings_of_what_cannot_be_are_refused(scenario: str, tmp_path: Path) -> None:
+    problem = Problem.of(load_scenario(scenario, episode_s=20))
+    played = play_twin(problem, make_policy("random", problem), [7, 8], "random")
+
+    def cell(name: str, value: float, part: str | None = None) -> dict[str, Any]:
+        array = getattr(played, name).copy()
+        (array if part is None else array[part])[3, 1] = value
+        return {name: array}
+
+    for change, message in (
+        (cell("reward", np.nan), "'random': reward holds a value that is not a number"),
+        (cell("gpu", np.inf, "energy_j"), "energy_j holds a value that is not a number"),
+        (cell("gpu", -1.0, "energy_j"), "energy_j holds a negative value"),
+        (cell("work", np.nan, "good"), "good holds a value that is not a number"),
+        (cell("index", -1), "index holds a negative value"),
+        ({"cost": played.cost[..., :2]}, r"cost is float64 \(20, 2, 2\), it should be float64 \(20, 2, 3\)"),
+        ({"histogram": played.histogram[:-1]}, "histogram is int32"),
+        ({"reward": played.reward.astype(np.float32)}, "reward is float32"),
+        ({"reward": played.reward[:, 0]}, "not enough values"),
+        ({"length": played.length + 1}, "length 21 is more than the 20 intervals"),
+        ({"seeds": played.seeds[:1]}, "seeds is int64"),
+        ({"interval_s": float("nan")}, "interval_s must be a time"),
+        ({"device": None}, "device must be text"),
+    ):
+        save_recordings(tmp_path / "odd.npz", [dataclasses.replace(played, **change)], {})
+        with pytest.raises(
+            ValueError, match=r"odd\.npz holds no recordings that this version reads.*" + message
+        ):
+            load_recordings(tmp_path / "odd.npz")
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_a_folder_is_taken_up_where_it_ended(
     scenario: str, tmp_path: Path, card: list, monkeypatch: pytest.MonkeyPatch
