@@ -14,8 +14,8 @@ from pathlib import Path
 
 import tyro
 
-from thermoe_env.calibration.driver_info import driver_info_path, load_driver_info
 from moe.terminal import plain_terminal
+from thermoe_env.calibration.driver_info import driver_info_path, load_driver_info
 from thermoe_env.calibration.power import fit_power
 from thermoe_env.calibration.traces import (
     load_segments,

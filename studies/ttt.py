@@ -14,8 +14,6 @@ import tyro
 from rich.console import Console
 
 from moe.errors import DataCorruptError, DataMissingError, ThermoeError
-from moe.device.meter import MeterUnavailableError
-from moe.errors import DataCorruptError, DataMissingError
 from moe.terminal import plain_terminal
 from moe.training.fit import TrainingDiverged
 from moe.ttt import AdaptationDiverged

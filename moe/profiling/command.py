@@ -52,7 +52,6 @@ from moe.profiling.quality import (
     measure_quality,
 )
 from moe.service.score.runner import Runner
-from moe.service.score.runner import ADAPT_BATCH, Runner
 from moe.terminal import plain_terminal
 from moe.training.weights import identity, load_model
 from moe.ttt import METHODS, STATISTICS_MOMENTUM, Adapter

@@ -14,8 +14,8 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from thermoe_env.calibration.driver_info import driver_info_path, load_driver_info
 from moe.terminal import plain_terminal
+from thermoe_env.calibration.driver_info import driver_info_path, load_driver_info
 from thermoe_env.calibration.excitation import schedule
 from thermoe_env.calibration.fit import fit_twin
 from thermoe_env.calibration.traces import (

@@ -41,7 +41,7 @@ def load_driver_info(path: str | Path) -> DriverInfo:
     """
     path = Path(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise TraceFormatError(
             f"{path}: missing; `thermalmoe-calibrate record` writes it, --nvml-info names another"

@@ -46,6 +46,9 @@ LEAST_RESPONSE_C_PER_W = 0.004
 MAX_GAP_S = 5.0
 MAX_GAP_STEPS = 10.0
 
+_FOREIGN = {"temperature.gpu": "nvidia-smi", "DCGM_FI_DEV_GPU_TEMP": "DCGM"}
+"""A column of another tool's table -> the tool."""
+
 _SEGMENT_NUMBERS = ("t0", "t1", "k", "tokens", "duty", "steps", "mean_lat_ms")
 SEGMENT_COLUMNS = ("phase", *_SEGMENT_NUMBERS, "load")
 """What `load_segments` reads; `load` may be absent."""
@@ -173,7 +176,7 @@ def load_trace(path: str | Path) -> Trace:
     """Read and check a trace.
 
     Raises:
-        TraceFormatError: missing column, not a number, what no sensor says (`moe.device.base.RANGES`), time
+        TraceFormatError: another tool's table, missing column, not a number, what no sensor says (`moe.device.base.RANGES`), time
             repeated or running backward, a gap (more than 10 median steps or 5 s), an energy counter that
             falls, stands still, jumps or does not go with power; names file, row and field.
     """
@@ -276,9 +279,14 @@ def _read_numbers(
         lacking: which of `numbers` may be of a sensor that the card lacks: those are NaN.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
-            header = next(reader, [])
+            header = [name.strip() for name in next(reader, [])]
+            if tool := next((tool for name, tool in _FOREIGN.items() if name in header), None):
+                raise TraceFormatError(
+                    f"{path}: row 1: a table of {tool}, which is not read: record with `thermalmoe-calibrate "
+                    f"record`, or write one card's readings, at 10 Hz or more, as columns {numbers}"
+                )
             missing = [name for name in (*numbers, *texts) if name not in header]
             if missing:
                 raise TraceFormatError(

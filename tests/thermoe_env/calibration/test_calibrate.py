@@ -81,6 +81,12 @@ def _rows(**changes: dict[int, str]) -> str:
         (_rows(temp_c={3: "N/A"}), "row 5", "temp_c"),
         (_rows(power_w={3: "nan"}), "row 5", "power_w"),
         (_rows(mem_temp_c={3: ""}), "row 5", "mem_temp_c"),
+        (
+            "timestamp, index, temperature.gpu, power.draw [W]\n",
+            "nvidia-smi",
+            "record with",
+        ),
+        ("time,gpu,DCGM_FI_DEV_GPU_TEMP\n", "DCGM", "at 10 Hz or more"),
         (_rows(energy_mj={9: "0"}), "row 11", "energy_mj"),
         (_rows(energy_mj={i: "13000" for i in range(1, 40)}), "row 24", "frozen"),
         (
@@ -113,6 +119,12 @@ def test_malformed_traces_are_refused(tmp_path: Path, text: str, row: str, field
         load_trace(path)
     message = str(refusal.value)
     assert str(path) in message and row in message and field in message
+
+
+def test_a_byte_order_mark_and_spaces_in_the_header_are_no_part_of_a_name(tmp_path: Path) -> None:
+    path = tmp_path / "marked_telemetry.csv"
+    path.write_text("\ufeff" + _rows().replace(",", ", ").replace("\n", "\r\n"), encoding="utf-8")
+    assert load_trace(path).temp_c.tolist() == [40.0] * 40
 
 
 def test_a_missing_trace_or_limit_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""What a terminal cannot show is written in ASCII; commands end well on any of them."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe.terminal import as_shown, plain_terminal
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = (
+    ["-m", "thermoe_env.calibration", "--help"], ["evaluate.py", "--help"], ["train_agent.py", "--help"],
+    ["-m", "moe.profiling", "--help"], ["-m", "studies.run", "--help"],
+    ["-m", "thermoe_env.calibration", "validate", "configs/traces/h100_profiling_telemetry.csv"],
+)  # fmt: skip
+
+
+def test_signs_of_the_tables_have_an_ascii_form() -> None:
+    assert as_shown("peak °C, 3 µJ ±1, ∞ ≥ 5% − 2 × é", "ascii") == "peak degC, 3 uJ +-1, inf >= 5% - 2 x e"
+    assert as_shown("peak °C, ∞", "latin-1") == "peak °C, inf"
+    assert as_shown("peak °C, ∞ 熱", "utf-8") == "peak °C, ∞ 熱"
+
+
+@given(st.text(st.characters(codec=None)))
+def test_every_text_can_be_shown_everywhere(text: str) -> None:
+    for encoding in ("ascii", "cp437", "latin-1", "utf-8"):
+        shown = as_shown(text, encoding)
+        assert shown.encode(encoding).decode(encoding) == shown
+    assert as_shown(text, "ascii").isascii()
+
+
+def test_a_command_writes_to_any_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, "ascii", write_through=True))
+    plain_terminal()
+    print("40 °C")
+    assert file.getvalue().split() == [b"40", b"degC"]
+    monkeypatch.setattr(sys, "stdout", None)  # as of a process without a terminal
+    plain_terminal()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_commands_end_well_on_an_ascii_terminal(command: list[str]) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "LANG"} | {
+        "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0",
+        "PYTHONIOENCODING": "ascii", "COLUMNS": "40",
+    }  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, check=False
+    )
+    assert run.returncode == 0 and run.stdout.isascii() and b"\\u" not in run.stdout, run.stderr.decode()
