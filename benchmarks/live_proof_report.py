@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from agents.evaluation.figures import colours, power_temperature, save_figure
+from agents.evaluation.results import markdown_text
 from agents.files import write_file
 from agents.live.compare import live_problem
 from agents.live.episodes import ASIDE, LiveEpisodes
@@ -165,7 +166,7 @@ def _verdicts(proof: Proof, policy: str) -> str:
     rows = [
         [v.requirement, "met" if v.met else "**not met**", v.found] for v in proof.verdicts(policy)
     ]  # fmt: skip
-    return f"### {policy} ({kind})\n\n" + _table(("requirement", "", "found"), rows)
+    return f"### {markdown_text(policy)} ({kind})\n\n" + _table(("requirement", "", "found"), rows)
 
 
 def _numbers(proof: Proof, policy: str) -> str:
@@ -185,7 +186,7 @@ def _numbers(proof: Proof, policy: str) -> str:
         for q in NUMBERS
     ]
     head = ("", "live", "twin, start temperature set", "error", "twin as calibrated", "error")
-    return f"### {policy}\n\n" + _table(head, rows)
+    return f"### {markdown_text(policy)}\n\n" + _table(head, rows)
 
 
 def _percent(value: float) -> str:
@@ -201,7 +202,8 @@ def _episodes(rows: pd.DataFrame) -> str:
     )  # fmt: skip
     table = [
         [
-            f"{r['seed']}", r["policy"], r["began"].removesuffix("+00:00"), r["card"], f"{r['start_c']:g}",
+            f"{r['seed']}", markdown_text(r["policy"]), r["began"].removesuffix("+00:00"), r["card"],
+            f"{r['start_c']:g}",
             f"{1e3 * r['j_per_good']:.2f}", f"{100 * r['quality']:.2f}", f"{r['mean_power_w']:.1f}",
             f"{r['peak_c']:g}", f"{r['decision_p50_ms']:.2f}, {r['decision_p95_ms']:.2f}",
             f"{r['wall_s']:.1f}",

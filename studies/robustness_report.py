@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from agents.evaluation.figures import save_figure
+from agents.evaluation.results import markdown_text
 from agents.files import write_file
 from agents.play.metrics import summarize
 from thermoe_env.problem.problem import Problem
@@ -111,7 +112,7 @@ def _markdown(rows: Sequence[Row], scope: str, seeds: int) -> str:
         f"Energy per good answer over that of `{BASELINE}` in the same condition, a ratio of means;",
         f"{few if seeds < FEWEST_SEEDS else 'in brackets 95% bootstrap intervals over paired seeds'}.",
         "*Infeasible*: below the quality floor, above the late fraction, over the virtual temperature limit.",
-        "", f"| condition | {BASELINE}, mJ per good answer | {' | '.join(policies)} |",
+        "", f"| condition | {BASELINE}, mJ per good answer | {' | '.join(map(markdown_text, policies))} |",
         "|---" * (len(policies) + 2) + "|",
     ]  # fmt: skip
     remarks = []
@@ -122,7 +123,7 @@ def _markdown(rows: Sequence[Row], scope: str, seeds: int) -> str:
         lines.append(f"| {row.title} | {' | '.join(cells)} |")
         for name, record in records.items():
             for what, why in (("does not fit", record["not_played"]), ("infeasible", record["infeasible"])):
-                remarks += [f"* {row.title}, {name}: {what}: {why}"] if why else []
+                remarks += [f"* {row.title}, {markdown_text(name)}: {what}: {why}"] if why else []
     if "best_constant" in policies:
         lines += ["", "`best_constant` is searched anew in each condition: what a fixed setting could reach."]
     if any(row.problem.scenario.traffic.trace for row in rows):

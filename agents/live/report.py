@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agents.evaluation.figures import colours, save_figure
+from agents.evaluation.results import markdown_text
 from agents.files import write_file
 from agents.live.compare import QUANTITIES, Comparison, Pair, Quantity, twin_problem
 from agents.live.episodes import LiveEpisodes
@@ -196,6 +197,7 @@ def write_fidelity(
         loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
+    environment.filters["markdown"] = markdown_text
     text = environment.get_template("fidelity.md.j2").render(
         world=first.recording.world,
         origin=first.recording.origin,
