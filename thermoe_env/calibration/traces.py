@@ -176,9 +176,10 @@ def load_trace(path: str | Path) -> Trace:
     """Read and check a trace.
 
     Raises:
-        TraceFormatError: another tool's table, missing column, not a number, what no sensor says (`moe.device.base.RANGES`), time
-            repeated or running backward, a gap (more than 10 median steps or 5 s), an energy counter that
-            falls, stands still, jumps or does not go with power; names file, row and field.
+        TraceFormatError: another tool's table, missing column, not a number, what no sensor says
+            (`moe.device.base.RANGES`), time repeated or running backward, a gap (more than 10 median steps or
+            5 s), an energy counter that falls, stands still, jumps or does not
+            go with power; names file, row and field.
     """
     path = Path(path)
     table = _read_numbers(path, COLUMNS, lacking=("mem_temp_c",))
