@@ -19,23 +19,26 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import tyro
 import yaml
 
 from agents.evaluation.command import Results
 from agents.evaluation.report import wide_console
-from agents.files import new_run_folder, write_origin
+from agents.files import new_run_folder, plain, write_origin
 from agents.load import load_policy
 from agents.play.rollout import Recording, play_live
 from agents.policies.policy import Policy
 from agents.policies.registry import make_policy
 from agents.policies.rules import RuleBased, load_rule_config
+from moe.model.config import Task
 from moe.profiles import save_profile
 from moe.profiling.command import Options, measure
 from moe.terminal import plain_terminal
 from thermoe_env.configs import config_path
 from thermoe_env.env import ThermalMoEEnv
+from thermoe_env.problem.scenario import load_scenario
 
 SERVICE_CORES = 4
 """Cores kept for the live service while policies are trained beside it."""
@@ -72,19 +75,19 @@ def main(config: LiveRun) -> None:
     began = time.monotonic()
     folder = new_run_folder("live", config.out).resolve()
     profile = folder / "profile.json"
-    raw = yaml.safe_load(config_path("scenarios", config.scenario, ".yaml").read_text(encoding="utf-8"))
+    named = load_scenario(config.scenario)
     save_profile(
         measure(
             Options(
-                task=raw["task"], size="base", device="cuda", out=profile, batch_sizes=config.profile_batches,
-                routing_biases=config.profile_biases, shifts=config.profile_shifts,
-                within_s=config.profile_within_s,
+                task=cast(Task, named.task), size="base", device="cuda", out=profile,
+                batch_sizes=config.profile_batches, routing_biases=config.profile_biases,
+                shifts=config.profile_shifts, within_s=config.profile_within_s,
             )
         ),
         profile,
     )  # fmt: skip
     scenario = folder / "scenario.yaml"
-    scenario.write_text(yaml.safe_dump({**raw, "profile": str(profile)}, sort_keys=False), encoding="utf-8")
+    scenario.write_text(yaml.safe_dump(plain(asdict(named) | {"profile": str(profile)}), sort_keys=False), encoding="utf-8")
     print(f"profile after {time.monotonic() - began:.0f} s: {profile}", flush=True)
     cores = sorted(os.sched_getaffinity(0))
     tuner = _beside(cores, folder / "tune.log", "-m", "agents.tuning.rules", "--scenario", str(scenario),

@@ -19,7 +19,6 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 
 from agents.files import write_file
 from agents.play.metrics import student_interval
@@ -28,12 +27,9 @@ from moe.device.torch_device import device_name, pick_device
 from moe.model.config import TASKS, Size, Task
 from moe.training.recipes import RECIPES, Recipe
 from studies.tasks import StudyError, is_done, read_result
-from thermoe_env.configs import config_path
 
 WARMUP_SHARE = 0.25
 """Most of a training that its warm-up may take: the studies' trainings are short."""
-
-_S = TypeVar("_S")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,26 +65,6 @@ class Settled(Protocol):
 
 
 _Study = TypeVar("_Study", bound=Settled)
-
-
-def load_settings(kind: type[_S], config: str) -> _S:
-    """Read the settings of a study.
-
-    Args:
-        kind: Dataclass that holds them.
-        config: Name in configs/studies, or path of a YAML file.
-
-    Raises:
-        StudyError: The file is no YAML, or a key is unknown, missing or refused.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    file = config_path("studies", config, ".yaml")
-    try:
-        return TypeAdapter(kind).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (ValidationError, yaml.YAMLError) as error:
-        known = sorted(f.name for f in dataclasses.fields(kind))  # pyright: ignore[reportArgumentType]
-        raise StudyError(f"{file}: {error}\nknown keys: {known}") from error
 
 
 def short_recipe(task: Task, size: Size, steps: int, **changes: Any) -> Recipe:

@@ -28,6 +28,7 @@ from agents.policies.rules import load_settings
 from moe.terminal import plain_terminal
 from studies.robustness_report import BASELINE, Cell, Row, write_report
 from studies.tasks import StudyError, read_result
+from thermoe_env.configs import load_settings
 from thermoe_env.errors import ThermoeError
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Scenario, load_scenario
@@ -101,7 +102,7 @@ def main(arguments: Arguments, console: Console | None = None) -> list[Row]:
         ValueError: unknown policy or scenario, or a policy that cannot play the scenario itself.
     """
     console = console or wide_console()
-    known = load_settings(Study, arguments.config, "studies").conditions
+    known = load_settings(Study, "studies", arguments.config).conditions
     names = arguments.conditions or tuple(known)
     if unknown := sorted(set(names) - set(known)):
         raise StudyError(f"unknown conditions {unknown}; known: {sorted(known)}")

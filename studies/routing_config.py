@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 from moe.model.config import ModelConfig, Size, Task, ZeroComputation, model_config
 from moe.model.variants import even, fixed_k, with_zero_computation
 from moe.training.recipes import Recipe
-from studies.repeats import load_settings, short_recipe
+from studies.repeats import short_recipe
+from thermoe_env.configs import load_settings
 
 Layout = Literal["even", "uneven", "zero-computation"]
 REFERENCE, BASE = "standard", "uneven"
@@ -137,9 +138,9 @@ def load_study(config: str = "routing", steps: int | None = None) -> Study:
         steps: Optimizer steps in place of those of the file.
 
     Raises:
-        StudyError: The file is no YAML, or a key is unknown, missing or refused.
+        ScenarioError: The file is no YAML, or a key is unknown, missing or refused.
     """
-    study = load_settings(Study, config)
+    study = load_settings(Study, "studies", config)
     if steps is None:
         return study
     sizes = {

@@ -16,6 +16,7 @@ import tyro
 
 from agents.evaluation.command import held_out_seeds
 from agents.policies.rules import load_settings
+from moe.device.meter import MeterUnavailableError
 from moe.errors import DataCorruptError, DataMissingError
 from moe.terminal import plain_terminal
 from moe.training.fit import TrainingDiverged
@@ -23,6 +24,7 @@ from studies import rq1, rq2, rq3, rq4, rq5
 from studies.plays import Options, Trained
 from studies.rq_report import write_findings
 from studies.tasks import StudyError, load_results, run_tasks
+from thermoe_env.configs import load_settings
 from thermoe_env.errors import ThermoeError
 
 QUESTIONS = {"rq1": rq1.Study, "rq2": rq2.Study, "rq3": rq3.Study, "rq4": rq4.Study, "rq5": rq5.Study}
@@ -77,7 +79,7 @@ def main(arguments: Arguments) -> None:
     )
     command = shlex.join(["python", "-m", "studies.run", *sys.argv[1:]])
     for question in arguments.questions or QUESTIONS:
-        study = load_settings(QUESTIONS[question], question, "studies")
+        study = load_settings(QUESTIONS[question], "studies", question)
         folder = arguments.out / question
         tasks = study.tasks(options)
         if not arguments.report_only:

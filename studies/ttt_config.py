@@ -14,7 +14,8 @@ from moe.data.streams import Schedule, StreamConfig
 from moe.model.config import NORMS, TASKS, TTT_METHODS, Norm, Size, Task, model_config
 from moe.service.gates import Always, ConfidenceChange, EntropyThreshold, Gate, Periodic
 from moe.ttt import Group
-from studies.repeats import StudyError, load_settings
+from studies.repeats import StudyError
+from thermoe_env.configs import load_settings
 
 ALL_KINDS = "all"
 """In place of a stream's kinds: every corruption."""
@@ -317,6 +318,6 @@ def load_study(config: str = "ttt") -> Study:
     """Read the settings: name in configs/studies, or path of a YAML file.
 
     Raises:
-        StudyError: The file is no YAML, or a key is unknown, missing or refused.
+        ScenarioError: The file is no YAML, or a key is unknown, missing or refused.
     """
-    return load_settings(Study, config)
+    return load_settings(Study, "studies", config)

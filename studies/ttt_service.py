@@ -30,6 +30,7 @@ from moe.terminal import plain_terminal
 from studies.repeats import StudyError
 from studies.ttt_service_report import Played, write_report
 from studies.ttt_service_results import BASELINE
+from thermoe_env.configs import load_settings
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.errors import ThermoeError
 from thermoe_env.problem.problem import Problem
@@ -98,7 +99,7 @@ def main(arguments: Arguments, console: Console | None = None) -> list[Played]:
         ValueError, ThermoeError, KeyboardInterrupt: as `evaluate`; live episodes are kept.
     """
     console = console or wide_console()
-    study = load_settings(Study, arguments.config, "studies")
+    study = load_settings(Study, "studies", arguments.config)
     names = arguments.variants or tuple(study.variants)
     unknown = sorted(set(names) - set(study.variants))
     if unknown:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from agents.evaluation.tables import Played, ResultsError, read_tables
 from agents.files import plain, shown_name
 from agents.play.metrics import KPIS, world_of
+from thermoe_env.configs import read_yaml
+from thermoe_env.errors import ScenarioError
 from thermoe_env.problem.scenario import Scenario
 
 
@@ -79,8 +80,8 @@ def refuse_other_world(folder: str | Path, episodes: pd.DataFrame, world: str, d
 
 def _refuse_others(folder: Path, episodes: pd.DataFrame, scenario: Scenario, seeds: Sequence[int]) -> None:
     try:
-        kept = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["scenario"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        kept = read_yaml(folder / "config.yaml")["scenario"]
+    except (ScenarioError, KeyError) as error:
         raise ResultsError(f"{folder / 'config.yaml'} does not name the scenario ({error})") from error
     if differences := list(_differences(kept, plain(asdict(scenario)))):
         raise ResultsError(f"{folder} was played on another scenario: {'; '.join(differences)}")

@@ -6,12 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from agents.files import plain
 from agents.learning.algorithms import Settings, algorithm, check_action_mode, refuse_below_one
-from thermoe_env.configs import config_path
-from thermoe_env.errors import ScenarioError
+from thermoe_env.configs import config_path, read_yaml, validated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +73,7 @@ def load_train_config(algo: str | Path = "ppo", **overrides: Any) -> TrainConfig
     if not Path(algo).is_file():
         algorithm(str(algo))  # refuses an unknown name
     file = config_path("agents", str(algo), ".yaml")
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ScenarioError(f"{file}: {error}") from error
-    if not isinstance(raw, dict):
-        raise ScenarioError(f"{file}: settings are a mapping of keys, got {type(raw).__name__}")
-    return train_config({**raw, **overrides}, str(file))
+    return train_config({**read_yaml(file), **overrides}, str(file))
 
 
 def train_config(flat: dict[str, Any], origin: str) -> TrainConfig:
@@ -91,16 +82,9 @@ def train_config(flat: dict[str, Any], origin: str) -> TrainConfig:
     Raises:
         ValueError: unknown algorithm; unknown, missing or refused key.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     chosen = algorithm(str(flat.get("algo")))
     common = {key: value for key, value in flat.items() if key in _COMMON}
     own = {key: value for key, value in flat.items() if key not in _COMMON}
-    try:
-        settings = TypeAdapter(chosen.settings).validate_python(own)
-        return TypeAdapter(TrainConfig).validate_python(
-            {"action_mode": chosen.action_mode, **common, "settings": settings}
-        )
-    except ValidationError as error:
-        known = sorted([*_COMMON, *(field.name for field in fields(chosen.settings))])
-        raise ScenarioError(f"{origin}: {error}\nknown keys: {known}") from error
+    settings = validated(chosen.settings, own, origin, also=_COMMON)
+    defaults = {"action_mode": chosen.action_mode}
+    return validated(TrainConfig, {**defaults, **common, "settings": settings}, origin)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from agents.learning.interface import mismatch
 from agents.policies.policy import Policy
 from moe.workload import KNOB_NAMES
+from thermoe_env.configs import read_yaml
 from thermoe_env.mdp.fields import FIELDS, observation_space
 from thermoe_env.problem.knobs import KnobTable
 from thermoe_env.problem.problem import Problem
@@ -97,11 +97,11 @@ def _unpickled(path: Path, data: dict[str, Any], mode: str) -> tuple[type, dict[
 
     config, arguments = path.parent / "config.yaml", data["policy_kwargs"]
     try:
-        name = yaml.safe_load(config.read_text(encoding="utf-8"))["algo"]
+        name = read_yaml(config)["algo"]
         check_action_mode(name, mode)
         if ":serialized:" in arguments:  # some algorithms add a class, which is pickled with all the rest
             arguments = load_train_config(config).settings.network()
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UntrustedModelError(
             f"{config} does not say how {path.name} is built ({error}), and asking the zip itself can run "
             "code that it holds: pass --trust-pickle if you know where it comes from"

@@ -24,7 +24,7 @@ from agents.learning.checkpoints import CheckpointError, read_state
 from agents.learning.config import TrainConfig, load_train_config, train_config
 from agents.learning.training import train_or_resume
 from agents.learning.vec import fresh_seed
-from thermoe_env.configs import configs_dir
+from thermoe_env.configs import configs_dir, read_yaml
 from thermoe_env.errors import ScenarioError
 
 Range = FloatDistribution | IntDistribution | CategoricalDistribution
@@ -98,7 +98,7 @@ def read_ranges(config: TrainConfig, file: Path) -> dict[str, Range]:
     Raises:
         ScenarioError: none for the algorithm, an unknown setting, or no range.
     """
-    of_algo = yaml.safe_load(file.read_text(encoding="utf-8")).get(config.algo)
+    of_algo = read_yaml(file).get(config.algo)
     if of_algo is None:
         raise ScenarioError(f"{file} has no ranges for {config.algo!r}")
     unknown = sorted(set(of_algo) - set(config.flat()))

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from agents.policies.policy import Policy
-from agents.policies.rules import NOTHING_ANSWERED, load_settings
+from agents.policies.rules import NOTHING_ANSWERED
 from moe.service.gates import (
     Always,
     ConfidenceChange,
@@ -26,6 +26,7 @@ from moe.service.gates import (
     Periodic,
     WhenCool,
 )
+from thermoe_env.configs import load_settings
 from thermoe_env.mdp.fields import decode
 from thermoe_env.mdp.signals import STAGES
 from thermoe_env.problem.problem import Problem
@@ -95,7 +96,7 @@ GATES: dict[str, Callable[[GateConfig], Gate]] = {
 
 def load_gate_config(path: str | Path = "gates") -> GateConfig:
     """Read the settings; unknown keys are refused."""
-    return load_settings(GateConfig, path)
+    return load_settings(GateConfig, "agents", path)
 
 
 class Gated:

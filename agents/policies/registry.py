@@ -7,6 +7,7 @@ from collections.abc import Callable
 from agents.policies.gates import GATES, Gated, load_gate_config
 from agents.policies.policy import ConstantPolicy, Policy, RandomPolicy
 from agents.policies.throttles import THROTTLES, Throttle, ThrottleConfig
+from thermoe_env.configs import load_settings
 from thermoe_env.problem.problem import Problem
 
 
@@ -40,31 +41,27 @@ def _gated(rule: str) -> Callable[[Problem], Policy]:
 
 def _greedy(problem: Problem) -> Policy:
     from agents.policies.greedy import Greedy, GreedyConfig
-    from agents.policies.rules import load_settings
 
-    return Greedy(problem, load_settings(GreedyConfig, "greedy"))
+    return Greedy(problem, load_settings(GreedyConfig, "agents", "greedy"))
 
 
 def _mpc(problem: Problem) -> Policy:
     from agents.policies.belief import MpcConfig
     from agents.policies.mpc import Mpc
-    from agents.policies.rules import load_settings
 
-    return Mpc(problem, load_settings(MpcConfig, "mpc"))
+    return Mpc(problem, load_settings(MpcConfig, "agents", "mpc"))
 
 
 def _oracle(problem: Problem) -> Policy:
     from agents.policies.planner import Oracle, PlanConfig
-    from agents.policies.rules import load_settings
 
-    return Oracle(problem, load_settings(PlanConfig, "oracle"))
+    return Oracle(problem, load_settings(PlanConfig, "agents", "oracle"))
 
 
 def _throttle(name: str) -> Callable[[Problem], Policy]:
     def make(problem: Problem) -> Policy:
-        from agents.policies.rules import load_settings
 
-        return Throttle(problem, load_settings(ThrottleConfig, name), name)
+        return Throttle(problem, load_settings(ThrottleConfig, "agents", name), name)
 
     return make
 

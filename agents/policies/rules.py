@@ -6,19 +6,15 @@ thresholds live in configs/agents/rule_based.yaml, tuned by `python -m agents.tu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
-import yaml
 
-from thermoe_env.configs import config_path
-from thermoe_env.errors import ScenarioError
+from thermoe_env.configs import load_settings
 from thermoe_env.mdp.fields import FIELDS, decode
 from thermoe_env.problem.problem import Problem
-
-T = TypeVar("T")
 
 NOTHING_ANSWERED = next(f.low for f in FIELDS if f.name == "confidence") + 1e-3
 """Confidence up to which an interval counts as one without answers."""
@@ -66,25 +62,9 @@ class RuleConfig:
             raise ValueError("adapt_for_s, release_s and full_queue_s must not be negative")
 
 
-def load_settings(kind: type[T], path: str | Path, folder: str = "agents") -> T:
-    """Read settings: a name in the folder of configs, or the path of a YAML file.
-
-    Raises:
-        ScenarioError: no such file, or an unknown or refused key.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    file = config_path(folder, str(path), ".yaml")
-    try:
-        return TypeAdapter(kind).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        known = sorted(f.name for f in fields(kind))  # type: ignore[arg-type]
-        raise ScenarioError(f"{file}: {error}; known keys: {known}") from error
-
-
 def load_rule_config(path: str | Path = "rule_based") -> RuleConfig:
     """Read the thresholds; unknown keys are refused."""
-    return load_settings(RuleConfig, path)
+    return load_settings(RuleConfig, "agents", path)
 
 
 class RuleBased:

@@ -191,7 +191,7 @@ def test_what_cannot_be_played_is_refused_first(config: str, run_folder: Path, t
 
 
 def test_shipped_conditions_are_scenarios() -> None:
-    conditions = robustness.load_settings(Study, "robustness", "studies").conditions
+    conditions = robustness.load_settings(Study, "studies", "robustness").conditions
     scenarios = {name: condition.apply("default", None) for name, condition in conditions.items()}
     plain = load_scenario("default")
     assert scenarios["default"] == plain == Condition(title="").apply("default", None)

@@ -28,6 +28,7 @@ from studies.routing import Arguments
 from studies.routing_config import load_study
 from studies.routing_measure import load_inputs, score_cell
 from studies.routing_results import Key, cells_table, claims, pareto_front
+from thermoe_env.errors import ScenarioError
 
 SETTINGS: dict[str, Any] = {
     "variants": {
@@ -178,7 +179,7 @@ def test_results_of_other_settings_or_damaged_ones_are_refused(finished, tmp_pat
 def test_settings_that_make_no_study_are_refused(tmp_path, change, message):
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(SETTINGS | change))
-    with pytest.raises(StudyError, match=message):
+    with pytest.raises(ScenarioError, match=message):
         load_study(str(path))
 
 

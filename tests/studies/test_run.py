@@ -118,7 +118,7 @@ FIGURES = {
 def test_small_form_writes_its_files(
     question: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "load_settings", lambda kind, name, folder: kind(**small(kind, name)))
+    monkeypatch.setattr(run, "load_settings", lambda kind, folder, name: kind(**small(kind, name)))
     arguments = Arguments(questions=(question,), out=tmp_path, seeds=3, duration=20)  # type: ignore[arg-type]
     main(arguments)
     folder = tmp_path / question
@@ -158,7 +158,7 @@ def small(kind: Any, name: str) -> dict[str, Any]:
 
 
 def test_the_twin_is_given_the_wanted_loads() -> None:
-    study = run.load_settings(run.QUESTIONS["rq4"], "rq4", "studies")
+    study = run.load_settings(run.QUESTIONS["rq4"], "studies", "rq4")
     options = Options(seeds=(1, 2, 3))
     plays = {play.name: play for play in study.tasks(options)}
     traffic = plays["default-static-load-0.8"].loaded.traffic
@@ -170,7 +170,7 @@ def test_the_twin_is_given_the_wanted_loads() -> None:
 
 
 def test_knobs_are_swept_around_what_the_base_sets(tmp_path: Path) -> None:
-    study = run.load_settings(rq5.Study, "rq5", "studies")
+    study = run.load_settings(rq5.Study, "studies", "rq5")
     plays = {play.name: play for play in study.tasks(Options(seeds=(1, 2, 3), duration_s=20))}
     static = load_scenario("default").static
     levels = plays["default-static-pace-0.4"].levels
@@ -198,7 +198,7 @@ def test_energy_loss_is_collected_from_a_finished_routing_study(tmp_path: Path) 
 
 
 def test_a_repeat_of_the_routing_study_is_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    study = run.load_settings(rq2.Study, "rq2", "studies")
+    study = run.load_settings(rq2.Study, "studies", "rq2")
     monkeypatch.setattr(rq2, "pick_device", lambda wanted: torch.device("cpu"))
     tasks = study.tasks(Options(seeds=(1, 2, 3)))
     assert len(tasks) == len(study.repeats) * len(study.tasks_of)
@@ -256,7 +256,7 @@ def test_small_form_of_the_energy_loss(tmp_path: Path, monkeypatch: pytest.Monke
         "with_loss": {"uneven": "frugal"},
     }  # fmt: skip
     monkeypatch.setattr(rq2, "pick_device", lambda wanted: torch.device("cpu"))
-    monkeypatch.setattr(run, "load_settings", lambda kind, name, folder: kind(**small_form))
+    monkeypatch.setattr(run, "load_settings", lambda kind, folder, name: kind(**small_form))
     main(Arguments(questions=("rq2",), out=tmp_path))
     folder = tmp_path / "rq2"
     assert {path.stem for path in folder.glob("*.png")} == {"pareto", "savings"}

@@ -28,6 +28,7 @@ from studies.ttt_meter import PHASES, PhaseClock
 from studies.ttt_play import Learner, play
 from studies.ttt_results import recovered_table, runs_table, shifts_table
 from studies.ttt_streams import load_pool, make_stream
+from thermoe_env.errors import ScenarioError
 
 CPU = torch.device("cpu")
 SETTINGS: dict[str, Any] = {
@@ -315,7 +316,7 @@ def changed(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
     ],
 )
 def test_settings_that_mean_nothing_are_refused(path, value, message, tmp_path):
-    with pytest.raises(StudyError, match=message):
+    with pytest.raises(ScenarioError, match=message):
         load_study(write_settings(tmp_path, **changed(path, value)))
 
 

@@ -6,10 +6,11 @@ import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
+from thermoe_env.configs import read_yaml, validated
 from thermoe_env.errors import ScenarioError
 
 _POSITIVE = (
@@ -26,6 +27,8 @@ _NOT_NEGATIVE = (
 @dataclass(frozen=True, kw_only=True)
 class TwinParams:
     """One device as `physics` models it; `python -m thermoe_env.calibration fit` writes it."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     gpu: str
     """Name of the card as its driver gives it."""
@@ -87,12 +90,10 @@ class TwinParams:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type == "float" and not (type(value) in (int, float) and math.isfinite(value)):
+            if isinstance(value, float) and not math.isfinite(value):
                 raise ScenarioError(f"{f.name} must be a finite number, got {value!r}")
-        if not self.gpu or not isinstance(self.gpu, str) or not isinstance(self.provenance, dict):
-            raise ScenarioError(
-                f"gpu must be a name and provenance a mapping, got {self.gpu!r}, {self.provenance!r}"
-            )
+        if not self.gpu:
+            raise ScenarioError("gpu must name the card, got ''")
         for name in _POSITIVE:
             if getattr(self, name) <= 0.0:
                 raise ScenarioError(f"{name} must be > 0, got {getattr(self, name)}")
@@ -122,8 +123,8 @@ class TwinParams:
                 "needs inlet_c < slowdown_c <= hw_slowdown_c <= shutdown_c, got "
                 f"{self.inlet_c}, {self.slowdown_c}, {self.hw_slowdown_c}, {self.shutdown_c}"
             )
-        for name, rows in self.loads.items() if isinstance(self.loads, dict) else [("", [[]])]:
-            if any(len(row) != 5 or not all(type(v) in (int, float) and v >= 0 for v in row) for row in rows):
+        for name, rows in self.loads.items():
+            if any(len(row) != 5 or not all(v >= 0.0 for v in row) for row in rows):
                 raise ScenarioError(f"loads {name!r} must be rows of five numbers >= 0, got {rows!r}")
 
     @property
@@ -143,25 +144,7 @@ def load_twin(path: str | Path) -> TwinParams:
     Raises:
         ScenarioError: no such file, an unknown or missing key, or a value its rule refuses.
     """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ScenarioError(f"{path}: cannot be read as YAML ({error})") from error
-    known = [f.name for f in fields(TwinParams)]
-    if not isinstance(raw, dict):
-        raise ScenarioError(f"{path}: a twin is a mapping of {known}")
-    odd = {
-        "unknown": [str(key) for key in raw if key not in known],
-        "missing": [key for key in known if key not in raw],
-    }
-    if any(odd.values()):
-        listed = "; ".join(f"{kind} {', '.join(keys)}" for kind, keys in odd.items() if keys)
-        raise ScenarioError(f"{path}: {listed}. A twin holds exactly {known}")
-    try:
-        return TwinParams(**raw)
-    except ScenarioError as error:
-        raise ScenarioError(f"{path}: {error}") from error
+    return validated(TwinParams, read_yaml(path), str(path))
 
 
 def save_twin(twin: TwinParams, path: str | Path) -> None:

@@ -7,16 +7,15 @@ states the rest. Unknown keys are refused, so a misspelt one cannot vanish.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from pathlib import Path
-from typing import Any, ClassVar
-
-import yaml
+from typing import Any, ClassVar, NamedTuple
 
 from moe.model.config import GROUPS, TTT_METHODS, Group, Method
 from moe.service.traffic import TrafficConfig
 from moe.workload import KNOB_NAMES, Knobs
-from thermoe_env.configs import config_path
+from thermoe_env.configs import Location, config_path, configs_dir, merged, read_yaml, validated
 from thermoe_env.errors import ScenarioError
 
 _STRICT: dict[str, Any] = {"extra": "forbid"}
@@ -273,73 +272,90 @@ class Scenario:
 def load_scenario(scenario: str | Path | Scenario = "default", **overrides: Any) -> Scenario:
     """Load a scenario by shipped name or path.
 
+    A file may name another as its `base` and then states only its own `name` and what differs. What a file
+    names (`base`, `profile`, `twin`, `traffic.trace`) is a shipped name or a path that begins in its folder;
+    what overrides name begins in the current one.
+
     Args:
         scenario: name in configs/scenarios, path of a YAML file, or a ready `Scenario`.
         overrides: top-level keys to replace (nested ones as mappings, merged into the file's).
 
     Returns:
-        The scenario; `traffic.trace`, a name in configs/traces/requests or a path, is the path.
+        The scenario. Its files are shipped names or absolute paths, `traffic.trace` always is a path, so it
+        says the same wherever a copy of it is loaded.
 
     Raises:
-        ScenarioError: unknown or missing key, a value its rule refuses, or no such trace.
+        ScenarioError: unknown or missing key, a value its rule refuses, no such file, or a base that is
+            missing or leads back to where it is named.
     """
-    from pydantic import TypeAdapter, ValidationError
-
-    adapter = TypeAdapter(Scenario)
     if isinstance(scenario, Scenario):
         if not overrides:
             return scenario
-        path, raw = Path(scenario.name), adapter.dump_python(scenario)
+        layers = [_Layer(scenario.name, None, asdict(scenario))]
     else:
-        path = config_path("scenarios", str(scenario), ".yaml")
+        layers = _layers(config_path("scenarios", str(scenario), ".yaml").resolve())
+    layers.insert(0, _Layer(f"overrides of {layers[0].name}", None, overrides))
+    keys = reduce(merged, (layer.keys for layer in reversed(layers)))
+    loaded = validated(Scenario, keys, lambda loc: _stated_in(layers, loc).name, also=("base",))
+
+    def found(loc: Location, kind: str, name: str, suffix: str) -> Path:
+        layer = _stated_in(layers, loc)
         try:
-            raw = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ScenarioError(f"{path}: not YAML ({error})") from error
-    if not isinstance(raw, dict):
-        raise ScenarioError(f"{path}: a scenario is a mapping of keys, got {type(raw).__name__}")
-    try:
-        loaded = adapter.validate_python(_merge(raw, overrides))
-    except ValidationError as error:
-        raise ScenarioError(_explain(path, error)) from error
+            return config_path(kind, name, suffix, layer.folder).absolute()
+        except ScenarioError as error:
+            raise ScenarioError(f"{layer.name}: {'.'.join(map(str, loc))}: {error}") from error
+
+    files = {}
+    for key, kind, suffix in (("profile", "profiles", ".json"), ("twin", "twin", ".yaml")):
+        path = found((key,), kind, getattr(loaded, key), suffix)
+        files[key] = path.stem if path.parent == configs_dir() / kind else str(path)
     traffic = loaded.traffic
-    if traffic.trace is None:
-        return loaded
-    trace = config_path("traces/requests", traffic.trace, ".csv")
-    return replace(loaded, traffic=replace(traffic, trace=str(trace)))
+    if traffic.trace is not None:
+        trace = found(("traffic", "trace"), "traces/requests", traffic.trace, ".csv")
+        traffic = replace(traffic, trace=str(trace))
+    return replace(loaded, traffic=traffic, **files)
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if nested else value
-    return merged
+class _Layer(NamedTuple):
+    """Keys that a file states, or overrides do."""
+
+    name: str
+    """For messages."""
+    folder: Path | None
+    """Where its paths begin; None for the current one."""
+    keys: dict[str, Any]
 
 
-def _explain(path: Path, error: Any) -> str:
-    """The validation errors, one a line, with the known keys beside an unknown one."""
-    sections = {
-        (): Scenario,
-        ("traffic",): TrafficConfig,
-        ("service",): ServiceConfig,
-        ("limits",): ThermalLimits,
-        ("power_budget",): PowerBudget,
-        ("reward",): RewardWeights,
-        ("feasible",): Feasibility,
-        ("randomize",): Randomize,
-        ("adaptation",): AdaptationConfig,
-        ("adaptation", "budget"): StepBudgetConfig,
-        ("devices",): DeviceConfig,
-        ("static",): Knobs,
-    }
-    lines = [f"{path}:"]
-    for item in error.errors():
-        where = ".".join(map(str, item["loc"])) or "scenario"
-        known = ""
-        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            # The number of a list's entry is not part of its section's name.
-            section = sections[tuple(part for part in item["loc"][:-1] if isinstance(part, str))]
-            known = f"; known keys: {sorted(f.name for f in fields(section))}"
-        lines.append(f"  {where}: {item['msg']}{known}")
-    return "\n".join(lines)
+def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[_Layer]:
+    """A scenario's file and those that it is based on, the most special first."""
+    keys = read_yaml(path)
+    base = keys.pop("base", None)
+    if above:
+        keys.pop("name", None)  # what differs from a base has a name of its own
+    layer = _Layer(str(path), path.parent, keys)
+    if base is None:
+        return [layer]
+    if not isinstance(base, str):
+        raise ScenarioError(f"{path}: base must be the name or the path of one scenario, got {base!r}")
+    try:
+        below = config_path("scenarios", base, ".yaml", path.parent).resolve()
+    except ScenarioError as error:
+        raise ScenarioError(f"{path}: base: {error}") from error
+    if below in (*above, path):
+        chain = " -> ".join(map(str, (*above, path, below)))
+        raise ScenarioError(f"{path}: base {base!r} leads in a circle ({chain}): leave the base of one out")
+    return [layer, *_layers(below, (*above, path))]
+
+
+def _stated_in(layers: list[_Layer], loc: Location) -> _Layer:
+    """The layer whose word counts at a location; the file itself for what none states."""
+    for layer in layers:
+        inside: Any = layer.keys
+        for part in loc:
+            try:
+                inside = inside[part]
+            except (KeyError, IndexError, TypeError):
+                break
+        else:
+            return layer
+    return layers[1]

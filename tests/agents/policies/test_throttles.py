@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.policies.registry import make_policy
-from agents.policies.rules import load_settings
 from agents.policies.throttles import THROTTLES, Throttle, ThrottleConfig, cheapest_level, strain_of
 from moe.profiles import save_profile
 from moe.workload import KNOB_NAMES
 from tests.agents.policies.observations import observation
 from tests.thermoe_env.conftest import make_profile
+from thermoe_env.configs import load_settings
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 
@@ -142,7 +142,7 @@ def test_what_a_throttle_refuses(problem: Problem, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("name", THROTTLES)
 def test_shipped_settings(problem: Problem, name: str) -> None:
-    assert load_settings(ThrottleConfig, name).knobs == THROTTLES[name]
+    assert load_settings(ThrottleConfig, "agents", name).knobs == THROTTLES[name]
     assert levels(make_policy(name, problem), [CALM])[0].shape == problem.knobs.nvec.shape
 
 

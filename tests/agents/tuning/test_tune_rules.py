@@ -9,12 +9,11 @@ import pytest
 import yaml
 
 from agents.policies.registry import POLICIES
-from agents.policies.rules import load_settings
 from agents.tuning import rules as tune_rules
 from agents.tuning.rules import TUNABLE, TuneConfig, mean_return, tune, write_settings
 from moe.profiles import save_profile
 from tests.thermoe_env.conftest import make_profile
-from thermoe_env.configs import config_path
+from thermoe_env.configs import config_path, load_settings
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 
@@ -36,7 +35,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_bounds_hold_the_start_and_the_shipped_settings(name: str) -> None:
     rule = TUNABLE[name]
     assert name in POLICIES
-    for settings in (rule.start, load_settings(type(rule.start), name)):
+    for settings in (rule.start, load_settings(type(rule.start), "agents", name)):
         for field, (low, high) in rule.bounds.items():
             assert low <= getattr(settings, field) <= high, field
 
@@ -52,7 +51,7 @@ def test_found_settings_earn_what_is_said(
     assert mean_return(problem, rule.build(problem, found), SEEDS) == value
     assert value >= mean_return(problem, rule.build(problem, rule.start), SEEDS)
     write_settings(tmp_path / "found.yaml", "how", found)
-    assert load_settings(type(found), tmp_path / "found.yaml") == found
+    assert load_settings(type(found), "agents", tmp_path / "found.yaml") == found
     assert asdict(found)["knobs"] == ("pace",)
 
 
