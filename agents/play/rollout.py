@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from agents.policies.policy import Policy, for_episodes
+from agents.policies.policy import Policy, decide, for_episodes
 from moe.workload import KNOB_NAMES, WORK_DTYPE
 from thermoe_env.device.telemetry import READING_NAMES
 from thermoe_env.env import ThermalMoEEnv
@@ -128,6 +128,9 @@ def play_twin(problem: Problem, policy: Policy, seeds: Sequence[int], name: str 
         policy: whose actions.
         seeds: episode 0 of each, as `ThermalMoEEnv.reset(seed=...)` starts it.
         name: label of the policy.
+
+    Raises:
+        PolicyError: the policy answers with what is no action.
     """
     scenario, n = problem.scenario, len(seeds)
     batch = TwinBatch(problem, n, latencies=True)
@@ -143,7 +146,7 @@ def play_twin(problem: Problem, policy: Policy, seeds: Sequence[int], name: str 
     observation, state, start = batch.reset(seeds), None, np.ones(n, bool)
     running = np.ones(n, bool)
     for t in tqdm(range(scenario.steps), desc=f"{name}, {n} episodes", unit="step", delay=2.0, leave=False):
-        action, state = policy.predict(observation, state, start, deterministic=True)
+        action, state = decide(policy, name, problem.knobs, observation, state, start)
         step = batch.step(problem.knobs.indices(action, "multi_discrete"))
         done = step.terminated | step.truncated
         rows = {
@@ -196,6 +199,7 @@ def play_live(
 
     Raises:
         ValueError: another action mode, or a policy that foresees a twin in another world.
+        PolicyError: the policy answers with what is no action.
         ThermoeError: the world failed at its reset.
     """
     if env.action_mode != "multi_discrete":
@@ -211,7 +215,7 @@ def play_live(
     length, terminated, error = 0, False, None
     try:
         for t in tqdm(range(steps), desc=f"{name}, seed {seed}", unit="step", delay=2.0, leave=False):
-            action, state = policy.predict(observation, state, start, deterministic=True)
+            action, state = decide(policy, name, problem.knobs, observation, state, start)
             after, reward, terminated, truncated, info = env.step(action[0])
             row = {key: rows[t] for key, rows in data.items()}
             row["observation"][0], row["reward"][0] = after, reward

@@ -7,6 +7,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from thermoe_env.problem.knobs import KnobTable
+
+
+class PolicyError(ValueError):
+    """A policy cannot be loaded, or answers with what is no action; the message names it."""
+
 
 class Policy(Protocol):
     """Anything that maps observations to actions; Stable-Baselines3 models are policies as they are."""
@@ -39,6 +45,36 @@ class ForeseeingPolicy(Policy, Protocol):
     def for_seeds(self, seeds: Sequence[int]) -> Policy:
         """The policy that plays episodes of these seeds, all at once and in this order, from number 0 on."""
         ...
+
+
+def decide(
+    policy: Policy, name: str, knobs: KnobTable, observation: np.ndarray, state: Any, start: np.ndarray
+) -> tuple[np.ndarray, Any]:
+    """Ask a policy, and check the form of its answer.
+
+    Args:
+        policy: who is asked.
+        name: its label, for messages.
+        knobs: what it controls.
+        observation: float32 [n, fields].
+        state: what it returned last, None at the start.
+        start: bool [n], where an episode begins.
+
+    Returns:
+        (level of every controlled knob, [n, controlled], state)
+
+    Raises:
+        PolicyError: its answer has another form.
+    """
+    answer = policy.predict(observation, state, start, deterministic=True)
+    n, controlled = len(observation), knobs.controlled
+    rule = f"policy {name!r}: predict must return (levels [{n}, {len(controlled)}] of {controlled}, state)"
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        raise PolicyError(f"{rule}, got {type(answer).__name__}")
+    action, state = answer
+    if np.shape(action) != (n, len(controlled)):
+        raise PolicyError(f"{rule}, got shape {np.shape(action)}")
+    return np.asarray(action), state
 
 
 def for_episodes(policy: Policy, seeds: Sequence[int], world: str) -> Policy:

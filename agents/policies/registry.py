@@ -89,5 +89,8 @@ def make_policy(name: str, problem: Problem) -> Policy:
         ValueError: unknown name; the message lists the known ones.
     """
     if name not in POLICIES:
-        raise ValueError(f"unknown policy {name!r}; known: {sorted(POLICIES)}, or the path of a trained run")
+        raise ValueError(
+            f"unknown policy {name!r}; known: {sorted(POLICIES)}, or the path of a trained run, or "
+            "package.module:Class"
+        )
     return POLICIES[name](problem)
