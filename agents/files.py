@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+_SCRIPTS = {"train": "train_agent.py", "evaluate": "evaluate.py"}
 _PACKAGES = (
     "thermalmoe", "numpy", "numba", "scipy", "pandas", "matplotlib", "gymnasium", "torch",
     "stable-baselines3", "sb3-contrib", "optuna",
@@ -47,6 +48,13 @@ def new_run_folder(kind: str, out: str | Path | None = None) -> Path:
             continue
         return folder
     raise RunFolderError(f"runs/{name} and a thousand more exist; give --out")
+
+
+def command(name: str) -> str:
+    """How to call a command (`train`, `evaluate`) where this process was called: as a script or by name."""
+    called = Path(sys.argv[0])
+    in_checkout = called.name in _SCRIPTS.values()
+    return f"python {called.with_name(_SCRIPTS[name])}" if in_checkout else f"thermalmoe-{name}"
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -91,5 +99,5 @@ def plain(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def training_runs(folder: str | Path) -> list[Path]:
-    """The runs in a folder of `train_agent.py --seeds`, by seed; none in any other."""
+    """The runs in a folder of a training with `--seeds`, by seed; none in any other."""
     return sorted(Path(folder).glob("seed-*/"), key=lambda run: (len(run.name), run.name))

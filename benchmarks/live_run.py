@@ -36,7 +36,6 @@ from moe.model.config import Task
 from moe.profiles import save_profile
 from moe.profiling.command import Options, measure
 from moe.terminal import plain_terminal
-from thermoe_env.configs import config_path
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.problem.scenario import load_scenario
 
@@ -87,7 +86,9 @@ def main(config: LiveRun) -> None:
         profile,
     )  # fmt: skip
     scenario = folder / "scenario.yaml"
-    scenario.write_text(yaml.safe_dump(plain(asdict(named) | {"profile": str(profile)}), sort_keys=False), encoding="utf-8")
+    scenario.write_text(
+        yaml.safe_dump(plain(asdict(named) | {"profile": str(profile)}), sort_keys=False), encoding="utf-8"
+    )
     print(f"profile after {time.monotonic() - began:.0f} s: {profile}", flush=True)
     cores = sorted(os.sched_getaffinity(0))
     tuner = _beside(cores, folder / "tune.log", "-m", "agents.tuning.rules", "--scenario", str(scenario),

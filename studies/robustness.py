@@ -24,7 +24,6 @@ from agents.files import write_file, write_origin
 from agents.load import load_policy, model_file, policy_label
 from agents.play.metrics import episode_metrics
 from agents.play.rollout import play_twin
-from agents.policies.rules import load_settings
 from moe.terminal import plain_terminal
 from studies.robustness_report import BASELINE, Cell, Row, write_report
 from studies.tasks import StudyError, read_result

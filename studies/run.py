@@ -15,8 +15,6 @@ from typing import Annotated, Literal
 import tyro
 
 from agents.evaluation.command import held_out_seeds
-from agents.policies.rules import load_settings
-from moe.device.meter import MeterUnavailableError
 from moe.errors import DataCorruptError, DataMissingError
 from moe.terminal import plain_terminal
 from moe.training.fit import TrainingDiverged

@@ -25,7 +25,6 @@ from agents.play.rollout import Recording, play_twin
 from agents.policies.gates import GATES, Gated, load_gate_config
 from agents.policies.policy import Policy
 from agents.policies.registry import POLICIES
-from agents.policies.rules import load_settings
 from moe.terminal import plain_terminal
 from studies.repeats import StudyError
 from studies.ttt_service_report import Played, write_report

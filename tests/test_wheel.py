@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from email import message_from_string
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,17 @@ def pip(*arguments: str | Path) -> None:
     )
 
 
+def run(folder: Path, cwd: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a fresh process that finds our packages in ``folder`` first."""
+    environment = os.environ | {"PYTHONPATH": str(folder), "THERMALMOE_DATA": "", "COLUMNS": "100"}
+    return subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
 def play(folder: Path, cwd: Path) -> dict:
-    """Play the episode in a fresh process that finds our packages in ``folder`` first."""
-    environment = os.environ | {"PYTHONPATH": str(folder), "THERMALMOE_DATA": ""}
-    command = [sys.executable, "-c", EPISODE]
-    run = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    """Play the episode."""
+    played = run(folder, cwd, sys.executable, "-c", EPISODE)
+    assert played.returncode == 0, played.stderr
+    return json.loads(played.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +60,81 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_data_files_and_nothing_else_of_the_checkout(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     configs = {f"thermoe_env/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*.*")}
-    assert configs <= names
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "agents" / "templates").iterdir()}
+    assert configs | templates <= names
     assert {f"moe/data/files/fashion_mnist/{name}" for name in ("train.xz", "test.xz", "LICENSE")} <= names
     top = {name.partition("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"moe", "thermoe_env", "agents"}
 
 
-def test_installed_wheel_plays_what_the_checkout_plays(wheel: Path, tmp_path: Path) -> None:
-    installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    pip("install", "--no-deps", "--target", installed, wheel)
-    from_wheel, from_checkout = play(installed, elsewhere), play(ROOT, elsewhere)
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    pip("install", "--no-deps", "--target", folder, wheel)
+    return folder
+
+
+def test_wheel_says_what_it_is(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        text = archive.read(name).decode()
+    assert text.endswith((ROOT / "README.md").read_text())
+    about = message_from_string(text)
+    assert about["Description-Content-Type"] == "text/markdown"
+    assert "Intended Audience :: Science/Research" in about.get_all("Classifier", [])
+    assert set(about.get_all("Provides-Extra", [])) == {"dev", "ecosystem", "hf", "ray"}
+
+
+def test_installed_wheel_plays_what_the_checkout_plays(installed: Path, tmp_path: Path) -> None:
+    from_wheel, from_checkout = play(installed, tmp_path), play(ROOT, tmp_path)
     assert all(path.startswith(str(installed)) for path in from_wheel["from"])
     assert all(path.startswith(str(ROOT)) for path in from_checkout["from"])
     assert from_wheel["images"] == 5_000
     assert from_wheel["rewards"] == from_checkout["rewards"] and len(from_wheel["rewards"]) == 5
+
+
+def test_the_wheel_alone_trains_and_evaluates(installed: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.yaml").write_text("{name: short, base: default, episode_s: 20}")
+    commands = installed / "bin"
+    tiny = "--algo ppo --scenario short.yaml -n 80 --n-envs 2 --eval-freq 40 --log-folder mine".split()
+    trained = run(installed, tmp_path, sys.executable, commands / "thermalmoe-train", *tiny)
+    assert trained.returncode == 0, trained.stderr
+    assert "results in mine: best_model.zip" in trained.stdout
+    again = run(installed, tmp_path, sys.executable, commands / "thermalmoe-train", "--resume", "mine")
+    assert again.returncode == 1 and again.stderr.startswith("CheckpointError: mine is complete")
+    played = "--policy mine rule_based --scenario short.yaml --seeds 2 --out results".split()
+    evaluated = run(installed, tmp_path, sys.executable, commands / "thermalmoe-evaluate", *played)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "simulated (twin)" in evaluated.stdout and "rule_based" in evaluated.stdout
+    assert "<table" in (tmp_path / "results" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "calibrate", "profile"])
+def test_every_command_goes_by_its_own_name(installed: Path, tmp_path: Path, name: str) -> None:
+    shown = run(installed, tmp_path, sys.executable, installed / "bin" / f"thermalmoe-{name}", "--help")
+    assert shown.returncode == 0 and f"usage: thermalmoe-{name} " in shown.stdout, shown.stderr
+
+
+def test_another_package_called_agents_is_named(installed: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    (other / "agents").mkdir(parents=True)
+    (other / "agents" / "__init__.py").write_text("raise RuntimeError('needs a key')")
+    about = other / "openai_agents-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: openai-agents\nVersion: 1.0\n")
+    (about / "top_level.txt").write_text("agents\n")
+    expected = f"in place of ThermalMoE's: {other / 'agents' / '__init__.py'}, of openai-agents; uninstall it"
+    for command in ("train", "evaluate"):
+        call = f"from thermoe_env.commands import {command}; {command}()"
+        shadowed = run(Path(f"{other}{os.pathsep}{installed}"), tmp_path, sys.executable, "-c", call)
+        assert shadowed.returncode == 1 and expected in shadowed.stderr, shadowed.stderr
+        assert len(shadowed.stderr.splitlines()) == 1
+
+
+def test_a_package_that_overwrote_ours_is_named(wheel: Path, tmp_path: Path) -> None:
+    pip("install", "--no-deps", "--target", tmp_path, wheel)
+    ours = tmp_path / "agents" / "__init__.py"
+    for content in ("", "import nothing_such"):
+        ours.write_text(content)
+        shadowed = run(tmp_path, tmp_path, sys.executable, tmp_path / "bin" / "thermalmoe-train")
+        assert shadowed.returncode == 1 and f"in place of ThermalMoE's: {ours}; un" in shadowed.stderr

@@ -1,8 +1,12 @@
-"""Evaluation: policies on the same episodes, in the twin or live, into a run folder."""
+"""Evaluation: policies on the same episodes, in the twin or live, into a run folder.
+
+The command is `thermalmoe-evaluate`, `python evaluate.py`.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,13 +21,14 @@ from agents.evaluation.figures import write_figures
 from agents.evaluation.report import print_summary, wide_console, write_report
 from agents.evaluation.results import results_table, statistics_table, unit_notes, write_results
 from agents.evaluation.tables import Played
-from agents.files import new_run_folder, shown_name, training_runs, write_origin
-from agents.load import load_policy, policy_label
+from agents.files import new_run_folder, training_runs, write_origin
+from agents.load import load_policy, long_label, policy_label
 from agents.play.metrics import episode_metrics, steps_table, summarize, world_of
 from agents.play.rollout import COOL_WITHIN_C, Recording, cool_down, device_name, origin, play_live, play_twin
 from agents.policies.policy import Policy, for_episodes
 from agents.policies.registry import POLICIES
 from thermoe_env.env import ThermalMoEEnv
+from thermoe_env.errors import ThermoeError
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 
@@ -37,12 +42,12 @@ _COOL_EVERY_S = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """What to evaluate, and where to put it."""
+    """Compare policies on the same requests."""
 
     policy: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--compare"])] = ("rule_based",)
-    """Names, run folders and model zips are played, beside `static` and `best_constant`; a folder of
-    train_agent.py --seeds is one entry, its unit the training seed. Folders of earlier results on the same
-    scenario and seeds are read, and then only what is named is played."""
+    """Names, run folders, model zips and classes of yours (package.module:Class) are played, beside `static`
+    and `best_constant`; a folder of a training with --seeds is one entry, its unit the training seed. Folders
+    of earlier results on the same scenario and seeds are read, and then only what is named is played."""
     baseline: str = "static"
     """Policy of the comparison against which differences and the probability of improvement are given."""
     scenario: str = "default"
@@ -185,7 +190,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
     """Play every policy on every seed and write everything into the run folder.
 
     Raises:
-        ValueError: unknown policy, baseline or scenario, unusable model (`agents.files.load_policy`).
+        ValueError: unknown policy, baseline or scenario, unusable model (`agents.load.load_policy`).
         ResultsError: earlier results that cannot be compared (`agents.evaluation.compare.read_results`).
         RunFolderError: `out` holds results already.
         ThermoeError: the live world failed; what was played until then is written.
@@ -254,7 +259,7 @@ def _players(config: EvaluateConfig, problem: Problem, twin: Problem) -> dict[st
     for name in dict.fromkeys(named):
         label = policy_label(name)
         if any(player.name == label for player in players.values()):
-            label = f"{shown_name(Path(name).resolve().parent.name)}/{label}"
+            label = long_label(name)
         # The search for the best constant plays the twin, of another machine where this one has no energy
         # meter: levels stand for each other in order. A checkpoint has no other machine's profile.
         home = twin if name == "best_constant" else problem
@@ -345,3 +350,15 @@ def _cool_down(env: ThermalMoEEnv, seed: int, start_c: float | None, label: str,
             highlight=False,
         )
     return reached_c
+
+
+def main() -> None:
+    """Parse the command line and evaluate."""
+    flags = (tyro.conf.FlagCreatePairsOff,)
+    config = tyro.cli(EvaluateConfig, prog=Path(sys.argv[0]).name, config=flags)
+    try:
+        evaluate(config)
+    except (ValueError, OSError, ThermoeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from agents.files import command
 from agents.learning.interface import mismatch
 from agents.policies.policy import Policy
 from moe.workload import KNOB_NAMES
@@ -121,7 +122,7 @@ def _check_spaces(path: Path, data: dict[str, Any], problem: Problem, mode: str)
     if found[0] != [len(FIELDS)]:
         raise ModelFileError(
             f"{path} was trained on observations of shape {found[0]}, this version has {len(FIELDS)} fields: "
-            "train it again (python train_agent.py), or use the version that it was trained with"
+            f"train it again ({command('train')}), or use the version that it was trained with"
         )
     if found[1] != wanted:
         raise ModelFileError(

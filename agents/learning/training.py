@@ -21,7 +21,7 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import HParam, Logger, TensorBoardOutputFormat
 from tqdm import tqdm
 
-from agents.files import new_run_folder, plain, write_file, write_origin
+from agents.files import command, new_run_folder, plain, write_file, write_origin
 from agents.learning.algorithms import (
     ALGORITHMS,
     lean_to_static,
@@ -148,7 +148,7 @@ class _Run:
                 model.learn(config.total_timesteps - done, callbacks, log_interval, reset_num_timesteps=False)
         except KeyboardInterrupt as stop:
             kept = read_state(folder / "last_model.zip")["num_timesteps"]
-            remedy = f"continue with: python train_agent.py --resume {folder}"
+            remedy = f"continue with: {command('train')} --resume {folder}"
             raise KeyboardInterrupt(f"stopped, {kept} steps are kept; {remedy}") from stop
         finally:
             bar.close()

@@ -85,7 +85,7 @@ def tune(
         ) from stop
     best = _with(config, study.best_trial.params)
     note = (
-        f"# Best of {trials} trials of `train_agent.py --algo {config.algo} --tune {trials}`: mean return "
+        f"# Best of {trials} trials of `thermalmoe-train --algo {config.algo} --tune {trials}`: mean return "
         f"{study.best_value:.2f} on the validation episodes, which chose it.\n"
     )
     write_file(folder / "best.yaml", note + yaml.safe_dump(best.flat(), sort_keys=False))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,7 @@ from moe.profiling.cost import (
     serving_cells,
 )
 from moe.profiling.expert_cost import ExpertCost, measure_alike_experts, measure_expert_cost
+from moe.profiling.load import LoadTooLargeError
 from moe.profiling.quality import (
     ADAPTED_STEPS,
     LONG_STEPS,
@@ -53,6 +55,7 @@ from moe.profiling.quality import (
 )
 from moe.service.score.runner import Runner
 from moe.terminal import plain_terminal
+from moe.training.checkpoint import WeightsError
 from moe.training.weights import identity, load_model
 from moe.ttt import METHODS, STATISTICS_MOMENTUM, Adapter
 
@@ -376,4 +379,9 @@ def main(options: Options) -> None:
 def cli() -> None:
     """Run the command line."""
     plain_terminal()
-    main(tyro.cli(Options, description=__doc__))
+    try:
+        main(tyro.cli(Options, prog=Path(sys.argv[0]).name, description=__doc__))
+    except (ValueError, OSError, ImportError, ThermoeError, WeightsError, LoadTooLargeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing was written")

@@ -208,8 +208,8 @@ def main() -> None:
     plain_terminal()
     commands = {"record": record, "fit": fit, "validate": validate}
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="python -m thermoe_env.calibration")
-    except (ValueError, ThermoeError) as error:
+        tyro.extras.subcommand_cli_from_dict(commands, prog=Path(sys.argv[0]).name)
+    except (ValueError, OSError, ThermoeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; what was recorded is kept")

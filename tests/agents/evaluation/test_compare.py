@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-import evaluate as command
 from agents.evaluation import command as evaluation
 from agents.evaluation.command import EvaluateConfig, evaluate
 from agents.evaluation.tables import ResultsError
@@ -72,7 +71,7 @@ def test_folders_and_names_in_one_comparison(
     out = tmp_path / "out"
     options = f"--compare {results['a']} random --scenario {scenario} --seeds 3 --out {out}"
     monkeypatch.setattr("sys.argv", ["evaluate.py", *options.split()])
-    command.main()
+    evaluation.main()
     found, expected = pd.read_csv(out / "episodes.csv"), pd.read_csv(results["all"] / "episodes.csv")
     assert set(found.policy) == {"static", "best_constant", "rule_based", "random"}
     pd.testing.assert_frame_equal(found, expected.query("policy != 'trained'"), rtol=1e-8)

@@ -18,7 +18,6 @@ import yaml
 from rich.console import Console
 from stable_baselines3 import PPO
 
-import evaluate as command
 from agents.evaluation import command as evaluation
 from agents.evaluation.command import RESERVED_SEEDS, EvaluateConfig, evaluate
 from agents.files import RunFolderError
@@ -67,7 +66,7 @@ def test_command_writes_everything(
     out = tmp_path / "out"
     options = f"--policy rule_based {run_folder} --scenario {scenario} --seeds 2 --seed 7 --out {out}"
     monkeypatch.setattr("sys.argv", ["evaluate.py", *options.split()])
-    command.main()
+    evaluation.main()
     shown = capsys.readouterr().out
     policies = ["static", "best_constant", "rule_based", "trained"]
     assert all(policy in shown for policy in policies) and str(out) in shown and "simulated (twin)" in shown
@@ -194,7 +193,7 @@ def test_bad_names_are_refused_before_a_folder_is_made(
     assert not out.exists()
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--policy", "x", "--scenario", scenario])
     with pytest.raises(SystemExit, match="ValueError: unknown policy 'x'"):
-        command.main()
+        evaluation.main()
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-import train_agent
 from agents.files import write_origin
+from agents.learning import command
 from agents.learning.algorithms import ALGORITHMS
 from agents.learning.checkpoints import save_model
 from agents.learning.config import TrainConfig, load_train_config
@@ -124,17 +124,17 @@ def test_the_command_passes_its_flags_on(
         calls.append(args)
         return tmp_path
 
-    monkeypatch.setattr(train_agent, "train", called)
-    monkeypatch.setattr(train_agent, "resume", called)
-    train_agent.main(train_agent.Options(n_timesteps=7, seed=3, n_envs=4, eval_freq=5, log_folder=tmp_path))
+    monkeypatch.setattr(command, "train", called)
+    monkeypatch.setattr(command, "resume", called)
+    command.run(command.Options(n_timesteps=7, seed=3, n_envs=4, eval_freq=5, log_folder=tmp_path))
     expected = replace(load_train_config("ppo"), total_timesteps=7, seed=3, n_envs=4, eval_freq=5)
-    train_agent.main(train_agent.Options(resume=tmp_path))
-    monkeypatch.setattr(train_agent, "train_seeds", called)
-    train_agent.main(train_agent.Options(algo="sac", seeds=(1, 2)))
+    command.run(command.Options(resume=tmp_path))
+    monkeypatch.setattr(command, "train_seeds", called)
+    command.run(command.Options(algo="sac", seeds=(1, 2)))
     assert calls == [(expected, tmp_path), (tmp_path,), (load_train_config("sac"), (1, 2), None)]
     with pytest.raises(ValueError, match="--seeds goes neither with --seed"):
-        train_agent.main(train_agent.Options(seed=1, seeds=(1, 2)))
+        command.run(command.Options(seed=1, seeds=(1, 2)))
     with pytest.raises(ValueError, match="no other flag"):
-        train_agent.main(train_agent.Options(resume=tmp_path, seed=1))
+        command.run(command.Options(resume=tmp_path, seed=1))
     with pytest.raises(ValueError, match="real time"):
-        train_agent.main(train_agent.Options(live=True))
+        command.run(command.Options(live=True))
