@@ -5,7 +5,6 @@ Run with `python -m agents.demo`; results in runs/demo-<time>.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ import tyro
 from agents.evaluation.command import EvaluateConfig, Results, evaluate
 from agents.files import new_run_folder
 from agents.play.metrics import summarize
+from moe.errors import one_line_errors
 from moe.terminal import plain_terminal
-from thermoe_env.errors import ThermoeError
 
 
 def demo(
@@ -53,12 +52,8 @@ def demo(
 def main() -> None:
     """Parse the command line and run the demonstration."""
     plain_terminal()
-    try:
+    with one_line_errors():
         tyro.cli(demo)
-    except (ValueError, OSError, ThermoeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt as stop:
-        sys.exit(f"interrupted; {stop}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ seed and actions give its observations again, bit for bit.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,9 +20,9 @@ import thermoe_env  # noqa: F401  (registers the ids)
 from agents.evaluation.command import held_out_seeds
 from agents.load import load_policy, policy_label
 from agents.play.rollout import Recording, play_twin
+from moe.errors import one_line_errors
 from moe.terminal import plain_terminal
 from moe.workload import KNOB_NAMES
-from thermoe_env.errors import ThermoeError
 from thermoe_env.mdp.interval import COST_NAMES
 from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.problem.problem import Problem
@@ -141,7 +140,5 @@ def main(options: Options) -> None:
 
 if __name__ == "__main__":
     plain_terminal()
-    try:
+    with one_line_errors():
         main(tyro.cli(Options, description=__doc__))
-    except (ValueError, ImportError, ThermoeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")

@@ -25,6 +25,7 @@ from agents.load import load_policy
 from agents.play.metrics import episode_metrics, summarize
 from agents.play.rollout import play_twin
 from benchmarks.env_speed import cpu_name
+from moe.errors import one_line_errors
 from moe.terminal import plain_terminal
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
@@ -151,4 +152,5 @@ def _training_cells(run: Trained | None) -> list[str]:
 
 if __name__ == "__main__":
     plain_terminal()
-    print(main(tyro.cli(Options, description=__doc__)))
+    with one_line_errors():
+        print(main(tyro.cli(Options, description=__doc__)))

@@ -33,6 +33,7 @@ from agents.files import new_run_folder, write_file
 from agents.learning.checkpoints import read_state
 from agents.learning.config import TrainConfig, load_train_config
 from benchmarks.env_speed import cpu_name
+from moe.errors import one_line_errors
 from moe.terminal import plain_terminal
 from thermoe_env.problem.scenario import load_scenario
 
@@ -277,4 +278,5 @@ even two trainings that nobody stopped may differ in their last bits.
 
 if __name__ == "__main__":
     plain_terminal()
-    print(main(tyro.cli(Options, description=__doc__)))
+    with one_line_errors():
+        print(main(tyro.cli(Options, description=__doc__)))

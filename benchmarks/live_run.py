@@ -32,6 +32,7 @@ from agents.play.rollout import Recording, play_live
 from agents.policies.policy import Policy
 from agents.policies.registry import make_policy
 from agents.policies.rules import RuleBased, load_rule_config
+from moe.errors import one_line_errors
 from moe.model.config import Task
 from moe.profiles import save_profile
 from moe.profiling.command import Options, measure
@@ -147,4 +148,5 @@ if __name__ == "__main__":
     plain_terminal()
     if shutil.which("nvidia-smi") is None:
         sys.exit("this command needs an NVIDIA GPU; `python evaluate.py` plays in the twin")
-    main(tyro.cli(LiveRun, description=__doc__))
+    with one_line_errors():
+        main(tyro.cli(LiveRun, description=__doc__))

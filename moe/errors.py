@@ -1,6 +1,10 @@
-"""Named errors of the data sets and of the card at work. Each message says what to do."""
+"""Named errors of the data sets and of the card at work, and how commands end by an error."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class DataMissingError(FileNotFoundError):
@@ -25,3 +29,19 @@ class GpuLostError(ThermoeError):
 
 class ReadingError(ThermoeError):
     """A sensor or a model gave a value that cannot be; nothing is put in its place."""
+
+
+@contextmanager
+def one_line_errors(*named: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
+    """Leave a command by a line in place of a traceback where it refuses its input or the user stops it.
+
+    Args:
+        named: errors that say what to do, besides refused values, files, missing packages and those above.
+        interrupted: what to say to the user who stops it, before what the interruption itself says.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError, ThermoeError, *named) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt as stop:
+        sys.exit("\n" + "; ".join(filter(None, (interrupted, str(stop)))))

@@ -27,8 +27,8 @@ from agents.play.metrics import episode_metrics, steps_table, summarize, world_o
 from agents.play.rollout import COOL_WITHIN_C, Recording, cool_down, device_name, origin, play_live, play_twin
 from agents.policies.policy import Policy, for_episodes
 from agents.policies.registry import POLICIES
+from moe.errors import one_line_errors
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.errors import ThermoeError
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 
@@ -356,9 +356,5 @@ def main() -> None:
     """Parse the command line and evaluate."""
     flags = (tyro.conf.FlagCreatePairsOff,)
     config = tyro.cli(EvaluateConfig, prog=Path(sys.argv[0]).name, config=flags)
-    try:
+    with one_line_errors():
         evaluate(config)
-    except (ValueError, OSError, ThermoeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")

@@ -16,6 +16,7 @@ from agents.learning.config import load_train_config
 from agents.learning.seeds import train_seeds
 from agents.learning.training import resume, train
 from agents.learning.tuning import tune
+from moe.errors import one_line_errors
 from thermoe_env.errors import ThermoeError
 from thermoe_env.problem.scenario import load_scenario
 
@@ -101,9 +102,6 @@ def _show(run: Path) -> None:
 
 def main() -> None:
     """Parse the command line and run."""
-    try:
-        run(tyro.cli(Options, prog=Path(sys.argv[0]).name))
-    except (ValueError, OSError, CheckpointError, ThermoeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt as stop:
-        sys.exit(f"\n{stop}")
+    options = tyro.cli(Options, prog=Path(sys.argv[0]).name)
+    with one_line_errors(CheckpointError, ThermoeError, interrupted=""):
+        run(options)

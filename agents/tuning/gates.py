@@ -17,6 +17,7 @@ from agents.policies.gates import GateConfig, Gated, load_gate_config
 from agents.policies.policy import Policy
 from agents.policies.registry import POLICIES
 from agents.tuning.rules import TUNING_SEEDS, mean_return, search, write_settings
+from moe.errors import one_line_errors
 from moe.terminal import plain_terminal
 from thermoe_env.configs import configs_dir
 from thermoe_env.problem.problem import Problem
@@ -83,4 +84,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

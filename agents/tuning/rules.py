@@ -25,6 +25,7 @@ from agents.policies.mpc import Mpc
 from agents.policies.policy import Policy
 from agents.policies.rules import RuleBased, RuleConfig
 from agents.policies.throttles import THROTTLES, Throttle, ThrottleConfig
+from moe.errors import one_line_errors
 from moe.terminal import plain_terminal
 from thermoe_env.configs import configs_dir
 from thermoe_env.problem.problem import Problem
@@ -193,4 +194,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -27,6 +27,7 @@ from moe.data import datasets as data
 from moe.data.pools import DEFAULT_SHIFTS, SamplePool
 from moe.device.meter import EnergyMeter, open_meter
 from moe.device.torch_device import device_name
+from moe.errors import one_line_errors
 from moe.hf.runner import SIZE as HF_SIZE
 from moe.hf.runner import HfRunner, checkpoint_identity, load_runner
 from moe.model.config import TTT_METHODS, Group, Method, Size, Task
@@ -379,9 +380,7 @@ def main(options: Options) -> None:
 def cli() -> None:
     """Run the command line."""
     plain_terminal()
-    try:
-        main(tyro.cli(Options, prog=Path(sys.argv[0]).name, description=__doc__))
-    except (ValueError, OSError, ImportError, ThermoeError, WeightsError, LoadTooLargeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was written")
+    options = tyro.cli(Options, prog=Path(sys.argv[0]).name, description=__doc__)
+    nothing = "interrupted; nothing was written"
+    with one_line_errors(WeightsError, LoadTooLargeError, interrupted=nothing):
+        main(options)

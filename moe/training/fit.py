@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from moe.data import datasets as data
 from moe.device.torch_device import device_name, pick_device, serving_dtype
+from moe.errors import one_line_errors
 from moe.model.config import ModelConfig, Norm, Size, Task, ZeroComputation, model_config
 from moe.model.losses import expert_groups, load_balance_loss, router_z_loss, step_balance_bias
 from moe.model.router import Router, Routing
@@ -38,7 +39,7 @@ from moe.model.variants import (
     with_zero_computation,
 )
 from moe.terminal import plain_terminal
-from moe.training.checkpoint import SHIPPED_FOLDER, TrainingRecord, save_checkpoint
+from moe.training.checkpoint import SHIPPED_FOLDER, TrainingRecord, WeightsError, save_checkpoint
 from moe.training.energy_loss import ASSUMED, EnergyTerm, cost_of_experts, measured_cost
 from moe.training.energy_report import energy_report, print_report
 from moe.training.evaluate import quality_by_top_k
@@ -323,4 +324,6 @@ def _print_quality(quality: dict[str, dict[str, float]]) -> None:
 def cli() -> None:
     """Run the command line."""
     plain_terminal()
-    main(tyro.cli(Arguments))
+    arguments = tyro.cli(Arguments)
+    with one_line_errors(WeightsError, TrainingDiverged):
+        main(arguments)

@@ -14,6 +14,7 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
+from moe.errors import one_line_errors
 from moe.terminal import plain_terminal
 from thermoe_env.calibration.driver_info import driver_info_path, load_driver_info
 from thermoe_env.calibration.excitation import schedule
@@ -30,7 +31,7 @@ from thermoe_env.configs import config_path
 from thermoe_env.device.free_run import THERMAL
 from thermoe_env.device.observer import NOISE
 from thermoe_env.device.parameters import load_twin, save_twin
-from thermoe_env.errors import GpuUnavailableError, ThermoeError, TraceFormatError
+from thermoe_env.errors import GpuUnavailableError, TraceFormatError
 
 BEFORE_CONTEXT_S = 8.0
 """Recorded before the CUDA context opens: the card at its lowest clock."""
@@ -207,9 +208,5 @@ def main() -> None:
     """Run the command line."""
     plain_terminal()
     commands = {"record": record, "fit": fit, "validate": validate}
-    try:
+    with one_line_errors(interrupted="interrupted; what was recorded is kept"):
         tyro.extras.subcommand_cli_from_dict(commands, prog=Path(sys.argv[0]).name)
-    except (ValueError, OSError, ThermoeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; what was recorded is kept")
