@@ -98,9 +98,8 @@ def test_requests_and_tokens_add_up(scenario: Scenario) -> None:
     problem = Problem.of(scenario)
     recording = play_twin(problem, RandomPolicy(problem.knobs.nvec), SEEDS)
     work = recording.work
-    for kind in ("interactive", "deferrable"):
-        left = work[f"arrived_{kind}"] - work[f"answered_{kind}"] - work[f"expired_{kind}"]
-        np.testing.assert_array_equal(left.cumsum(0), work[f"waiting_{kind}"])
+    left = work["arrived"] - work["answered"] - work["expired"]  # [T, n, classes]
+    np.testing.assert_array_equal(left.cumsum(0), work["waiting"])
     answered = work["answered"].sum(axis=-1)
     np.testing.assert_array_equal(recording.histogram.sum(-1), answered)
     count = np.array(problem.knobs.levels["expert_count"])[

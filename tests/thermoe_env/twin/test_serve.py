@@ -147,8 +147,7 @@ def play(problem: Problem, seed: int, knobs: list[Knobs], serve: list[bool]) -> 
         stats, sums = workload.run(setting, 1.0, deferrable), plain.run(setting, second, deferrable)
         histogram += stats.latency_histogram
         for name in ("answered", "late", "expired"):
-            pair = [getattr(stats, f"{name}_{c}") for c in ("interactive", "deferrable")]
-            getattr(twin, name)[:] += pair
+            getattr(twin, name)[:] += getattr(stats, name)
             getattr(reference, name)[:] += getattr(sums, name)
         twin.good, reference.good = twin.good + stats.good, reference.good + sums.good
         answers = sum(stats.answered)
