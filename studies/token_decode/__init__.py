@@ -1,0 +1,1 @@
+"""One fine-grained Mixture-of-Experts language model: quality and joules of token decoding, together."""
