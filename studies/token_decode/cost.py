@@ -15,7 +15,7 @@ from moe.device.torch_device import device_name
 from studies.token_decode.config import Size
 from studies.token_decode.decode import DecodeEngine, captured
 from studies.token_decode.lm import LanguageModel
-from studies.token_decode.metering import Load, idle, measure, sustained
+from studies.token_decode.metering import TIMED_S, Load, idle, measure, sustained
 from studies.token_decode.quality import HeldOut
 from studies.token_decode.routing import RoutingKnobs
 
@@ -127,7 +127,7 @@ def decode_cells(
 
 def _least_seconds(engine: DecodeEngine) -> float:
     load = Load(engine.replay, engine.tokens.device)
-    return min(load.seconds_each() for _ in range(3))
+    return min(load.seconds_each(TIMED_S) for _ in range(3))
 
 
 def prefill_load(model: LanguageModel, tokens: Tensor, top_k: int) -> Load:

@@ -2,8 +2,8 @@
 
 The graph holds its own text: it reads each sequence's token at the sequence's position, scores the next one
 and moves on, so that a replay needs nothing from the host. A sequence that reaches the end of its window
-starts again behind its prompt, where it writes the same keys and values as before under the same knobs: the load
-is stationary, on real text and real routing.
+starts again behind its prompt, where it writes the same keys and values as before under the same knobs: the
+load is stationary, on real text and real routing.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from agents.evaluation.figures import save_figure
 
@@ -59,7 +60,9 @@ def draw_front(results: dict[str, Any]) -> Figure:
     cells, cost, label = cost_table(results)
     joined = cells.drop(columns="accuracy").merge(best_accuracy(results), on=["running", "top_k", "budget"])
     counts = sorted(joined.running.unique())
-    figure, axes = plt.subplots(1, len(counts), figsize=(3.6 * len(counts), 3.3), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(counts), figsize=(3.2 * len(counts), 3.5), sharey=True, squeeze=False, layout="constrained"
+    )
     for ax, running in zip(axes[0], counts, strict=True):
         part = joined[joined.running == running]
         for top_k, colour, curve in _curves(part, "budget"):
@@ -76,7 +79,7 @@ def draw_front(results: dict[str, Any]) -> Figure:
 def draw_cost(results: dict[str, Any]) -> Figure:
     """Cost per token against running sequences, a curve per top_k, without a budget and with a quarter."""
     cells, cost, label = cost_table(results)
-    figure, ax = plt.subplots(figsize=(6.4, 4.0))
+    figure, ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
     full = cells.budget.max()
     for budget, style in ((full, "o-"), (round(full / 4), "s:")):
         for top_k, colour, curve in _curves(cells[cells.budget == budget], "running"):
@@ -86,6 +89,7 @@ def draw_cost(results: dict[str, Any]) -> Figure:
     counts = sorted(cells.running.unique())
     ax.set_xticks(counts, [str(n) for n in counts])
     ax.minorticks_off()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.set_title(f"One decode step. {_origin(results)}")
     ax.legend(ncols=2)
@@ -102,9 +106,16 @@ def _curves(cells: Any, along: str) -> list[tuple[int, str, pd.DataFrame]]:
 
 
 def _name_budgets(ax: Axes, curve: pd.DataFrame, cost: str) -> None:
-    for row in curve.to_dict("records"):
-        place = (row[cost], 100 * row["accuracy"])
-        ax.annotate(str(row["budget"]), place, (0, -11), textcoords="offset points", ha="center", fontsize=7)
+    """Write budgets under a curve's points, largest first, where there is room."""
+    low, high = ax.get_xlim()
+    free = float("inf")
+    for row in curve.sort_values("budget", ascending=False).to_dict("records"):
+        if row[cost] < free:
+            place = (row[cost], 100 * row["accuracy"])
+            ax.annotate(
+                str(row["budget"]), place, (0, -11), textcoords="offset points", ha="center", fontsize=7
+            )
+            free = row[cost] - 0.05 * (high - low)
 
 
 def _origin(results: dict[str, Any]) -> str:

@@ -60,7 +60,7 @@ class Load:
             if len(self._waiting) > DEPTH:
                 self._waiting.popleft().synchronize()
 
-    def seconds_each(self, seconds: float = TIMED_S) -> float:
+    def seconds_each(self, seconds: float) -> float:
         """Time of one operation, back to back over about `seconds`; by the device's clock on CUDA."""
         self.sync()
         n = max(3, round(seconds / CHUNK_S) * self.chunk)
@@ -93,7 +93,7 @@ def measure(load: Load, meter: EnergyMeter | None, tokens: int) -> dict[str, flo
     end = time.perf_counter() + WARM_S
     while time.perf_counter() < end:
         load()
-    ms = [load.seconds_each() * 1e3 for _ in range(3)]
+    ms = [load.seconds_each(TIMED_S) * 1e3 for _ in range(3)]
     row = {"step_ms": round(median(ms), 4), "step_ms_spread": round(max(ms) - min(ms), 4)}
     if meter is None:
         return row
