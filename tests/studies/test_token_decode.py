@@ -304,20 +304,21 @@ def test_the_corpus_holds_each_text_once_in_one_split_and_reads_back(text: Path,
     assert again == record
 
 
-def test_too_little_text_and_no_folder_are_refused_by_name(text: Path, tmp_path: Path) -> None:
-    few = tmp_path / "few"
+def test_too_little_text_and_no_folder_are_refused_by_name(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # files are split by their paths
+    few = Path("few")
     few.mkdir()
     with pytest.raises(StudyError, match="no text to train on"):
-        build_corpus(tmp_path / "a", [few], SIZES["smoke"])
+        build_corpus(Path("a"), [few], SIZES["smoke"])
     for number in (1, 2, 3):
         (few / f"{number}.py").write_bytes((text / f"file_{number}.py").read_bytes()[:300])
-    with pytest.raises(
-        StudyError, match=r"tokens of text in the split 'train', at least 297 are needed.*--text"
-    ):
-        build_corpus(tmp_path / "b", [few], SIZES["smoke"])
-    with pytest.raises(StudyError, match="is no folder"):
-        build_corpus(tmp_path / "c", [tmp_path / "gone"], SIZES["smoke"])
-    assert not (tmp_path / "b" / "corpus.json").exists()
+    with pytest.raises(StudyError, match=r"tokens of text in the split 'train', at least 297 .*--text"):
+        build_corpus(Path("b"), [few], SIZES["smoke"])
+    with pytest.raises(StudyError, match="gone is no folder"):
+        build_corpus(Path("c"), [Path("gone")], SIZES["smoke"])
+    assert not Path("b/corpus.json").exists()
 
 
 def test_the_loss_falls_and_the_seed_decides(corpus: Path) -> None:
