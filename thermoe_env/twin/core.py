@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from moe.compiled import copy_row, fill, jit
+from moe.compiled import copy_row, fill, jit, parallel
 from moe.randomness import derive
 from moe.service.queueing import SLOT_S
 from moe.service.traffic import fill_stream, traffic_of
@@ -192,7 +192,7 @@ def _advance_rows(begin_all, fixed, traffic, service, state, servers, now, step,
             _begin(fixed, traffic, service, state, servers, now, i, observation[i])
 
 
-@numba.njit(cache=True, parallel=True, nogil=True, error_model="numpy")
+@parallel
 def _advance_all(threads, begin_all, fixed, traffic, service, state, servers, now, step):
     """One interval of every environment, and the next episode's beginning where one ended.
 
