@@ -2,18 +2,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test freeze lint type bench clean help
+.PHONY: demo test test-all freeze lint type bench clean help
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 demo: $(INSTALLED)  ## train an agent in the twin, compare it with static and rule_based, write a report
 	$(BIN)/python -m agents.demo
 
 # First one short training, alone: it compiles the twin, which the workers of the tests would all do at once.
-test: $(INSTALLED)  ## run all tests
+test: $(INSTALLED)  ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest -q tests/agents/learning/test_training.py -k the_seed_decides
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-all: test  ## run the tests, then the slow ones, which repeat at length what the others hold
+	$(BIN)/python -m pytest -m slow
 
 freeze: $(INSTALLED)  ## renew the digests of what must not move (tests/frozen.json); say in the commit what moved
 	$(BIN)/python -m tests.frozen --renew
