@@ -1,15 +1,10 @@
-"""Settings of all tests of the model and its service, and a profile made up for them."""
+"""A profile made up for the tests of the model and its service."""
 
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import settings
 
 from moe.profiles import HELD_OUT, Profile
-
-# Compiled functions take their time on the first call: a deadline per example would fail at random.
-settings.register_profile("compiled", deadline=None)
-settings.load_profile("compiled")
 
 IDENTITY = {"key": "0" * 12, "config": {"top_k": 2}, "data_sha256": "0" * 64, "weights_sha256": "0" * 64}
 CELL: dict[str, float | None] = {name: 0.1 for name in HELD_OUT}

@@ -122,7 +122,6 @@ def test_cost_by_hand() -> None:
     assert cost.tolist() == [1.0, 0.25, 0.25, 0.0]
 
 
-@settings(deadline=None)
 @given(LOGITS, TOP_K, BIAS, placements(), SIGNAL, st.floats(1e-6, 1e6))
 def test_equal_heat_and_energy_change_no_routing(logits, top_k, bias, placement, signal, energy) -> None:
     cost = placement.thermal_cost([energy] * N_EXPERTS, [signal] * placement.n_devices)
@@ -131,7 +130,7 @@ def test_equal_heat_and_energy_change_no_routing(logits, top_k, bias, placement,
     assert torch.equal(plain.weights, biased.weights)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     LOGITS,
     TOP_K,
@@ -161,7 +160,6 @@ def test_a_hotter_device_never_gets_more_tokens(
     assert torch.equal(cooler.weights[same], hotter.weights[same])
 
 
-@settings(deadline=None)
 @given(LOGITS, TOP_K, placements(), SIGNAL)
 def test_heat_without_bias_changes_nothing(logits, top_k, placement, signal) -> None:
     heat = [signal, *[0.0] * (placement.n_devices - 1)]

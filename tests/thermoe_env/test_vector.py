@@ -32,7 +32,7 @@ def make(problem: Problem, n: int, **arguments) -> ThermalMoEVectorEnv:
     return env
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**40),
     mode=st.sampled_from(ACTION_MODES),

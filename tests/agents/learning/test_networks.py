@@ -14,7 +14,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from agents.learning.networks import KnobPolicy, PaddedMultiCategorical
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=5), st.integers(0, 2**31))
 def test_equals_the_distribution_it_stands_for(levels: list[int], seed: int) -> None:
     """Probabilities, entropy, mode and both gradients, also of near-certain choices."""

@@ -29,8 +29,6 @@ from thermoe_env.mdp.signals import STAGES
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 
-pytestmark = pytest.mark.usefixtures("compiled_gates")
-
 SEEDS = [3, 11, 2**40]
 TTT = KNOB_NAMES.index("ttt_steps")
 CONFIG = GateConfig(

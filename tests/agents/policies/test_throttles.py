@@ -100,7 +100,7 @@ def by_hand(strain: np.ndarray, config: ThrottleConfig, most: int) -> list[int]:
     return taken
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     power=st.lists(st.lists(st.floats(100.0, 790.0), min_size=3, max_size=3), min_size=8, max_size=8),
     restart=st.integers(1, 7),

@@ -239,7 +239,7 @@ def test_random_corruptions_follow_the_generator(kind: str, images: torch.Tensor
 
 
 @given(kind=st.sampled_from(KINDS), severity=st.integers(1, 5), level=st.integers(0, 255))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_extreme_images_stay_in_range(kind: str, severity: int, level: int) -> None:
     flat = torch.full((2, 28, 28), level, dtype=torch.uint8)
     result = corrupt(flat, kind, severity, torch.Generator().manual_seed(0))

@@ -86,7 +86,7 @@ def cases(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[str, ...], int, list[
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_grouped_experts_equal_the_loop_in_value_and_gradient(case):
     widths, kinds, top_k, allowed, n_tokens, d_model, seed, null_slots = case
@@ -113,7 +113,7 @@ def test_grouped_experts_equal_the_loop_in_value_and_gradient(case):
             )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 40), st.integers(1, 8), st.integers(0, 999))
 def test_dispatch_is_a_permutation_that_groups_rows_by_expert(n_tokens, top_k, seed):
     choice = random_choice(n_tokens, top_k, list(range(8)), torch.Generator().manual_seed(seed))

@@ -6,7 +6,7 @@ import string
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moe.model.config import model_config
@@ -38,7 +38,6 @@ def mutual_information_bits(table: list[list[int]]) -> float:
     return bits
 
 
-@settings(deadline=None)
 @given(st.integers(0, 9999), st.integers(1, EXPERTS), st.integers(1, EXPERTS), st.booleans())
 def test_counts_are_those_of_a_loop_over_tokens(seed, top_k, most, null_slots):
     generator = torch.Generator().manual_seed(seed)
@@ -58,7 +57,6 @@ def test_counts_are_those_of_a_loop_over_tokens(seed, top_k, most, null_slots):
     np.testing.assert_array_equal(counted.counts.numpy(), expected)
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 50), min_size=4, max_size=4), min_size=3, max_size=3))
 def test_specialisation_is_that_of_a_loop_over_the_table(table):
     if not sum(map(sum, table)):

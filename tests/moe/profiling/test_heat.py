@@ -46,7 +46,7 @@ def test_ends_are_what_was_measured(name: str, n_devices: int) -> None:
         np.testing.assert_allclose(hot[..., part].sum(axis=-1), measured, atol=1e-4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.sampled_from(NAMES), st.sampled_from([1, 2, 4]), st.lists(SIGNAL, min_size=4, max_size=4),
     st.integers(0, 3), SIGNAL,

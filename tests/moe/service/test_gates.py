@@ -21,8 +21,6 @@ from moe.service.gates import (
 )
 from tests.moe.service.page_hinkley import rise
 
-pytestmark = pytest.mark.usefixtures("compiled_gates")
-
 
 def seen(confidence: float = 0.9, entropy: float = 0.1, stage: str = "NOMINAL") -> Observed:
     return Observed(entropy=entropy, confidence=confidence, stage=stage)

@@ -22,7 +22,7 @@ from thermoe_env.device.parameters import TwinParams
 # ---------------------------------------------------------------- physics
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     tau_s=st.floats(0.5, 80.0),
     start=st.floats(-5.0, 40.0),
@@ -80,7 +80,7 @@ def test_heat_has_the_closed_forms_of_its_circuit(shipped: TwinParams) -> None:
     np.testing.assert_allclose(ran[:, 0], response, rtol=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     powers=st.lists(st.floats(60.0, 700.0), min_size=2, max_size=40),
     more=st.lists(st.floats(0.0, 200.0), min_size=40, max_size=40),

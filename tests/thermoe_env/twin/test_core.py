@@ -83,7 +83,7 @@ def test_episodes_of_a_batch_are_those_of_the_single_environment(problem: Proble
     knobs=st.lists(st.tuples(*(st.integers(0, 2) for _ in range(4))), min_size=3, max_size=12),
     serve=st.lists(st.booleans(), min_size=12, max_size=12),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_requests_are_conserved(problem: Problem, seed, low, spread, share, devices, knobs, serve) -> None:
     """In = answered + expired + waiting, whatever the traffic and the knobs."""
     traffic = TrafficConfig(low_load=low, high_load=low + spread, interactive_share=share)

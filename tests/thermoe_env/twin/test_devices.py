@@ -70,7 +70,7 @@ def test_one_device_that_names_all_its_experts_is_the_default(problem: Problem) 
         assert not batches[0].gpu["temp_spread_c"].any()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     powers=st.lists(st.floats(0.0, 900.0), min_size=1, max_size=30),
     share=st.floats(0.0, 1.0),
@@ -87,7 +87,7 @@ def test_devices_exchange_no_heat(problem: Problem, powers, share, warmer_c) -> 
     assert states[1][1]["inlet_c"] - states[0][1]["inlet_c"] == pytest.approx(warmer_c, abs=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     power=st.floats(0.0, 550.0),
     parts=st.lists(st.floats(0.01, 1.0), min_size=1, max_size=4),

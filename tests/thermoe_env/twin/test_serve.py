@@ -167,7 +167,7 @@ settings_of_a_second = st.tuples(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31),
     load=st.floats(0.02, 2.5),

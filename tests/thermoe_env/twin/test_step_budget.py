@@ -48,7 +48,7 @@ def knobs_of(problem: Problem, batch: int, experts: int, steps: int, pace: float
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**31),
     load=st.floats(0.02, 1.5),
