@@ -88,6 +88,30 @@ def test_the_oldest_joules_are_spent_first():
     assert purse.balance_j == 10
 
 
+@pytest.mark.parametrize("bank_windows", [0, 1, 3])
+def test_the_share_is_whole_after_all_windows_at_full_load(bank_windows):
+    """At half of the time half, at half of the load the share of it; and never more than the whole."""
+    full_w, windows_s = 400.0, (bank_windows + 1) * WINDOW_S
+    for load, time, expected in ((1.0, 0.5, 0.5), (1.0, 0.999, 0.999), (0.0, 0.999, 0.999 * 3 / 83)):
+        purse = EnergyBudget(
+            window_s=WINDOW_S, bank_windows=bank_windows, joules_per_s=RATE, fraction=FRACTION,
+            full_serving_w=full_w,
+        )  # fmt: skip
+        seconds = time * windows_s
+        purse.earn(seconds, load * full_w * seconds)
+        assert purse.share == pytest.approx(expected)
+    rich = EnergyBudget(window_s=WINDOW_S, initial_j=1e9, joules_per_s=RATE)
+    assert rich.share == 1.0
+
+
+def test_steps_are_paid_one_by_one_and_every_refused_one_is_counted():
+    purse = EnergyBudget(window_s=10, fraction=0.5)
+    assert purse.pay_steps(1.0, 20.0, 4.0, 5) == 2  # 10 J pay for two of 4 J
+    assert (purse.refused, purse.charged_j, purse.balance_j) == (3, 8.0, 2.0)
+    assert purse.pay_steps(1.0, 20.0, 4.0, 3) == 3
+    assert (purse.refused, purse.balance_j) == (3, 0.0)
+
+
 def test_a_refusal_is_no_end():
     purse = EnergyBudget(window_s=10, joules_per_s=1)
     assert not purse.charge(3)

@@ -70,6 +70,41 @@ def test_bursts_stay_at_their_levels_for_at_least_three_seconds():
     assert lengths.min() >= 3
 
 
+def test_bursts_dwell_at_evenly_spaced_levels_for_the_stated_mean():
+    config = TrafficConfig(kind="bursts", low_load=0.2, high_load=1.2, levels=6, dwell_s=15.0)
+    spaced, lengths = np.linspace(0.2, 1.2, 6), []
+    for seed in range(20):
+        rate = per_second(draw_stream(config, seed, 1000, 1e5).arrivals) / 1e5
+        level = np.abs(rate[:, None] - spaced).argmin(axis=1)
+        assert np.allclose(rate, spaced[level], atol=0.02) and set(level) == set(range(6))
+        lengths.extend(np.diff(np.flatnonzero(np.diff(level, prepend=-1))))
+    # An exponential of mean m that is cut at c from below has mean c + m exp(-c / m).
+    assert np.mean(lengths) == pytest.approx(3.0 + 15.0 * np.exp(-3.0 / 15.0), rel=0.05)
+
+
+def test_a_day_is_a_sine_between_low_and_high_load():
+    config = TrafficConfig(kind="diurnal", low_load=0.4, high_load=1.2, period_s=80.0)
+    t, phases = np.arange(400), []
+    for seed in range(10):
+        rate = per_second(draw_stream(config, seed, 400, 1e6).arrivals) / 1e6
+        angle = 2.0 * np.pi * t / 80.0
+        basis = np.stack([np.ones(400), np.sin(angle), np.cos(angle)], axis=1)
+        (mean, sine, cosine), *_ = np.linalg.lstsq(basis, rate)
+        assert (mean, np.hypot(sine, cosine)) == pytest.approx((0.8, 0.4), rel=0.01)
+        assert np.abs(rate - basis @ [mean, sine, cosine]).max() < 0.01
+        phases.append(np.arctan2(cosine, sine))
+    assert np.ptp(phases) > np.pi, "an episode begins at any time of day"
+
+
+def test_shifts_stay_for_a_quarter_of_their_mean_time_at_least():
+    config, lengths = TrafficConfig(shifts=(0, 1, 3), shift_dwell_s=40.0), []
+    for seed in range(40):
+        shift = draw_stream(config, seed, 2000, 1.0).shift_id
+        lengths.extend(np.diff(np.flatnonzero(np.diff(shift, prepend=-1))))
+    assert min(lengths) in (9, 10, 11)
+    assert np.mean(lengths) == pytest.approx(10.0 + 40.0 * np.exp(-0.25), rel=0.06)
+
+
 def test_shifts_take_turns():
     config = TrafficConfig(shifts=(0, 2), shift_dwell_s=10.0)
     shift = draw_stream(config, 0, 400, 10.0).shift_id
