@@ -12,7 +12,14 @@ import numpy as np
 from moe.workload import ARRAY_NAMES, STAT_COLUMNS, WORK_DTYPE
 from thermoe_env.device.telemetry import READING_NAMES
 from thermoe_env.errors import ReadingError
-from thermoe_env.mdp.fields import FIELDS, RAW_DTYPE, encode_finite, fields_table, observation_space
+from thermoe_env.mdp.fields import (
+    FIELDS,
+    RAW_DTYPE,
+    encode_finite,
+    fields_table,
+    observation_space,
+    ranges_of,
+)
 from thermoe_env.mdp.interval import COST_NAMES, TRACK_DTYPE, begin_one, prices_of, rules_of, settle_one
 from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.mdp.signals import STAGES, draw_power_budget
@@ -38,7 +45,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
     `Box` in [-1, 1]. Knobs: `routing_bias`, `batch_size`, `expert_count`, `ttt_steps`, `pace`, `sm_clock`.
 
     ## Observation Space
-    A flat float32 `Box` in [-1, 1], scaled from these fields:
+    A flat float32 `Box` in [-1, 1], scaled from the ranges of these fields; `ranges_of(problem).decode` of
+    `thermoe_env.mdp.fields` gives their physical values:
 
     {fields}
 
@@ -99,6 +107,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self.action_mode = action_mode
         self.action_space = self.problem.knobs.action_space(action_mode)
         self.observation_space = observation_space()
+        ranges = ranges_of(self.problem)
+        self._low, self._scale = ranges.low, ranges.scale
         self._rules, self._prices = rules_of(self.problem), prices_of(self.problem)
         self._deferrable_below = self.problem.scenario.limits.deferrable_below
         self._track, self._gpu, self._work = (
@@ -220,7 +230,7 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
 
     def _encode(self) -> np.ndarray:
         observation = np.empty(len(FIELDS), np.float32)
-        if not encode_finite(self._raw_row, observation):
+        if not encode_finite(self._raw_row, self._low, self._scale, observation):
             bad = [f.name for f, value in zip(FIELDS, self._raw_row, strict=True) if not np.isfinite(value)]
             self._running = False
             raise ReadingError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import gymnasium
 
-from thermoe_env.mdp.fields import FIELDS
+from thermoe_env.mdp.fields import FIELDS, ranges_of
 from thermoe_env.problem.problem import Problem
 
 INTERFACE_FILE = "interface.json"
@@ -38,11 +38,15 @@ def mismatch(folder: Path, problem: Problem) -> str:
 
 
 def _interface(problem: Problem) -> dict[str, Any]:
+    ranges = ranges_of(problem)
     versions = [spec.version for spec in gymnasium.registry.values() if spec.name == "ThermalMoE"]
     return {
         "environment_version": max(version for version in versions if version is not None),
         "interval_s": problem.scenario.interval_s,
-        "fields": {field.name: [field.unit, field.low, field.high] for field in FIELDS},
+        "fields": {
+            field.name: [field.unit, float(low), float(high)]
+            for field, low, high in zip(FIELDS, *ranges, strict=True)
+        },
         "knobs": {name: list(problem.knobs.levels[name]) for name in problem.knobs.controlled},
     }
 

@@ -19,7 +19,7 @@ from moe.workload import WORK_DTYPE, WorkStats
 from thermoe_env.twin.heat import GPU_DTYPE
 
 _HEADER = "header"
-_SIGNED = ("observation", "reward", "terms")
+_SIGNED = ("observation", "ranges", "reward", "terms")
 _LATER = ("ttt_refused", "ttt_left_out", "ttt_rolled_back", "budget_share")
 """Fields of the work that recordings of earlier versions lack: nothing refused, adaptation was unlimited."""
 
@@ -71,6 +71,7 @@ def load_recordings(path: Path) -> tuple[list[Recording], dict[str, Any]]:
                 own = [name for name in archive.files if name.startswith(prefix)]
                 arrays = {name[len(prefix) :]: archive[name] for name in own}
                 arrays["work"] = _of_today(arrays["work"])
+                arrays.setdefault("ranges", np.zeros((2, 0)))  # of an earlier version
                 recordings.append(Recording(**plain, **arrays))
                 _check(recordings[-1])
             return recordings, header["about"]
@@ -88,7 +89,8 @@ def _check(recording: Recording) -> None:
     steps, n = recording.reward.shape
     whole = np.zeros(n, np.int64)
     wanted = empty_rows(steps, n, recording.tokens_per_expert.shape[2:])
-    wanted |= {"seeds": whole, "length": whole, "shut_down": np.zeros(n, bool)}
+    ranges = np.zeros((2, recording.observation.shape[-1] if recording.ranges.size else 0))
+    wanted |= {"ranges": ranges, "seeds": whole, "length": whole, "shut_down": np.zeros(n, bool)}
     for name, like in wanted.items():
         array = getattr(recording, name)
         if name == "observation":  # earlier versions observed other fields, which decoding refuses

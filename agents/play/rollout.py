@@ -14,7 +14,7 @@ from agents.policies.policy import Policy, decide, for_episodes
 from moe.workload import KNOB_NAMES, WORK_DTYPE
 from thermoe_env.device.telemetry import READING_NAMES
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.mdp.fields import FIELDS, decode
+from thermoe_env.mdp.fields import FIELDS, Ranges, ranges_of
 from thermoe_env.mdp.interval import COST_NAMES
 from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.mdp.signals import draw_power_budget
@@ -46,6 +46,9 @@ class Recording:
     """bool [n]: the device passed its shutdown temperature."""
     observation: np.ndarray
     """float32 [T, n, fields], as the policy saw it after each interval."""
+    ranges: np.ndarray
+    """float64 [2, fields], the `Ranges` that observations are scaled from; [2, 0] where an earlier version
+    recorded none."""
     index: np.ndarray
     """int64 [T, n, knobs], level of every knob."""
     budget_w: np.ndarray
@@ -69,7 +72,7 @@ class Recording:
 
     def field(self, name: str) -> np.ndarray:
         """One observed quantity in physical units, clipped to its range, [T, n]."""
-        return decode(self.observation)[name]
+        return Ranges(*self.ranges).decode(self.observation)[name]
 
     @property
     def origin(self) -> str:
@@ -166,7 +169,8 @@ def play_twin(problem: Problem, policy: Policy, seeds: Sequence[int], name: str 
     data["budget_w"][np.arange(scenario.steps)[:, None] >= length] = 0.0
     return Recording(
         policy=name, world="twin", device=problem.twin.gpu, seeds=np.array(seeds, np.int64),
-        interval_s=scenario.interval_s, length=length, shut_down=shut_down, **data,
+        interval_s=scenario.interval_s, length=length, shut_down=shut_down,
+        ranges=np.array(ranges_of(problem)), **data,
     )  # fmt: skip
 
 
@@ -240,7 +244,7 @@ def play_live(
     return Recording(
         policy=name, world=env.world, device=device_name(env), seeds=np.array([seed]),
         interval_s=problem.scenario.interval_s, length=np.array([length]), shut_down=np.array([terminated]),
-        error=error, **data,
+        ranges=np.array(ranges_of(problem)), error=error, **data,
     )  # fmt: skip
 
 

@@ -17,12 +17,11 @@ from agents.policies.planner import PlanConfig
 from moe.service.queueing import SLOT_S
 from moe.workload import KNOB_NAMES
 from thermoe_env.device.observer import Observer
-from thermoe_env.mdp.fields import FIELDS, decode
+from thermoe_env.mdp.fields import FIELD_NAMES, ranges_of
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Randomize
 from thermoe_env.twin.core import TwinBatch
 
-_HIGH = {field.name: field.high for field in FIELDS}
 _LEAST_W = 0.5
 """Budgets that differ by less are the same, rounded."""
 
@@ -73,14 +72,15 @@ class Belief:
             config: trust and forecast.
             first: float32 [fields], the first observation.
         """
-        self._problem, self._config = problem, config
+        self._problem, self._config, self._ranges = problem, config, ranges_of(problem)
+        self._high = dict(zip(FIELD_NAMES, self._ranges.high.tolist(), strict=True))
         scenario = problem.scenario
         self._shifts = np.unique(scenario.traffic.shifts)  # [S]
         self._log_odds = np.zeros(len(self._shifts))
         self.twins = TwinBatch(problem, len(self._shifts))
         """Rows alike [S]; `agents.policies.planner` plans for any of them."""
         self.twins.reset(np.zeros(len(self._shifts), np.uint64))
-        o = decode(first)
+        o = self._ranges.decode(first)
         self._observer = Observer(problem.twin, self._device_power_w(o), scenario.interval_s)
         self.state = self.twins.state
         self.state.arrivals[:], self.state.drift_c[:] = 0, 0.0
@@ -92,13 +92,13 @@ class Belief:
 
     def follow(self, observation: np.ndarray) -> None:
         """Take in the observation after an interval, float32 [fields]."""
-        problem, state, o = self._problem, self.state, decode(observation)
+        problem, state, o = self._problem, self.state, self._ranges.decode(observation)
         state.shift[:, self._second :] = self._shifts[:, None]
         load = float(o["load"])
         slots = round(problem.scenario.interval_s / SLOT_S)
         self._fill_arrivals(np.full(slots, load), float(o["interactive_share"]))
         step = self.twins.step(np.tile(levels_in_force(problem, o), (len(self._shifts), 1)))
-        likeliest = self._likeliest(decode(step.observation), o)
+        likeliest = self._likeliest(self._ranges.decode(step.observation), o)
         self.twins.fork(self.twins, likeliest)
         self._set_queue(o)
         self._set_device(o)
@@ -142,7 +142,7 @@ class Belief:
         for number, name in enumerate(("queue_interactive_s", "queue_deferrable_s")):
             arrived = int(arrivals[number, self._slot])
             waiting = round(float(o[name]) * self._problem.capacity_rps)
-            if o[name] >= _HIGH[name]:
+            if o[name] >= self._high[name]:
                 waiting = max(waiting, arrived - int(server["next"][0, number]))
             first = max(0, arrived - waiting)
             server["next"][:, number] = first

@@ -27,7 +27,7 @@ from moe.service.gates import (
     WhenCool,
 )
 from thermoe_env.configs import load_settings
-from thermoe_env.mdp.fields import decode
+from thermoe_env.mdp.fields import ranges_of
 from thermoe_env.mdp.signals import STAGES
 from thermoe_env.problem.problem import Problem
 
@@ -126,7 +126,7 @@ class Gated:
                 f"a gate sets ttt_steps to 0 or {config.steps}; this scenario controls {controlled} and its "
                 f"profile has the levels {levels}: control ttt_steps, on a model that adapts"
             )
-        self._base = base
+        self._base, self._ranges = base, ranges_of(problem)
         self._new_gate: Callable[[], Gate] = lambda: GATES[rule](config)
         self._column = controlled.index("ttt_steps")
         self._off_on = np.array([levels.index(0.0), levels.index(float(config.steps))])
@@ -152,7 +152,7 @@ class Gated:
 
     def _decide(self, observation: np.ndarray, gates: list[Gate]) -> np.ndarray:
         """Where to adapt, bool [n]."""
-        o = decode(observation)
+        o = self._ranges.decode(observation)
         answered = o["confidence"] > NOTHING_ANSWERED
         adapts = np.zeros(len(gates), bool)
         for i, gate in enumerate(gates):

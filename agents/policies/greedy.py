@@ -17,7 +17,7 @@ import numpy as np
 from moe.compiled import jit
 from moe.service.batching import NEVER_S, trigger_period
 from thermoe_env.device.physics import capped_power_w, clock_power_factor, idle_reference_w
-from thermoe_env.mdp.fields import decode
+from thermoe_env.mdp.fields import ranges_of
 from thermoe_env.mdp.interval import prices_of
 from thermoe_env.mdp.reward import REWARD_TERMS, reward_terms
 from thermoe_env.problem.problem import Problem
@@ -165,7 +165,7 @@ class Greedy:
 
     def __init__(self, problem: Problem, config: GreedyConfig) -> None:
         """Take the profile's tables and all actions of the problem."""
-        self._problem, self._config = problem, config
+        self._problem, self._config, self._ranges = problem, config, ranges_of(problem)
         nvec = problem.knobs.nvec.tolist()
         static = problem.knobs.action()
         ranges = [
@@ -194,7 +194,7 @@ class Greedy:
 
     def predicted(self, observation: np.ndarray) -> np.ndarray:
         """Reward of the next interval under each of `actions`, float [n, actions]."""
-        seen = self._seen(decode(observation))
+        seen = self._seen(self._ranges.decode(observation))
         reward = np.empty((len(seen), len(self._index)))
         problem = self._problem
         _predict_all(

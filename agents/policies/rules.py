@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from thermoe_env.configs import load_settings
-from thermoe_env.mdp.fields import FIELDS, decode
+from thermoe_env.mdp.fields import ranges_of
 from thermoe_env.problem.problem import Problem
 
-NOTHING_ANSWERED = next(f.low for f in FIELDS if f.name == "confidence") + 1e-3
-"""Confidence up to which an interval counts as one without answers."""
+NOTHING_ANSWERED = 1e-3
+"""Confidence up to which an interval counts as one without answers, whose confidence is 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class RuleBased:
 
     def __init__(self, problem: Problem, config: RuleConfig) -> None:
         self._config = config
-        self._knobs = problem.knobs
+        self._knobs, self._ranges = problem.knobs, ranges_of(problem)
         self._interval_s = problem.scenario.interval_s
 
     def predict(
@@ -83,7 +83,7 @@ class RuleBased:
         deterministic: bool = True,
     ) -> tuple[np.ndarray, Any]:
         """Actions by rule; see `Policy.predict`."""
-        c, o = self._config, decode(observation)
+        c, o = self._config, self._ranges.decode(observation)
         n = len(observation)
         saving_s, adapting_s = (np.zeros(n), np.full(n, c.adapt_for_s)) if state is None else state
         if episode_start is not None:

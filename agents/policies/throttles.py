@@ -14,7 +14,7 @@ import numpy as np
 from simple_pid import PID
 
 from moe.workload import KNOB_NAMES
-from thermoe_env.mdp.fields import decode
+from thermoe_env.mdp.fields import ranges_of
 from thermoe_env.problem.problem import Problem
 
 THROTTLES: dict[str, tuple[str, ...]] = {
@@ -68,14 +68,13 @@ class ThrottleConfig:
             )
 
 
-def strain_of(observation: np.ndarray, config: ThrottleConfig) -> np.ndarray:
+def strain_of(o: dict[str, np.ndarray], config: ThrottleConfig) -> np.ndarray:
     """How strained each device is, float [n]: 0 at the margins, 1 a whole budget or `HEAT_SPAN_C` beyond.
 
     Args:
-        observation: float32 [n, fields].
+        o: decoded fields, name -> [n].
         config: the margins.
     """
-    o = decode(observation)
     power = o["power_w"] / o["budget_ahead_w"] - (1.0 - config.budget_margin)
     heat = (config.heat_margin_c - o["margin_c"]) / HEAT_SPAN_C
     return np.maximum(power, heat)
@@ -112,7 +111,7 @@ class Throttle:
         Raises:
             ValueError: the scenario controls none of the knobs, or none of those can be lowered.
         """
-        self._config = config
+        self._config, self._ranges = config, ranges_of(problem)
         self._interval_s = problem.scenario.interval_s
         controlled = problem.knobs.controlled
         knobs = [knob for knob in config.knobs if knob in controlled]
@@ -148,7 +147,7 @@ class Throttle:
         if episode_start is not None:
             for i in np.flatnonzero(episode_start):
                 controllers[i].reset()
-        strain = strain_of(observation, self._config)
+        strain = strain_of(self._ranges.decode(observation), self._config)
         pairs = zip(controllers, strain.tolist(), strict=True)
         # The setpoint is no strain, and the controller's error is setpoint less input.
         depth = np.array([pid(-value, dt=self._interval_s) for pid, value in pairs])  # [n], in [0, 1]

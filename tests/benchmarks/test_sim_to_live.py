@@ -165,6 +165,22 @@ def test_recordings_of_before_the_budget_read_as_unlimited(scenario: str, tmp_pa
         dataclasses.replace(played, observation=played.observation[..., 2:]).field("load")
 
 
+def test_a_recording_reads_in_the_ranges_that_it_was_made_in(scenario: str, tmp_path: Path) -> None:
+    """One of before they were kept has its numbers still, but nothing decodes what was observed."""
+    problem = Problem.of(load_scenario(scenario, episode_s=20, power_budget={"normal_w": 2000.0}))
+    played = play_twin(problem, make_policy("random", problem), [7, 8], "random")
+    save_recordings(tmp_path / "wide.npz", [played], {})
+    (found,), _ = load_recordings(tmp_path / "wide.npz")
+    assert found.ranges.max() == pytest.approx(2200.0)
+    np.testing.assert_allclose(found.field("power_w"), played.gpu["power_w"], atol=1e-3)
+    with np.load(tmp_path / "wide.npz") as archive:
+        np.savez(tmp_path / "old.npz", **{name: archive[name] for name in archive if name != "0/ranges"})
+    (found,), _ = load_recordings(tmp_path / "old.npz")
+    np.testing.assert_array_equal(found.reward, played.reward)
+    with pytest.raises(ValueError, match=r"without their ranges.*play the episode again"):
+        found.field("load")
+
+
 def test_recordings_of_what_cannot_be_are_refused(scenario: str, tmp_path: Path) -> None:
     problem = Problem.of(load_scenario(scenario, episode_s=20))
     played = play_twin(problem, make_policy("random", problem), [7, 8], "random")
@@ -186,6 +202,7 @@ def test_recordings_of_what_cannot_be_are_refused(scenario: str, tmp_path: Path)
         ({"reward": played.reward[:, 0]}, "not enough values"),
         ({"length": played.length + 1}, "length 21 is more than the 20 intervals"),
         ({"seeds": played.seeds[:1]}, "seeds is int64"),
+        ({"ranges": played.ranges[:, 2:]}, "ranges is float64"),
         ({"interval_s": float("nan")}, "interval_s must be a time"),
         ({"device": None}, "device must be text"),
     ):

@@ -36,7 +36,7 @@ from studies.ttt_service_results import (
     ratio_interval,
 )
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.mdp.fields import decode
+from thermoe_env.mdp.fields import ranges_of
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 from thermoe_env.seeding import episode_seed
@@ -64,7 +64,7 @@ def replayed_j(recording: Recording, problem: Problem) -> np.ndarray:
     assert problem.profile.ttt_energy_j is not None
     free_steps = replace(problem.profile, ttt_energy_j=np.zeros_like(problem.profile.ttt_energy_j))
     batch = TwinBatch(problem, len(recording.seeds))
-    first = decode(batch.reset(recording.seeds))["stage"]
+    first = ranges_of(problem).decode(batch.reset(recording.seeds))["stage"]
     stage = np.concatenate([first[None], recording.field("stage")[:-1]]).round()
     result = np.zeros(recording.reward.shape)
     for i, seed in enumerate(recording.seeds):

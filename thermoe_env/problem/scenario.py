@@ -227,8 +227,7 @@ class Scenario:
     randomize: Randomize = field(default_factory=Randomize)
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     devices: tuple[DeviceConfig, ...] = (DeviceConfig(),)
-    """Devices of the calibrated kind among which the experts are placed; the power budget is that of all. The
-    observation's powers end at 800 W, a power or budget above reads as that."""
+    """Devices of the calibrated kind among which the experts are placed; the power budget is that of all."""
 
     def __post_init__(self) -> None:
         self._check_devices()

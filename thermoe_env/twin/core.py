@@ -19,7 +19,7 @@ from moe.randomness import derive
 from moe.service.queueing import SLOT_S
 from moe.service.traffic import fill_stream, traffic_of
 from moe.workload import WORK_DTYPE
-from thermoe_env.mdp.fields import FIELDS, RAW_DTYPE, encode_row
+from thermoe_env.mdp.fields import FIELDS, RAW_DTYPE, encode_row, ranges_of
 from thermoe_env.mdp.interval import (
     COST_NAMES,
     TRACK_DTYPE,
@@ -59,6 +59,8 @@ class Fixed(NamedTuple):
     quality_floor: np.ndarray  # [S]
     device_share: np.ndarray  # [K, B, D]
     level_table: np.ndarray  # [knobs, most levels]
+    low: np.ndarray  # [fields], see `Ranges`
+    scale: np.ndarray
     default_index: np.ndarray  # int64 [knobs]
     budget: np.ndarray
     spread: np.ndarray
@@ -148,14 +150,14 @@ def _begin(fixed, traffic, service, state, servers, now, i, observation):
     fill(raw_row, 0.0)
     begin(rules, state.track[i], gpu, state.budget_w[i], raw)
     fill_levels(rules, fixed.default_index, raw_row)
-    encode_row(raw_row, observation)
+    encode_row(raw_row, fixed.low, fixed.scale, observation)
 
 
 @jit
 def _advance_rows(begin_all, fixed, traffic, service, state, servers, now, step, first, end):
     """`_advance_all` for the environments from `first` up to `end`."""
     # Out of their tuples once: each look into one counts references.
-    rules, prices, floor, device_share, level_table = fixed[:5]
+    rules, prices, floor, device_share, level_table, low, scale = fixed[:7]
     arrivals, shift, budget_w, drift_c, all_devices, track = state[2:]
     index, index_rows, knobs, knob_rows, work, work_rows, gpu, raw, raw_rows = now[:9]
     histogram, slot_energy, terms, cost = now[9:13]
@@ -182,7 +184,7 @@ def _advance_rows(begin_all, fixed, traffic, service, state, servers, now, step,
                 raw[i], terms[i], cost[i],
             )  # fmt: skip
             fill_levels(rules[0], index_rows[i], raw_rows[i])
-            encode_row(raw_rows[i], observation[i])
+            encode_row(raw_rows[i], low, scale, observation[i])
             truncated[i] = not terminated[i] and track[i].step >= fixed.steps
             ended = terminated[i] or truncated[i]
             if ended:
@@ -240,7 +242,7 @@ class TwinBatch:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.problem, self.num_envs = problem, num_envs
         scenario, n, rules = problem.scenario, num_envs, rules_of(problem)
-        service = service_of(problem)
+        service, ranges = service_of(problem), ranges_of(problem)
         seconds = scenario.episode_s + 1
         slots = round(scenario.interval_s / SLOT_S)
         self._fixed = Fixed(
@@ -249,6 +251,8 @@ class TwinBatch:
             problem.quality_floor,
             problem.device_share,
             problem.knobs.level_table,
+            ranges.low,
+            ranges.scale,
             np.array(problem.knobs.default_index, np.int64),
             as_record(budget_terms(scenario.power_budget, scenario.interval_s)),
             as_record(spread_of(problem)),

@@ -320,6 +320,13 @@ def test_a_run_of_another_field_table_is_refused(finished: Path, tmp_path: Path)
         resume(folder, progress=False)
 
 
+def test_a_model_of_other_ranges_is_refused_by_the_fields(finished: Path, config: TrainConfig) -> None:
+    granted = Problem.of(load_scenario(config.scenario, power_budget={"normal_w": 900.0}))
+    powers = r"\['budget_ahead_w', 'budget_w', 'power_slow_w', 'power_w'\]"
+    with pytest.raises(ModelFileError, match=f"of other units or ranges: {powers}"):
+        load_policy(finished, granted)
+
+
 def test_a_model_for_other_knobs_is_refused_by_what_differs(finished: Path, config: TrainConfig) -> None:
     fewer = Problem.of(load_scenario(config.scenario, knobs=["batch_size", "expert_count"]))
     with pytest.raises(

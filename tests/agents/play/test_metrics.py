@@ -49,7 +49,7 @@ def make_recording() -> Recording:
     return Recording(
         policy="p", world="twin", device="made up", seeds=np.array([1, 2]), interval_s=1.0,
         length=np.array([2, 1]), shut_down=np.array([False, True]),
-        observation=np.zeros((2, 2, len(FIELDS)), np.float32),
+        observation=np.zeros((2, 2, len(FIELDS)), np.float32), ranges=np.zeros((2, 0)),
         index=np.zeros((2, 2, 6), np.int64), budget_w=np.zeros((2, 2)), work=work, gpu=gpu,
         reward=np.array([[1.0, -3.0], [2.5, 0.0]]), terms=np.zeros((2, 2, 6)), cost=cost, histogram=histogram,
         tokens_per_expert=tokens,

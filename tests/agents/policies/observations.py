@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from thermoe_env.mdp.fields import FIELDS, RAW_DTYPE, encode_row
+from thermoe_env.mdp.fields import FIELDS, RAW_DTYPE, encode_row, ranges_of
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
+
+RANGES = ranges_of(Problem.of(load_scenario("default")))
 
 
 def observation(**values: float) -> np.ndarray:
-    """An observation, float32 [1, fields]: calm unless `values` say otherwise, and zero elsewhere."""
+    """An observation in `RANGES`, float32 [1, fields]: calm unless `values` say otherwise, else zero."""
     calm = {
         "margin_c": 30.0,
         "power_w": 150.0,
@@ -20,5 +24,5 @@ def observation(**values: float) -> np.ndarray:
     for name, value in (calm | values).items():
         raw[name] = value
     encoded = np.zeros((1, len(FIELDS)), np.float32)
-    encode_row(raw.view(np.float64), encoded[0])
+    encode_row(raw.view(np.float64), RANGES.low, RANGES.scale, encoded[0])
     return encoded

@@ -24,7 +24,7 @@ from moe.service.gates import Observed
 from moe.workload import KNOB_NAMES
 from tests.thermoe_env.conftest import make_profile
 from thermoe_env.errors import ScenarioError
-from thermoe_env.mdp.fields import FIELDS
+from thermoe_env.mdp.fields import FIELD_NAMES, Ranges, ranges_of
 from thermoe_env.mdp.signals import STAGES
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
@@ -48,13 +48,13 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     return Problem.of(scenario)
 
 
-def observation(rows: list[Seen]) -> np.ndarray:
+def observation(ranges: Ranges, rows: list[Seen]) -> np.ndarray:
     """Observations [n, fields] that hold these values, the others in the middle of their range."""
-    out = np.zeros((len(rows), len(FIELDS)), np.float32)
-    for column, name in enumerate(f.name for f in FIELDS):
+    out = np.zeros((len(rows), len(FIELD_NAMES)), np.float32)
+    for column, name in enumerate(FIELD_NAMES):
         if name in ("confidence", "entropy", "stage"):
             values = np.array([row[("confidence", "entropy", "stage").index(name)] for row in rows])
-            low, high = FIELDS[column].low, FIELDS[column].high
+            low, high = ranges.low[column], ranges.high[column]
             out[:, column] = np.clip(2.0 * (values - low) / (high - low) - 1.0, -1.0, 1.0)
     return out
 
@@ -64,7 +64,7 @@ def decisions(policy: Gated, courses: list[list[Seen]], starts: np.ndarray | Non
     state, result = None, []
     for t, rows in enumerate(zip(*courses, strict=True)):
         start = np.full(len(courses), t == 0) if starts is None else starts[t]
-        action, state = policy.predict(observation(list(rows)), state, start)
+        action, state = policy.predict(observation(policy._ranges, list(rows)), state, start)
         result.append(action[:, policy._column] > 0)
     return np.array(result)
 
@@ -89,12 +89,12 @@ def test_a_batch_decides_as_one_gate_asked_in_order(
     for i, course in enumerate(courses):
         gate = GATES[rule](CONFIG)
         for t, seen in enumerate(course):
-            value = observation([seen])[0].astype(np.float64)  # rounded as the policy sees it
+            ranges = ranges_of(problem)
+            value = observation(ranges, [seen])[0].astype(np.float64)  # rounded as the policy sees it
             confidence, entropy = (
-                f.low + (value[k] + 1.0) / 2.0 * (f.high - f.low)
-                for name in ("confidence", "entropy")
-                for k, f in enumerate(FIELDS) if f.name == name
-            )  # fmt: skip
+                ranges.low[k] + (value[k] + 1.0) / 2.0 * (ranges.high[k] - ranges.low[k])
+                for k in (FIELD_NAMES.index("confidence"), FIELD_NAMES.index("entropy"))
+            )
             assert together[t, i] == gate.decide(Observed(entropy, confidence, STAGES[seen[2]]))
 
 
@@ -144,10 +144,10 @@ def test_the_other_knobs_are_the_base_policys(problem: Problem, base: str) -> No
     rows = [(0.9, 0.1, 0), (0.5, 0.5, 3), (0.0, 0.0, 1)]
     column = problem.knobs.controlled.index("ttt_steps")
     own, under = make(), Gated(problem, make(), "always", replace(CONFIG, steps=2))
-    own_state, state = None, None
+    own_state, state, seen = None, None, observation(ranges_of(problem), rows)
     for _ in range(5):
-        expected, own_state = own.predict(observation(rows), own_state)
-        action, state = under.predict(observation(rows), state)
+        expected, own_state = own.predict(seen, own_state)
+        action, state = under.predict(seen, state)
         assert (action[:, column] == 2).all()
         np.testing.assert_array_equal(np.delete(action, column, axis=1), np.delete(expected, column, axis=1))
 

@@ -14,7 +14,7 @@ from agents.policies.registry import make_policy
 from agents.policies.throttles import THROTTLES, Throttle, ThrottleConfig, cheapest_level, strain_of
 from moe.profiles import save_profile
 from moe.workload import KNOB_NAMES
-from tests.agents.policies.observations import observation
+from tests.agents.policies.observations import RANGES, observation
 from tests.thermoe_env.conftest import make_profile
 from thermoe_env.configs import load_settings
 from thermoe_env.problem.problem import Problem
@@ -84,9 +84,9 @@ def test_knobs_are_lowered_in_the_stated_order(problem: Problem) -> None:
 def test_larger_strain_rules() -> None:
     config = ThrottleConfig(knobs=("pace",), budget_margin=0.1, heat_margin_c=3.0)
     both = observation(power_w=400.0, budget_ahead_w=500.0, margin_c=-4.0)
-    assert strain_of(both, config)[0] == pytest.approx(0.7, abs=1e-5)
+    assert strain_of(RANGES.decode(both), config)[0] == pytest.approx(0.7, abs=1e-5)
     hungry = observation(power_w=600.0, budget_ahead_w=400.0, margin_c=8.0)
-    assert strain_of(hungry, config)[0] == pytest.approx(0.6, abs=1e-5)
+    assert strain_of(RANGES.decode(hungry), config)[0] == pytest.approx(0.6, abs=1e-5)
 
 
 def by_hand(strain: np.ndarray, config: ThrottleConfig, most: int) -> list[int]:
@@ -120,7 +120,7 @@ def test_memory_is_one_controller_per_episode(
         actions.append(action[:, problem.knobs.controlled.index("sm_clock")])
     static = problem.knobs.action()[problem.knobs.controlled.index("sm_clock")]
     taken = static - np.array(actions)  # [T, 3]
-    strain = np.array([strain_of(row, config) for row in seen])
+    strain = np.array([strain_of(RANGES.decode(row), config) for row in seen])
     for i in (0, 2):
         assert taken[:, i].tolist() == by_hand(strain[:, i], config, static)
     halves = by_hand(strain[:restart, 1], config, static) + by_hand(strain[restart:, 1], config, static)

@@ -21,7 +21,7 @@ from moe.workload import Knobs
 from tests.moe.service.test_live import CAPACITY_RPS, Clock, Service
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.errors import ScenarioError
-from thermoe_env.mdp.fields import decode
+from thermoe_env.mdp.fields import ranges_of
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import AdaptationConfig, Scenario, StepBudgetConfig, load_scenario
 from thermoe_env.twin.core import TwinBatch
@@ -230,7 +230,7 @@ def test_a_budget_is_the_same_alone_in_a_batch_and_twice(problem: Problem) -> No
         step = batch.step(budgeted.knobs.indices(np.tile(action, (3, 1)), "multi_discrete"))
         seen.append((step.final_observation if step.truncated[1] else step.observation)[1].copy())
     assert np.array_equal(np.array(seen), runs[0])
-    shown = decode(runs[0])
+    shown = ranges_of(budgeted).decode(runs[0])
     assert shown["ttt_budget"][0] == 0.0
     assert shown["ttt_budget"][1:] == pytest.approx([work["budget_share"] for work in infos], abs=1e-6)
     refused = [w["ttt_refused"] / max(1.0, w["ttt_refused"] + w["ttt_steps"]) for w in infos]
@@ -241,7 +241,9 @@ def test_a_budget_is_the_same_alone_in_a_batch_and_twice(problem: Problem) -> No
 
 def test_without_a_budget_the_share_is_whole(problem: Problem) -> None:
     env = ThermalMoEEnv(problem.scenario, world="twin")
-    shown = decode(np.array([env.reset(seed=0)[0], env.step(env.action_space.sample())[0]]))
+    shown = ranges_of(problem).decode(
+        np.array([env.reset(seed=0)[0], env.step(env.action_space.sample())[0]])
+    )
     assert shown["ttt_budget"].tolist() == [1.0, 1.0] and shown["ttt_refused_share"].tolist() == [0.0, 0.0]
 
 
