@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-from moe.workload import ARRAY_NAMES, STAT_COLUMNS, WORK_DTYPE
-from thermoe_env.device.telemetry import READING_NAMES
+from moe.workload import ARRAY_NAMES, STAT_COLUMNS, WORK_DTYPE, Knobs, WorkStats
+from thermoe_env.device.telemetry import READING_NAMES, GpuReading
 from thermoe_env.errors import ReadingError
 from thermoe_env.mdp.fields import (
     FIELDS,
@@ -24,7 +24,7 @@ from thermoe_env.mdp.interval import COST_NAMES, TRACK_DTYPE, begin_one, prices_
 from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.mdp.signals import STAGES, draw_power_budget
 from thermoe_env.problem.scenario import Scenario, load_scenario
-from thermoe_env.seeding import episode_seed
+from thermoe_env.seeding import as_seed, episode_seed
 from thermoe_env.twin.heat import GPU_DTYPE
 from thermoe_env.worlds import Checkpoint, build_world
 
@@ -54,18 +54,25 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
     goodput - energy - lateness - power over budget - heat - missing quality, in units of the standard
     service at full load; the terms are in `info["reward_terms"]`, constraint costs in `info["cost"]`.
 
+    Infos have the same keys and types at reset, where nothing has been done yet, as at every step.
+
     ## Starting State
     A device settled at idle, an empty queue, an unadapted model.
 
     ## Episode End
-    Truncated after the scenario's length. Terminated when the device shuts itself down
-    (`info["reason"]`). A GPU that stops answering raises `GpuLostError`.
+    Truncated after the scenario's length; `gymnasium.make(id, max_episode_steps=N)` shortens it and never
+    lengthens it. Terminated when the device shuts itself down (`info["reason"]`, else empty). A GPU that
+    stops answering raises `GpuLostError`.
 
     ## Arguments
     `scenario`: name, YAML path or `Scenario`. `world`: `auto`, `twin`, `live`. `action_mode`:
     `multi_discrete`, `discrete`, `box`. `overrides`: scenario keys to replace. `render_mode`: `rgb_array`, a
     dashboard as uint8 [540, 960, 3], or `human`, the same in a window. `model`, `profile`: a Hugging Face
     checkpoint's folder and its profile, for the live world (docs/hf.md).
+
+    ## Copies
+    `copy.deepcopy` and pickle give a twin that continues bit for bit, in the middle of an episode too, and
+    shares nothing that changes. A live world, and a window, refuse by `TypeError`.
 
     ## Version History
     v0: first version.
@@ -118,15 +125,26 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         )
         self._raw = np.zeros(1, RAW_DTYPE)
         self._raw_row = self._raw.view(np.float64)
+        self._experts = self.problem.expert_tokens.shape[2:]
         self._terms, self._cost = np.zeros(len(REWARD_TERMS)), np.zeros(len(COST_NAMES))
         self._seed: int | None = None
         self._episode = 0
         self._running = False
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the place of what was copied, with two views of one memory again."""
+        self.__dict__.update(state)
+        self._raw_row = self._raw.view(np.float64)
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an episode. With `seed`, episode 0 of that seed; without, the next one."""
+        """Start an episode. With `seed`, episode 0 of that seed; without, the next one.
+
+        Raises:
+            ValueError: a seed that is no integer in [0, 2**64), of Python or NumPy.
+        """
+        seed = None if seed is None else as_seed(seed)
         super().reset(seed=seed)
         if seed is not None:
             self._seed, self._episode = seed, 0
@@ -141,6 +159,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self._budget = draw_power_budget(scenario.power_budget, episode, scenario.steps, scenario.interval_s)
         self._track.view(np.float64)[:] = 0.0
         self._raw_row[:] = 0.0
+        self._terms[:] = 0.0
+        self._cost[:] = 0.0
         self._gpu[0] = _reading_row(reading)
         index = np.array(self.problem.knobs.default_index)
         self._stage = begin_one(
@@ -151,8 +171,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         if self._dashboard is not None:
             self._dashboard.begin(reading.temp_c, reading.power_w, self._stage)
             self._show()
-        info = {"world": self.world, "missing": self._missing, "reading": dict(vars(reading))}
-        return self._encode(), info
+        nothing = WorkStats(budget_share=float(self._rules["first_budget_share"][0]))
+        return self._encode(), self._info(self.problem.knobs.knobs(index), nothing, reading)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Play one control interval.
@@ -166,7 +186,7 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
             raise gym.error.ResetNeeded("call reset() before step(): no episode is running")
         index, knobs = self.problem.knobs.one(action, self.action_mode)
         scenario = self.problem.scenario
-        step, stage = self._count, self._stage
+        stage = self._stage
         self._running = False  # an interval that fails ends the episode
         work = self._world.workload.run(knobs, scenario.interval_s, stage < self._deferrable_below)
         reading = self._world.telemetry.read(work, scenario.interval_s)
@@ -176,33 +196,37 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
             self._rules, self._prices, self.problem.quality_floor, self._track, self._work, self._gpu,
             self._budget, index, self._raw, self._raw_row, self._terms, self._cost,
         )  # fmt: skip
-        self._count = step + 1
+        self._count += 1
         terminated = bool(self._world.telemetry.tripped)
-        truncated = not terminated and step + 1 >= scenario.steps
+        truncated = not terminated and self._count >= scenario.steps
         self._running = not (terminated or truncated)
-        counted = dict(vars(work))
-        for name in ("row", *ARRAY_NAMES):
-            del counted[name]
-        info: dict[str, Any] = {
-            "world": self.world,
-            "missing": self._missing,
-            "knobs": dict(vars(knobs)),
-            "work": counted,
-            "latency_histogram": work.latency_histogram,
-            "tokens_per_expert": work.tokens_per_expert,
-            "reading": dict(vars(reading)),
-            "stage": STAGES[self._stage],
-            "budget_w": float(self._budget[step]),
-            "reward_terms": dict(zip(REWARD_TERMS, self._terms.tolist(), strict=True)),
-            "cost": dict(zip(COST_NAMES, self._cost.tolist(), strict=True)),
-        }
-        if terminated:
-            info["reason"] = "the device passed its shutdown temperature"
+        info = self._info(knobs, work, reading)
         if self._dashboard is not None:
             notice = len(self._budget) - scenario.steps - 1
             self._dashboard.add(info, self._budget[self._count : self._count + notice])
             self._show()
         return self._encode(), reward, terminated, truncated, info
+
+    def _info(self, knobs: Knobs, work: WorkStats, reading: GpuReading) -> dict[str, Any]:
+        """What is told of the interval just played, or of a beginning."""
+        counted = dict(vars(work))
+        for name in ("row", *ARRAY_NAMES):
+            counted.pop(name, None)
+        tokens = work.tokens_per_expert
+        return {
+            "world": self.world,
+            "missing": self._missing,
+            "knobs": dict(vars(knobs)),
+            "work": counted,
+            "latency_histogram": work.latency_histogram,
+            "tokens_per_expert": np.zeros(self._experts) if tokens is None else tokens,
+            "reading": dict(vars(reading)),
+            "stage": STAGES[self._stage],
+            "budget_w": float(self._budget[max(0, self._count - 1)]),
+            "reward_terms": dict(zip(REWARD_TERMS, self._terms.tolist(), strict=True)),
+            "cost": dict(zip(COST_NAMES, self._cost.tolist(), strict=True)),
+            "reason": "the device passed its shutdown temperature" if self._world.telemetry.tripped else "",
+        }
 
     def render(self) -> np.ndarray | None:
         """The dashboard as it stands: uint8 [540, 960, 3], or None where a window shows it or nobody asked.

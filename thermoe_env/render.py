@@ -38,6 +38,9 @@ _STAGE_SHADE = ("#ffffff00", "#ffe08a66", "#ffb57866", "#ff8f8f66")
 _INK, _FAINT, _PAPER = "#1f2933", "#7b8794", "#eef1f4"
 _RED, _BLUE, _GREEN, _ORANGE, _VIOLET = "#c2410c", "#1d6fb8", "#13855c", "#d97706", "#7048b6"
 
+_PLAYED = "_series", "_announced", "_played", "_energy_j", "_good", "_level", "_tokens"
+"""What a `Dashboard` knows of its episode."""
+
 
 class Dashboard:
     """What an environment did in the last `WINDOW_S` seconds of its episode, as a picture."""
@@ -49,7 +52,7 @@ class Dashboard:
             problem: what is played.
             world: `twin`, `live` or `live-cpu`; every frame says where its numbers come from.
         """
-        self._problem = problem
+        self._problem, self._world = problem, world
         interval_s, ahead_s = problem.scenario.interval_s, problem.scenario.power_budget.notice_s
         self._time_s = np.arange(-round(WINDOW_S / interval_s), 1) * interval_s
         self._ahead_s = np.arange(0, round(ahead_s / interval_s) + 1) * interval_s
@@ -70,6 +73,19 @@ class Dashboard:
         self._experts()
         for artist in self._moving:
             artist.set_animated(True)  # left out where the figure is drawn as a whole
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """What was played, and the axes' ranges, as far as it has come. Artists are made again."""
+        played = {name: value for name, value in vars(self).items() if name in _PLAYED}
+        return self._problem, self._world, played, [axes.get_ylim() for axes in self._least]
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Make the artists and continue."""
+        problem, world, played, ranges = state
+        self.__init__(problem, world)
+        self.__dict__.update(played)
+        for axes, limits in zip(self._least, ranges, strict=True):
+            axes.set_ylim(limits)
 
     def begin(self, temp_c: float, power_w: float, stage: int) -> None:
         """Start an episode with the first reading; the past is empty."""
@@ -338,6 +354,17 @@ class Window:
             ) from error
         self._pygame, self._frames_per_s = pygame, frames_per_s
         self._clock, self._screen = pygame.time.Clock(), None
+
+    def __getstate__(self) -> Any:
+        """Refuse.
+
+        Raises:
+            TypeError: a window is on one screen, once.
+        """
+        raise TypeError(
+            "an environment with a window cannot be copied or pickled: make it with "
+            "render_mode='rgb_array', and show its frames"
+        )
 
     def show(self, frame: np.ndarray) -> None:
         """Put a frame, uint8 [height, width, 3], on the screen.

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import numpy as np
 
 from moe.randomness import derive
+
+
+def as_seed(seed: Any) -> int:
+    """A seed as Python's integer, whichever kind of integer it was.
+
+    Raises:
+        ValueError: it is no integer (a float or a bool, say), or outside [0, 2**64).
+    """
+    try:
+        number = -1 if isinstance(seed, bool | np.bool_) else operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**64:
+        raise ValueError(f"a seed must be an integer in [0, 2**64), got {seed!r}; choose one in that range")
+    return number
 
 
 def episode_seed(seed: int, episode: int) -> int:
     """Seed of the episode number `episode` after `reset(seed=seed)`, in [0, 2**64).
 
     Raises:
-        ValueError: a seed outside that range.
+        ValueError: `seed` is none, see `as_seed`.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"a seed must lie in [0, 2**64), got {seed}; choose one in that range")
-    return int(derive(np.uint64(seed), np.uint64(episode)))
+    return int(derive(np.uint64(as_seed(seed)), np.uint64(episode)))

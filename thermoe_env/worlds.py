@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from moe.profiles import load_profile
 from moe.workload import Workload
@@ -32,6 +33,19 @@ class World:
     problem: Problem
     workload: Workload
     telemetry: Telemetry
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of.
+
+        Raises:
+            TypeError: a live world, whose model, queue and meter exist once.
+        """
+        if self.name != "twin":
+            raise TypeError(
+                f"world {self.name!r} cannot be copied or pickled: its model, clock and meter are those of a "
+                "machine; copy ThermalMoETwin-v0, or make a live environment where it is needed"
+            )
+        return vars(self)
 
     def close(self) -> None:
         """Close both halves; safe to call twice."""
@@ -88,7 +102,7 @@ def build_world(scenario: Scenario, world: str, checkpoint: Checkpoint | None = 
     if world == "twin":
         problem = Problem.of(scenario)
         telemetry = TwinTelemetry(problem)
-        return World("twin", problem, TwinWorkload(problem, lambda: telemetry.clock), telemetry)
+        return World("twin", problem, TwinWorkload(problem, partial(getattr, telemetry, "clock")), telemetry)
     if world == "live":
         return _live(scenario, checkpoint)
     raise ValueError(f"world must be one of {WORLDS}, got {world!r}")

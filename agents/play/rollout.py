@@ -230,8 +230,7 @@ def play_live(
             row["terms"][0] = [info["reward_terms"][key] for key in REWARD_TERMS]
             row["cost"][0] = [info["cost"][key] for key in COST_NAMES]
             row["histogram"][0] = info["latency_histogram"]
-            if info["tokens_per_expert"] is not None:  # None when nothing was answered
-                row["tokens_per_expert"][0] = info["tokens_per_expert"]
+            row["tokens_per_expert"][0] = info["tokens_per_expert"]
             length = t + 1
             if on_step is not None:
                 on_step(t, info)

@@ -58,6 +58,10 @@ class Problem:
     placement: Placement
     """Which of the scenario's devices holds which expert of the model."""
 
+    def __deepcopy__(self, memo: object) -> Problem:
+        """Itself: nothing changes it, and copies of an environment play the same problem."""
+        return self
+
     @classmethod
     def of(cls, scenario: Scenario, profile: Profile | None = None) -> Problem:
         """Load what the scenario names.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -34,6 +34,7 @@ from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.mdp.signals import budget_terms, fill_power_budget
 from thermoe_env.problem.knobs import INDEX_DTYPE, VALUE_DTYPE, fill_values
 from thermoe_env.problem.problem import Problem
+from thermoe_env.seeding import as_seed
 from thermoe_env.twin.heat import (
     DEVICE_DTYPE,
     GPU_DTYPE,
@@ -49,6 +50,9 @@ from thermoe_env.twin.services import service_of
 # Threads of GNU OpenMP spin while they wait for each other, which costs most of the speed wherever another
 # process wants the cores as well. It reads this when numba starts its threads; the user's own choice stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+_PLAY, _BEGIN, _LEAVE = range(3)
+"""What a call does with an environment: one interval, the beginning of an episode, nothing."""
 
 
 class Fixed(NamedTuple):
@@ -154,7 +158,7 @@ def _begin(fixed, traffic, service, state, servers, now, i, observation):
 
 
 @jit
-def _advance_rows(begin_all, fixed, traffic, service, state, servers, now, step, first, end):
+def _advance_rows(todo, autoreset, fixed, traffic, service, state, servers, now, step, first, end):
     """`_advance_all` for the environments from `first` up to `end`."""
     # Out of their tuples once: each look into one counts references.
     rules, prices, floor, device_share, level_table, low, scale = fixed[:7]
@@ -163,8 +167,8 @@ def _advance_rows(begin_all, fixed, traffic, service, state, servers, now, step,
     histogram, slot_energy, terms, cost = now[9:13]
     observation, reward, terminated, truncated, final_observation = step
     for i in range(first, end):
-        ended = begin_all
-        if not begin_all:
+        begins = todo[i] == _BEGIN
+        if todo[i] == _PLAY:
             levels, devices, number = index[i], all_devices[i], int(track[i].step)
             second = int(number * rules[0].interval_s)
             fill_values(level_table, index_rows[i], knob_rows[i])
@@ -186,26 +190,33 @@ def _advance_rows(begin_all, fixed, traffic, service, state, servers, now, step,
             fill_levels(rules[0], index_rows[i], raw_rows[i])
             encode_row(raw_rows[i], low, scale, observation[i])
             truncated[i] = not terminated[i] and track[i].step >= fixed.steps
-            ended = terminated[i] or truncated[i]
-            if ended:
+            begins = autoreset and (terminated[i] or truncated[i])
+            if begins:
                 copy_row(final_observation[i], observation[i])
                 state.episodes[i] += np.uint64(1)
-        if ended:
+        elif begins:
+            reward[i], terminated[i], truncated[i] = 0.0, False, False
+            fill(terms[i], 0.0)
+            fill(cost[i], 0.0)
+        else:  # what was observed last: a beginning, or an interval
+            last = now.first_raw_rows[i] if track[i].step == 0 else raw_rows[i]
+            encode_row(last, low, scale, observation[i])
+        if begins:
             _begin(fixed, traffic, service, state, servers, now, i, observation[i])
 
 
 @parallel
-def _advance_all(threads, begin_all, fixed, traffic, service, state, servers, now, step):
-    """One interval of every environment, and the next episode's beginning where one ended.
+def _advance_all(threads, todo, autoreset, fixed, traffic, service, state, servers, now, step):
+    """What `todo` [n] says of every environment.
 
-    With `begin_all` no interval is played: all begin the episode that is set for them.
+    With `autoreset` the next episode begins where one ended.
     """
     n = now.index.shape[0]
     # One call per thread, since a call counts references to every array of its tuples. And nothing but a
     # call: a parallel loop of numba loses what is written to attributes of tuples.
     for t in numba.prange(threads):
         _advance_rows(
-            begin_all, fixed, traffic, service, state, servers, now, step, n * t // threads,
+            todo, autoreset, fixed, traffic, service, state, servers, now, step, n * t // threads,
             n * (t + 1) // threads,
         )  # fmt: skip
 
@@ -217,15 +228,22 @@ def _with_rows(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class TwinBatch:
-    """`num_envs` twin environments with same-step autoreset.
+    """`num_envs` twin environments.
 
-    After `step` the attributes `work`, `gpu`, `raw` (structured, [n]), `terms` [n, 6], `cost` [n, 3],
-    `histogram` [n, bins], `slot_energy` [n, slots], `index` [n, knobs] hold the interval just played, also
-    where an episode ended.
+    Copies (`copy.deepcopy`, pickle) continue bit for bit and share nothing that changes. After `step` the
+    attributes `work`, `gpu`, `raw` (structured, [n]), `terms` [n, 6], `cost` [n, 3], `histogram` [n, bins],
+    `slot_energy` [n, slots], `index` [n, knobs] hold the interval just played, also where an episode ended.
+    Where one was begun by `reset`, or by `step` in place of an interval, `terms` and `cost` are 0.
     """
 
     def __init__(
-        self, problem: Problem, num_envs: int, *, latencies: bool = False, max_steps: int | None = None
+        self,
+        problem: Problem,
+        num_envs: int,
+        *,
+        latencies: bool = False,
+        max_steps: int | None = None,
+        autoreset: bool = True,
     ) -> None:
         """Build the environments; `reset` starts them.
 
@@ -234,13 +252,17 @@ class TwinBatch:
             num_envs: how many at once.
             latencies: whether to record latencies in `histogram`, which costs time; it has no bins otherwise.
             max_steps: intervals after which an episode is truncated; the scenario's at most.
+            autoreset: whether an end begins the next episode in the same step.
 
         Raises:
             ScenarioError: the problem controls a knob that its service does not read.
+            ValueError: `num_envs` or `max_steps` below 1.
         """
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        self.problem, self.num_envs = problem, num_envs
+        for name, value in (("num_envs", num_envs), ("max_steps", max_steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self._arguments = {"latencies": latencies, "max_steps": max_steps, "autoreset": autoreset}
+        self.problem, self.num_envs, self._autoreset = problem, num_envs, autoreset
         scenario, n, rules = problem.scenario, num_envs, rules_of(problem)
         service, ranges = service_of(problem), ranges_of(problem)
         seconds = scenario.episode_s + 1
@@ -292,43 +314,78 @@ class TwinBatch:
         self.terms, self.cost, self.histogram = now.terms, now.cost, now.histogram
         self.slot_energy, self.devices = now.slot_energy, self.state.devices
         self._final = np.zeros((n, len(FIELDS)), np.float32)
+        self._play = np.full(n, _PLAY)
+        self._all = np.ones(n, np.bool_)
 
-    def reset(self, seeds: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Start episode 0 of each seed; returns the observations, float32 [n, fields]."""
+    def __getstate__(self) -> tuple[Any, ...]:
+        """What makes the batch, and the arrays that change. What else there is follows."""
+        arrays = (*self.state, *self.servers, *self._interval, self._final)
+        return self.problem, self.num_envs, self._arguments, arrays
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Build the batch again and fill it."""
+        problem, num_envs, arguments, arrays = state
+        self.__init__(problem, num_envs, **arguments)
+        mine = (*self.state, *self.servers, *self._interval, self._final)
+        for array, other in zip(mine, arrays, strict=True):
+            array[...] = other
+
+    def reset(self, seeds: Sequence[int] | np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """Start episode 0 of each seed.
+
+        Args:
+            seeds: one per environment; those of environments that are left alone are not read.
+            mask: bool [n], which environments; all by default.
+
+        Returns:
+            The observations, float32 [n, fields]; of environments left alone: their last ones.
+
+        Raises:
+            ValueError: the number of seeds, or one that is no seed (`thermoe_env.seeding.as_seed`).
+        """
         if len(seeds) != self.num_envs:
             raise ValueError(f"{self.num_envs} environments need as many seeds, got {len(seeds)}")
-        self.state.seeds[:] = seeds
-        self.state.episodes[:] = 0
-        return self._advance(begin_all=True).observation
+        mask = self._all if mask is None else mask
+        self.state.seeds[mask] = [as_seed(seed) for seed, wanted in zip(seeds, mask, strict=True) if wanted]
+        self.state.episodes[mask] = 0
+        return self._advance(np.where(mask, _BEGIN, _LEAVE)).observation
 
-    def reset_to_next(self) -> np.ndarray:
-        """Start the next episode of every environment's seed; returns the observations."""
-        self.state.episodes[:] += np.uint64(1)
-        return self._advance(begin_all=True).observation
+    def reset_to_next(self, mask: np.ndarray | None = None) -> np.ndarray:
+        """Start the next episode of the environments' seeds; `mask` and what is returned as in `reset`."""
+        mask = self._all if mask is None else mask
+        self.state.episodes[mask] += np.uint64(1)
+        return self._advance(np.where(mask, _BEGIN, _LEAVE)).observation
 
     def fork(self, source: TwinBatch, row: int) -> None:
         """Set every environment to what environment `row` of another batch of the same problem is now."""
-        mine, theirs = ((*batch.state, *batch.servers) for batch in (self, source))
+        mine, theirs = (
+            (*batch.state, *batch.servers, batch._interval.raw, batch._interval.first_raw)
+            for batch in (self, source)
+        )
         for array, other in zip(mine, theirs, strict=True):
             array[:] = other[row]
 
-    def step(self, index: np.ndarray) -> BatchStep:
+    def step(self, index: np.ndarray, begin: np.ndarray | None = None) -> BatchStep:
         """Play one interval in every environment.
 
         Args:
             index: int64 [n, knobs], level of every knob (`KnobTable.indices`).
+            begin: bool [n], environments that begin the next episode of their seed instead, at reward 0.
         """
         self.index[:] = index
-        return self._advance(begin_all=False)
+        if begin is None:
+            return self._advance(self._play)
+        self.state.episodes[begin] += np.uint64(1)
+        return self._advance(np.where(begin, _BEGIN, _PLAY))
 
-    def _advance(self, begin_all: bool) -> BatchStep:
+    def _advance(self, todo: np.ndarray) -> BatchStep:
         n = self.num_envs
         step = BatchStep(
             np.empty((n, len(FIELDS)), np.float32), np.empty(n), np.empty(n, np.bool_), np.empty(n, np.bool_),
             self._final,
         )  # fmt: skip
         _advance_all(
-            min(n, numba.get_num_threads()), begin_all, self._fixed, self._traffic, self._service, self.state,
-            self.servers, self._interval, step,
+            min(n, numba.get_num_threads()), todo, self._autoreset, self._fixed, self._traffic, self._service,
+            self.state, self.servers, self._interval, step,
         )  # fmt: skip
         return step

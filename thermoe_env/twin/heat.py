@@ -11,7 +11,7 @@ idle power, is the slowest one's. They exchange no heat; the drift of the chassi
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -276,6 +276,11 @@ class TwinTelemetry:
         """Whether a die passed its shutdown temperature in this episode."""
         self.clock = 1.0
         """Clock fraction that throttling leaves for the next interval."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the place of what was copied, with two views of one memory again."""
+        self.__dict__.update(state)
+        self._gpu_row = self._gpu.view(np.float64)
 
     def reset(self, seed: int) -> GpuReading:
         """Draw the devices of `seed` and settle them at idle."""

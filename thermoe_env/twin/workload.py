@@ -36,12 +36,23 @@ class TwinWorkload:
         service = service_of(problem)
         self.state = service.new_state(1)
         """The service's own state, of one server."""
-        self._start, self._serve = single_server(type(service.fixed), type(self.state))
+        self._kinds = type(service.fixed), type(self.state)
+        self._start, self._serve = single_server(*self._kinds)
         self._arrays = (*service.fixed, *self.state)
         self._slots = round(problem.scenario.interval_s / SLOT_S)
         self._known: dict[Knobs, tuple[np.ndarray, ...]] = {}
         """Records of values and levels; tokens per expert of an answer, [L, E]; `device_share`, [D]."""
         self._work = np.zeros(1, WORK_DTYPE)
+        self._work_row = self._work.view(np.float64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but compiled functions, which are found again, and what is known of knobs."""
+        return {**vars(self), "_start": None, "_serve": None, "_known": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the place of what was copied, with two views of one memory again."""
+        self.__dict__.update(state)
+        self._start, self._serve = single_server(*self._kinds)
         self._work_row = self._work.view(np.float64)
 
     def reset(self, seed: int) -> None:
