@@ -16,8 +16,9 @@ _ENTRY = "thermoe_env.env:ThermalMoEEnv"
 _VECTOR_REWARD = "thermoe_env.objectives:ThermalMoEMultiObjectiveEnv"
 
 # The environment itself refuses a step before a reset, and `check_env` is part of the tests: wrappers that do
-# either on every step would only cost time.
-_PLAIN: dict[str, Any] = {"order_enforce": False, "disable_env_checker": True, "max_episode_steps": 300}
+# either on every step would only cost time. It ends its episodes too, after the scenario's length: a limit
+# registered here would cut longer ones.
+_PLAIN: dict[str, Any] = {"order_enforce": False, "disable_env_checker": True}
 
 register("ThermalMoE-v0", _ENTRY, nondeterministic=True, kwargs={"world": "auto"}, **_PLAIN)
 register(

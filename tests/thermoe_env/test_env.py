@@ -22,7 +22,7 @@ from thermoe_env.twin.heat import TwinTelemetry
 @pytest.mark.parametrize("env_id", ["ThermalMoETwin-v0", "ThermalMoE-v0"])
 def test_checkers_accept_the_twin_and_the_auto_id(env_id: str, mode: str, problem: Problem) -> None:
     env = gymnasium.make(env_id, scenario=problem.scenario, action_mode=mode, disable_env_checker=True)
-    assert env.spec is not None and env.spec.max_episode_steps == 300
+    assert env.spec is not None and env.spec.max_episode_steps is None  # the scenario's length rules
     gym_check(env.unwrapped)
     sb3_check(env.unwrapped)
 
@@ -128,6 +128,30 @@ def test_what_a_device_cannot_say_is_in_every_info(problem: Problem, monkeypatch
     _, at_reset = env.reset(seed=0)
     info = env.step(env.action_space.sample())[4]
     assert at_reset["missing"] == info["missing"] == "mem_temp_c, energy_j"
+
+
+def test_infos_have_the_same_keys_and_types_at_reset_and_at_every_step(problem: Problem) -> None:
+    """As recorders need that make columns of them."""
+
+    def form(value) -> object:
+        if isinstance(value, dict):
+            return {key: form(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return tuple(map(form, value))
+        return (value.dtype, value.shape) if isinstance(value, np.ndarray) else type(value)
+
+    env = ThermalMoEEnv(problem.scenario, world="twin")
+    _, first = env.reset(seed=0)
+    assert first["knobs"] == vars(problem.knobs.knobs(np.array(problem.knobs.default_index)))
+    for empty in (first["reward_terms"], first["cost"]):
+        assert not any(empty.values())
+    assert first["work"]["arrived"] == (0.0, 0.0) and first["reason"] == ""
+    env.step(env.action_space.sample())
+    assert isinstance(env._world.telemetry, TwinTelemetry)
+    env._world.telemetry._devices["inlet_c"] = 120.0
+    *_, terminated, _, info = env.step(env.action_space.sample())
+    assert terminated and form(info) == form(first)
+    assert env.reset()[1]["reason"] == "" and form(env.reset()[1]) == form(first)
 
 
 def test_an_overheated_device_ends_the_episode(problem: Problem) -> None:

@@ -140,15 +140,40 @@ def test_resets_without_a_seed_go_on_to_the_next_episodes(problem: Problem) -> N
     single = gymnasium.make("ThermalMoETwin-v0", scenario=problem.scenario)
     np.testing.assert_array_equal(vec.reset(seed=[9, 4])[0][1], single.reset(seed=4)[0])
     np.testing.assert_array_equal(vec.reset()[0][1], single.reset()[0])
-    with pytest.raises(ValueError, match="all environments a seed"):
+    with pytest.raises(ValueError, match="all environments that are reset a seed"):
         vec.reset(seed=[1, None])
 
 
-def test_time_limit_of_the_registration_holds(problem: Problem) -> None:
-    env = make(problem, 2, max_episode_steps=5)
-    env.reset(seed=0)
-    ends = [env.step(env.action_space.sample())[3].tolist() for _ in range(10)]
-    assert ends == 2 * ([[False, False]] * 4 + [[True, True]])
+@pytest.mark.parametrize(
+    ("overrides", "limit", "length"),
+    [
+        ({"episode_s": 310}, None, 310),
+        ({"episode_s": 160, "interval_s": 0.5}, None, 320),
+        ({"episode_s": 12}, None, 12),
+        ({"episode_s": 12}, 5, 5),
+        ({"episode_s": 12}, 400, 12),
+        ({"episode_s": 12}, -1, 12),
+    ],
+)
+def test_the_scenario_s_length_rules_and_a_limit_only_shortens(
+    problem: Problem, overrides, limit, length
+) -> None:
+    """`make` and `make_vec` alike, with and without Gymnasium's `max_episode_steps`."""
+    arguments = {"scenario": problem.scenario, "overrides": overrides, "max_episode_steps": limit}
+    single = gymnasium.make("ThermalMoETwin-v0", **arguments)
+    vec = make(problem, 2, overrides=overrides, max_episode_steps=limit)
+    single.reset(seed=0)
+    vec.reset(seed=0)
+    vec.action_space.seed(0)
+    for step in range(1, length + 1):
+        actions = vec.action_space.sample()
+        assert single.step(actions[0])[2:4] == (False, step == length)
+        assert vec.step(actions)[3].tolist() == [step == length] * 2
+
+
+def test_limits_below_one_step_are_refused(problem: Problem) -> None:
+    with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
+        make(problem, 2, max_episode_steps=0)
 
 
 def test_an_overheated_device_ends_its_episode_alone(problem: Problem) -> None:
