@@ -138,14 +138,12 @@ def test_live_keeps_what_was_recorded(
 def test_interval_without_answers_routes_no_tokens(
     scenario: Scenario, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A live workload that answered nothing has no load to tell of; the environment tells of none routed."""
     env = ThermalMoEEnv(scenario, "twin")
-    step = env.step
-
-    def idle(action: Any) -> Any:
-        *rest, info = step(action)
-        return *rest, {**info, "tokens_per_expert": None}
-
-    monkeypatch.setattr(env, "step", idle)
+    run = env._world.workload.run
+    monkeypatch.setattr(
+        env._world.workload, "run", lambda *arguments: replace(run(*arguments), tokens_per_expert=None)
+    )
     recording = play_live(env, ConstantPolicy(env.problem.knobs.action()), 5)
     assert recording.error is None and not recording.tokens_per_expert.any()
 
