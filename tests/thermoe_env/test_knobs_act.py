@@ -9,7 +9,7 @@ import pytest
 
 from moe.workload import KNOB_NAMES
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.mdp.fields import decode
+from thermoe_env.mdp.fields import ranges_of
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 
@@ -63,7 +63,7 @@ def test_a_knob_moved_alone_does_what_its_name_says(overloaded: Problem, moved: 
     assert done["answered"] == pytest.approx(set_to["batch_size"] * done["batches"], rel=0.01)
     assert done["ttt_steps"] == set_to["ttt_steps"] * done["batches"]
     assert info["work"]["sm_clock"] == set_to["sm_clock"]
-    shown = decode(observation)
+    shown = ranges_of(overloaded).decode(observation)
     for name in KNOB_NAMES:
         levels = overloaded.knobs.levels[name]
         assert shown[f"{name}_level"] == pytest.approx(

@@ -114,7 +114,7 @@ FIELDS: tuple[Field, ...] = (
         "since_change_s",
         "s",
         0.0,
-        80.0,
+        8.0,
         "time since confidence or entropy last changed (`moe.service.gates.changed`), or the start",
     ),
     Field("adapted_since_change_s", "s", 0.0, 8.0, "of that, intervals with adaptation"),
