@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,10 +22,38 @@ _PACKAGES = (
     "thermalmoe", "numpy", "numba", "scipy", "pandas", "matplotlib", "gymnasium", "torch",
     "stable-baselines3", "sb3-contrib", "optuna",
 )  # fmt: skip
+LOCK_FILE = ".lock"
+"""In a run folder, held by the process that writes there; the file itself stays."""
 
 
 class RunFolderError(FileExistsError):
     """A run folder that was asked for already holds results."""
+
+
+class FolderInUseError(BlockingIOError):
+    """Another process writes into a run folder; the message names it."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a run folder for this process; the system frees it however the process ends.
+
+    Raises:
+        FolderInUseError: another process holds it.
+    """
+    with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise FolderInUseError(
+                f"process {file.read().strip() or '?'} is training in {folder}: wait for its end or stop it, "
+                "or give another folder"
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def new_run_folder(kind: str, out: str | Path | None = None) -> Path:
@@ -33,7 +64,7 @@ def new_run_folder(kind: str, out: str | Path | None = None) -> Path:
     """
     if out is not None:
         folder = Path(out)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or any(p.name != LOCK_FILE for p in folder.iterdir())):
             raise RunFolderError(
                 f"{folder} exists and is not empty: give another --out, or move it away first"
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from agents.files import shown_name
+from agents.learning.interface import changed_inputs, is_of_run
 from agents.learning.models import ModelFileError, UntrustedModelError, load_model
 from agents.policies.policy import Policy, PolicyError
 from agents.policies.registry import POLICIES, make_policy
@@ -65,6 +66,7 @@ def load_policy(name_or_path: str | Path, problem: Problem, trust_pickle: bool =
         ValueError: neither a known name, an existing path nor a class.
         PolicyError: a class that does not import, or is no policy.
         ModelFileError: the model is cut, damaged, or made for other observations or actions.
+        InterfaceError: a run folder's interface.json is missing or damaged.
         UntrustedModelError: it can only be loaded with `trust_pickle`.
     """
     path = Path(name_or_path)
@@ -79,13 +81,23 @@ def load_policy(name_or_path: str | Path, problem: Problem, trust_pickle: bool =
                 f"{path} holds no best_model.zip: give the folder of a training run, or a zip"
             )
         return load_model(best, problem, trust_pickle)
-    of_run = path.name in ("best_model.zip", "last_model.zip") and (path.parent / "config.yaml").is_file()
-    if not (of_run or trust_pickle):
+    if not (is_of_run(path) or trust_pickle):
         raise UntrustedModelError(
             f"{path} lies outside a run folder, and loading it can run code that it holds: "
             "pass --trust-pickle if you know where it comes from"
         )
     return load_model(path, problem, trust_pickle)
+
+
+def trained_otherwise(name_or_path: str | Path, problem: Problem) -> tuple[str, ...]:
+    """What a run was trained on that `problem` has otherwise (scenario, profile, twin, trace); else nothing.
+
+    Raises:
+        InterfaceError: the run's interface.json is missing or damaged.
+    """
+    if str(name_or_path) in POLICIES or _is_class(name_or_path) or not is_of_run(model_file(name_or_path)):
+        return ()
+    return tuple(changed_inputs(model_file(name_or_path).parent, problem))
 
 
 def _is_class(name_or_path: str | Path) -> bool:

@@ -22,7 +22,7 @@ from agents.evaluation.report import print_summary, wide_console, write_report
 from agents.evaluation.results import results_table, statistics_table, unit_notes, write_results
 from agents.evaluation.tables import Played
 from agents.files import new_run_folder, training_runs, write_origin
-from agents.load import load_policy, long_label, policy_label
+from agents.load import load_policy, long_label, policy_label, trained_otherwise
 from agents.play.metrics import episode_metrics, steps_table, summarize, world_of
 from agents.play.rollout import COOL_WITHIN_C, Recording, cool_down, device_name, origin, play_live, play_twin
 from agents.policies.policy import Policy, for_episodes
@@ -223,6 +223,11 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
                 "best_constant is left out: it is searched in a twin, and the profile of the "
                 "checkpoint holds no energies; measure it on a card with NVML"
             )
+        results.notes += [
+            f"{label} was trained on other contents of {', '.join(player.changed)}."
+            for label, player in players.items()
+            if player.changed
+        ]
         policies = {label: player.policy for label, player in players.items()}
         if env is None:
             play = _play_twin(config, problem, policies)
@@ -248,6 +253,8 @@ class _Player:
     name: str
     run: str = ""
     """Which training, where the policy is an algorithm that was trained several times."""
+    changed: tuple[str, ...] = ()
+    """What it was trained on that is played otherwise."""
 
 
 def _players(config: EvaluateConfig, problem: Problem, twin: Problem) -> dict[str, _Player]:
@@ -266,9 +273,10 @@ def _players(config: EvaluateConfig, problem: Problem, twin: Problem) -> dict[st
         runs = [] if name in POLICIES else training_runs(name)
         for run in runs:
             policy = load_policy(run, problem, config.trust_pickle)
-            players[f"{label}/{run.name}"] = _Player(policy, label, run.name)
+            players[f"{label}/{run.name}"] = _Player(policy, label, run.name, trained_otherwise(run, twin))
         if not runs:
-            players[label] = _Player(load_policy(name, home, config.trust_pickle), label)
+            policy = load_policy(name, home, config.trust_pickle)
+            players[label] = _Player(policy, label, changed=trained_otherwise(name, twin))
     if config.live:
         for player in players.values():
             for_episodes(player.policy, config.seed_list, "live")  # refused now, not after hours

@@ -7,12 +7,13 @@ import json
 import zipfile
 import zlib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 
 from agents.files import command
-from agents.learning.interface import mismatch
+from agents.learning.interface import is_of_run, mismatch
 from agents.policies.policy import Policy
 from moe.workload import KNOB_NAMES
 from thermoe_env.configs import read_yaml
@@ -66,7 +67,7 @@ def load_model(path: Path, problem: Problem, trust_pickle: bool) -> Policy:
     content = path.read_bytes()
     data = _read_data(path, content)
     mode = _action_mode(path, data)
-    if changed := mismatch(path.parent, problem):
+    if is_of_run(path) and (changed := mismatch(path.parent, problem)):
         raise ModelFileError(
             f"{path} was trained for something else than this scenario has: {changed}. Give the scenario it "
             "was trained on, or train it again"
@@ -78,7 +79,16 @@ def load_model(path: Path, problem: Problem, trust_pickle: bool) -> Policy:
         spaces = observation_space(), problem.knobs.action_space(mode)
         network = kind(*spaces, lambda _: 0.0, **arguments)  # the learning rate is for training only
         network.load_state_dict(weights["policy"])
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        EOFError,
+        UnpicklingError,
+    ) as error:  # the last four: what is pickled cannot be made here
         if isinstance(error, ModelFileError):
             raise
         raise ModelFileError(f"{path} is not a model of this version ({error}); train it again") from error

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from agents.files import new_run_folder
+from agents.files import locked, new_run_folder
 from agents.learning.checkpoints import CheckpointError, read_state
 from agents.learning.config import TrainConfig
-from agents.learning.training import read_run, train_or_resume
+from agents.learning.training import read_run, refuse_changed_inputs, train_or_resume
 from agents.play.metrics import student_interval
+from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 
 
@@ -31,6 +32,7 @@ def train_seeds(
     Raises:
         ValueError: a seed is given twice.
         CheckpointError: a run that is there already is damaged, or was made with other settings.
+        FolderInUseError: another process trains there.
         RunFolderError: the folder holds something else.
         KeyboardInterrupt: stopped by the user; the message says how to continue.
     """
@@ -39,14 +41,15 @@ def train_seeds(
     runs = [replace(config, seed=seed) for seed in seeds]
     began = folder is not None and any(Path(folder).glob("seed-*"))
     folder = Path(folder) if folder is not None and began else new_run_folder(f"train-{config.algo}", folder)
-    for run in runs:
-        if (run_folder := seed_folder(folder, run.seed)).exists():
-            refuse_other_settings(run_folder, run)
-    try:
+    with locked(folder):
         for run in runs:
-            train_or_resume(run, seed_folder(folder, run.seed), progress=progress)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"{stop}\nor with the same command and --log-folder {folder}") from stop
+            if (run_folder := seed_folder(folder, run.seed)).exists():
+                refuse_other_settings(run_folder, run)
+        try:
+            for run in runs:
+                train_or_resume(run, seed_folder(folder, run.seed), progress=progress)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(f"{stop}\nor with the same command and --log-folder {folder}") from stop
     returns = [read_state(seed_folder(folder, seed) / "last_model.zip")["best_return"] for seed in seeds]
     mean, low, high = student_interval(returns)
     print(f"best validation return: {mean:.2f} ({low:.2f} to {high:.2f}, 95% over {len(seeds)} seeds)")
@@ -59,7 +62,7 @@ def seed_folder(folder: Path, seed: int) -> Path:
 
 
 def refuse_other_settings(folder: Path, config: TrainConfig) -> None:
-    """Refuse a run's folder of other settings, or of a scenario that has changed since.
+    """Refuse a run's folder of other settings, or of a scenario, or files of it, that have changed since.
 
     Raises:
         CheckpointError: names what differs.
@@ -69,7 +72,6 @@ def refuse_other_settings(folder: Path, config: TrainConfig) -> None:
     del kept["scenario"]  # it may be named by another path; what it says counts
     changed = [f"{key} {kept.get(key)} there, {wanted.get(key)} asked for"
                for key in sorted({*kept, *wanted}) if kept.get(key) != wanted.get(key)]  # fmt: skip
-    if load_scenario(folder / "scenario.yaml") != load_scenario(scenario):
-        changed.append("the scenario")
     if changed:
         raise CheckpointError(f"{folder} was made otherwise: {'; '.join(changed)}. Give another folder")
+    refuse_changed_inputs(folder, Problem.of(load_scenario(scenario)))

@@ -21,7 +21,7 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import HParam, Logger, TensorBoardOutputFormat
 from tqdm import tqdm
 
-from agents.files import command, new_run_folder, plain, write_file, write_origin
+from agents.files import command, locked, new_run_folder, plain, write_file, write_origin
 from agents.learning.algorithms import (
     ALGORITHMS,
     lean_to_static,
@@ -29,7 +29,7 @@ from agents.learning.algorithms import (
 from agents.learning.callbacks import COMPARED, RolloutLog, Updates, Watch
 from agents.learning.checkpoints import CheckpointError, read_state, restore, save_model
 from agents.learning.config import TrainConfig, load_train_config
-from agents.learning.interface import INTERFACE_FILE, interface_of, mismatch
+from agents.learning.interface import INTERFACE_FILE, changed_inputs, interface_of, mismatch
 from agents.learning.vec import TwinVecEnv
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
@@ -62,12 +62,13 @@ def train(
     problem = Problem.of(scenario)
     run = _Run(config, problem)
     folder = new_run_folder(f"train-{config.algo}", folder)
-    # A copy of the scenario, so that a run continues with what it began with.
-    write_file(folder / "scenario.yaml", yaml.safe_dump(plain(asdict(scenario)), sort_keys=False))
-    write_file(folder / INTERFACE_FILE, interface_of(problem))
-    write_origin(folder, config.flat())
-    save_model(run.model, folder / "last_model.zip", {"best_return": None, "validated_at": 0})
-    run.learn(folder, None, progress, watch)
+    with locked(folder):
+        # A copy of the scenario, so that a run continues with what it began with.
+        write_file(folder / "scenario.yaml", yaml.safe_dump(plain(asdict(scenario)), sort_keys=False))
+        write_file(folder / INTERFACE_FILE, interface_of(problem))
+        write_origin(folder, config.flat())
+        save_model(run.model, folder / "last_model.zip", {"best_return": None, "validated_at": 0})
+        run.learn(folder, None, progress, watch)
     return folder
 
 
@@ -75,21 +76,40 @@ def resume(folder: str | Path, *, progress: bool = True, watch: Watch | None = N
     """Continue a stopped run from its last checkpoint; the result equals that of a run never stopped.
 
     Raises:
-        CheckpointError: no run is there, its checkpoint is cut, it is complete, or it was trained for other
-            observations or knobs.
+        CheckpointError: no run is there, its checkpoint is cut, it is complete, it was trained for other
+            observations or knobs, or what it was trained on has changed.
+        InterfaceError: its interface.json is missing or damaged.
+        FolderInUseError: another process trains there.
         KeyboardInterrupt: stopped by the user; the message says how to continue.
     """
     folder = Path(folder)
-    config, state = read_run(folder)
-    if is_complete(config, state):
-        raise CheckpointError(f"{folder} is complete ({state['num_timesteps']} steps): begin a new run")
-    problem = Problem.of(load_scenario(folder / "scenario.yaml"))
-    if changed := mismatch(folder, problem):
-        raise CheckpointError(f"{folder} was trained for something else: {changed}; begin a new run")
-    run = _Run(config, problem)
-    restore(run.model, folder / "last_model.zip", state)
-    run.learn(folder, state, progress, watch)
+    read_run(folder)  # refuses what is no run before a lock is left there
+    with locked(folder):
+        config, state = read_run(folder)
+        if is_complete(config, state):
+            raise CheckpointError(f"{folder} is complete ({state['num_timesteps']} steps): begin a new run")
+        problem = Problem.of(load_scenario(folder / "scenario.yaml"))
+        if changed := mismatch(folder, problem):
+            raise CheckpointError(f"{folder} was trained for something else: {changed}; begin a new run")
+        refuse_changed_inputs(folder, problem)
+        run = _Run(config, problem)
+        restore(run.model, folder / "last_model.zip", state)
+        run.learn(folder, state, progress, watch)
     return folder
+
+
+def refuse_changed_inputs(folder: Path, problem: Problem) -> None:
+    """Refuse to continue in another world than a run, or a search, began in.
+
+    Raises:
+        CheckpointError: names the files that changed.
+        InterfaceError: the folder's interface.json is missing or damaged.
+    """
+    if changed := changed_inputs(folder, problem):
+        raise CheckpointError(
+            f"{folder} was begun with other contents of {', '.join(changed)}: put back what was there, or "
+            "begin anew in another folder"
+        )
 
 
 def train_or_resume(

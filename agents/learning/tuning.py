@@ -7,6 +7,8 @@ was cut is continued from its checkpoint: a search stopped and continued equals 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,20 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.exceptions import StorageInternalError
 from optuna.trial import Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
-from agents.files import new_run_folder, write_file, write_origin
+from agents.files import locked, new_run_folder, write_file, write_origin
 from agents.learning.checkpoints import CheckpointError, read_state
 from agents.learning.config import TrainConfig, load_train_config, train_config
-from agents.learning.training import train_or_resume
+from agents.learning.interface import INTERFACE_FILE, interface_of
+from agents.learning.training import refuse_changed_inputs, train_or_resume
 from agents.learning.vec import fresh_seed
 from thermoe_env.configs import configs_dir, read_yaml
 from thermoe_env.errors import ScenarioError
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import load_scenario
 
 Range = FloatDistribution | IntDistribution | CategoricalDistribution
 
@@ -55,41 +62,64 @@ def tune(
 
     Raises:
         ValueError: no trials.
-        CheckpointError: the folder's search has other settings.
+        CheckpointError: the folder's search has other settings or began in another world, or its database is
+            damaged.
+        FolderInUseError: another process searches there.
         ScenarioError: the algorithm has no ranges, or one that is not understood.
         KeyboardInterrupt: stopped by the user; the message says how to continue.
     """
     if trials < 1:
         raise ValueError(f"a search needs at least 1 trial, got {trials}")
     space = read_ranges(config, ranges or configs_dir() / "agents" / "ranges.yaml")
+    problem = Problem.of(load_scenario(config.scenario))
     began = folder is not None and (Path(folder) / "study.db").is_file()
     folder = Path(folder) if folder is not None and began else new_run_folder(f"tune-{config.algo}", folder)
-    if not began:
-        write_origin(folder, config.flat())
-    elif load_train_config(folder / "config.yaml") != config:
-        raise CheckpointError(f"{folder} holds a search with other settings: give another folder")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        storage=f"sqlite:///{folder / 'study.db'}",
-        study_name="tune",
-        direction="maximize",
-        load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(_FIRST, n_warmup_steps=config.total_timesteps // 4),
-    )
-    try:
-        while (number := _finished(study)) < trials:
-            print(f"trial {number}: {_play(study, config, space, number, folder, progress)}", flush=True)
-    except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(
-            f"stopped; continue with the same command and --log-folder {folder}"
-        ) from stop
-    best = _with(config, study.best_trial.params)
-    note = (
-        f"# Best of {trials} trials of `thermalmoe-train --algo {config.algo} --tune {trials}`: mean return "
-        f"{study.best_value:.2f} on the validation episodes, which chose it.\n"
-    )
-    write_file(folder / "best.yaml", note + yaml.safe_dump(best.flat(), sort_keys=False))
+    with locked(folder), _database(folder / "study.db"):
+        if not began:
+            write_origin(folder, config.flat())
+            write_file(folder / INTERFACE_FILE, interface_of(problem))
+        elif load_train_config(folder / "config.yaml") != config:
+            raise CheckpointError(f"{folder} holds a search with other settings: give another folder")
+        else:
+            refuse_changed_inputs(folder, problem)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            storage=f"sqlite:///{folder / 'study.db'}",
+            study_name="tune",
+            direction="maximize",
+            load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(_FIRST, n_warmup_steps=config.total_timesteps // 4),
+        )
+        try:
+            while (number := _finished(study)) < trials:
+                print(f"trial {number}: {_play(study, config, space, number, folder, progress)}", flush=True)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(
+                f"stopped; continue with the same command and --log-folder {folder}"
+            ) from stop
+        best = _with(config, study.best_trial.params)
+        note = (
+            f"# Best of {trials} trials of `thermalmoe-train --algo {config.algo} --tune {trials}`: mean "
+            f"return {study.best_value:.2f} on the validation episodes, which chose it.\n"
+        )
+        write_file(folder / "best.yaml", note + yaml.safe_dump(best.flat(), sort_keys=False))
     return best, folder
+
+
+@contextmanager
+def _database(file: Path) -> Iterator[None]:
+    """Name the file where Optuna or its database fail.
+
+    Raises:
+        CheckpointError: it is no database of a search, or cannot be read or written.
+    """
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise CheckpointError(
+            f"{file} is no database of a search ({str(error).splitlines()[0]}): put a whole copy "
+            "in its place, or begin the search anew in another folder"
+        ) from error
 
 
 def read_ranges(config: TrainConfig, file: Path) -> dict[str, Range]:

@@ -12,6 +12,7 @@ from stable_baselines3 import PPO
 
 from agents.evaluation import command as evaluation
 from agents.learning.config import TrainConfig, load_train_config
+from agents.learning.interface import INTERFACE_FILE, interface_of
 from agents.learning.vec import TwinVecEnv
 from moe.profiles import save_profile
 from tests.thermoe_env.conftest import make_profile
@@ -84,6 +85,7 @@ def run_folder(problem: Problem, tmp_path_factory: pytest.TempPathFactory) -> Pa
     )
     model.save(folder / "best_model.zip")
     (folder / "config.yaml").write_text("algo: ppo\n")
+    (folder / INTERFACE_FILE).write_text(interface_of(problem))
     return folder
 
 

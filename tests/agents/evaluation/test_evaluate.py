@@ -22,6 +22,7 @@ from agents.evaluation import command as evaluation
 from agents.evaluation.command import RESERVED_SEEDS, EvaluateConfig, evaluate
 from agents.files import RunFolderError
 from agents.learning.callbacks import VALIDATION_SEEDS
+from agents.learning.interface import INTERFACE_FILE, interface_of
 from agents.learning.models import ModelFileError, UntrustedModelError
 from agents.learning.vec import TwinVecEnv
 from agents.load import load_policy
@@ -237,6 +238,7 @@ def test_models_of_other_action_modes_answer_with_levels(problem: Problem, tmp_p
     model = PPO("MlpPolicy", env, n_steps=8, batch_size=16, device="cpu")
     model.save(tmp_path / "best_model.zip")
     (tmp_path / "config.yaml").write_text("algo: ppo\n")
+    (tmp_path / INTERFACE_FILE).write_text(interface_of(problem))
     observation = env.reset()
     action, _ = load_policy(tmp_path, problem).predict(observation)
     index = problem.knobs.indices(model.predict(observation, deterministic=True)[0], mode)
@@ -261,6 +263,7 @@ def test_damaged_zip_is_refused_by_name(
     content = {"cut": whole[:middle], "flipped": flipped, "empty": b"", "not a model": b"hello"}[damage]
     (tmp_path / "best_model.zip").write_bytes(content)
     (tmp_path / "config.yaml").write_text("algo: ppo\n")
+    shutil.copy(run_folder / INTERFACE_FILE, tmp_path)
     with pytest.raises(ModelFileError, match=r"best_model\.zip"):
         load_policy(tmp_path, problem)
 
@@ -279,6 +282,7 @@ def test_model_of_other_observations_is_refused(run_folder: Path, problem: Probl
                 content = json.dumps(data).encode()
             old.writestr(part, content)
     (tmp_path / "config.yaml").write_text("algo: ppo\n")
+    shutil.copy(run_folder / INTERFACE_FILE, tmp_path)
     with pytest.raises(ModelFileError, match=rf"this version has {len(FIELDS)} fields: train it again"):
         load_policy(tmp_path, problem)
 
@@ -289,3 +293,19 @@ def test_model_of_another_scenario_is_refused(run_folder: Path, scenario: str) -
         load_policy(run_folder, other)
     with pytest.raises(ModelFileError, match=r"holds no best_model\.zip"):
         load_policy(run_folder.parent, other)
+
+
+@pytest.mark.usefixtures("own_cache", "no_figures")
+def test_a_run_played_on_what_it_was_not_trained_on_is_noted(
+    scenario: str, run_folder: Path, tmp_path: Path
+) -> None:
+    for duration, noted in ((None, False), (15, True)):
+        config = EvaluateConfig(
+            policy=(str(run_folder),),
+            scenario=scenario,
+            seeds=1,
+            duration=duration,
+            out=tmp_path / str(noted),
+        )
+        found = evaluate(config, Console(quiet=True)).notes
+        assert ("trained was trained on other contents of the scenario." in found) == noted

@@ -24,7 +24,7 @@ from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2
 from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
 
-from agents.files import RunFolderError
+from agents.files import LOCK_FILE, RunFolderError
 from agents.learning.callbacks import COMPARED, VALIDATION_SEEDS
 from agents.learning.checkpoints import CheckpointError
 from agents.learning.config import TrainConfig, load_train_config
@@ -97,6 +97,7 @@ def test_a_run_holds_all_files_and_tags(finished: Path, config: TrainConfig) -> 
         "config.yaml",
         "scenario.yaml",
         "interface.json",
+        LOCK_FILE,
         "command.txt",
         "versions.json",
         "best_model.zip",
