@@ -1,25 +1,23 @@
-"""What a training run does beside learning: TensorBoard, validation, checkpoints, fresh episodes."""
+"""What a training run does beside learning: logs of its episodes, checkpoints, fresh episodes."""
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Figure as LoggedFigure
+from stable_baselines3.common.monitor import ResultsWriter
 from tqdm import tqdm
 
-from agents.learning.checkpoints import save_model
+from agents.files import write_file
+from agents.learning.checkpoints import CheckpointError, save_model
 from agents.learning.config import TrainConfig
-from agents.learning.models import ModelPolicy
+from agents.learning.validation import Validation
 from agents.learning.vec import TwinVecEnv, fresh_seed
-from agents.play.metrics import KPIS, episode_metrics
-from agents.play.rollout import play_twin
-from agents.policies.registry import make_policy
 from moe.workload import KNOB_NAMES, WORK_DTYPE
 from thermoe_env.mdp.fields import RAW_DTYPE
 from thermoe_env.mdp.interval import COST_NAMES
@@ -27,11 +25,7 @@ from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.mdp.signals import STAGES
 from thermoe_env.twin.heat import GPU_DTYPE
 
-VALIDATION_SEEDS = range(800_000, 900_000)
-"""Episodes that choose the best model, from the first on; training and evaluation use other seeds."""
-COMPARED = ("return", "return_best", "j_per_good", "quality", "late_fraction", "peak_c", "above_limit_s")
-"""Validation scalars (`eval/...`) by which TensorBoard's tab of hyper-parameters compares runs."""
-
+MONITOR_FILE = "monitor.csv"
 
 Watch = Callable[[int, float], None]
 """Told of every validation: steps so far and mean return. What it raises ends the run."""
@@ -90,6 +84,56 @@ class RolloutLog(BaseCallback):
             self.logger.record(f"knob/{name}", torch.as_tensor(played.ravel()))
 
 
+class EpisodeLog(BaseCallback):
+    """Writes every episode of the training into `monitor.csv`, as Stable-Baselines3's `Monitor` does."""
+
+    def __init__(self, folder: Path, episodes: int) -> None:
+        """Go on after the first `episodes` of an earlier part of the run; what came later is played again.
+
+        Raises:
+            CheckpointError: the file has fewer.
+        """
+        super().__init__()
+        self.episodes, file = episodes, folder / MONITOR_FILE
+        if episodes:
+            self._t_start = _cut_monitor(file, episodes)
+        else:
+            self._t_start = time.time()
+        header: dict[str, float | str] = {"t_start": self._t_start, "env_id": "ThermalMoETwin-v0"}
+        self._writer = ResultsWriter(str(file), header, override_existing=not episodes)
+
+    def _on_step(self) -> bool:
+        if self.locals["dones"].any():
+            for episode in (info["episode"] for info in self.locals["infos"] if "episode" in info):
+                took = round(time.time() - self._t_start, 6)
+                self._writer.write_row({"r": round(episode["r"], 6), "l": episode["l"], "t": took})
+                self.episodes += 1
+        return True
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+def _cut_monitor(file: Path, episodes: int) -> float:
+    """Leave the first `episodes` in a file of `Monitor`; returns when it began.
+
+    Raises:
+        CheckpointError: it has fewer, or is not such a file.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)[: 2 + episodes]
+        if len(lines) < 2 + episodes:
+            raise ValueError(f"{len(lines) - 2} there, {episodes} played")
+        began = float(json.loads(lines[0].removeprefix("#"))["t_start"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} lacks episodes of the run ({error}): put a whole copy in its place, or begin a new run"
+        ) from error
+    write_file(file, "".join(lines))
+    return began
+
+
 class Updates(BaseCallback):
     """What happens between rounds: validation, checkpoint, fresh episodes.
 
@@ -101,24 +145,21 @@ class Updates(BaseCallback):
         self,
         config: TrainConfig,
         env: TwinVecEnv,
+        validation: Validation,
+        episodes: EpisodeLog,
         folder: Path,
-        state: dict[str, Any] | None,
         bar: tqdm,
         watch: Watch | None,
     ) -> None:
-        """Keep `best_model.zip` and `last_model.zip` in `folder`; continue from a checkpoint's `state`."""
+        """Keep `last_model.zip` in `folder`."""
         super().__init__()
         self._config, self._env, self._folder, self._bar, self._watch = config, env, folder, bar, watch
+        self._validation, self._episodes = validation, episodes
         self._round = env.batch.problem.scenario.steps * env.num_envs
-        self._eval_seeds = VALIDATION_SEEDS[: config.eval_episodes]
-        self._best: float | None = state["best_return"] if state else None
-        self._validated_at: int = state["validated_at"] if state else 0
-        self._saved_at: int = state["num_timesteps"] if state else 0
+        self._saved_at = 0
 
     def _on_training_start(self) -> None:
-        problem = self._env.batch.problem
-        static = play_twin(problem, make_policy("static", problem), self._eval_seeds, "static")
-        self._static_return = float(static.reward.sum(0).mean())
+        self._saved_at = self.model.num_timesteps
 
     def _on_rollout_start(self) -> None:
         number, within = divmod(self.model.num_timesteps, self._round)
@@ -128,7 +169,7 @@ class Updates(BaseCallback):
     def _begin(self, number: int) -> None:
         """Start round `number`."""
         steps = self.model.num_timesteps
-        if steps // self._config.eval_freq > self._validated_at // self._config.eval_freq:
+        if steps // self._config.eval_freq > self._validation.at // self._config.eval_freq:
             self._validate()
         if steps - self._saved_at >= self._config.save_freq:
             self._save()
@@ -141,49 +182,21 @@ class Updates(BaseCallback):
         return True
 
     def _on_training_end(self) -> None:
-        if self.model.num_timesteps > self._validated_at:
+        if self.model.num_timesteps > self._validation.at:
             self._validate()
         self._save()
 
     def _save(self) -> None:
-        progress = {"best_return": self._best, "validated_at": self._validated_at}
+        progress = {
+            "best_return": self._validation.best,
+            "validated_at": self._validation.at,
+            "episodes": self._episodes.episodes,
+        }
         save_model(self.model, self._folder / "last_model.zip", progress)
         self._saved_at = self.model.num_timesteps
 
     def _validate(self) -> None:
-        """Play the held-out episodes deterministically; keep the model if its mean return is the best."""
-        problem = self._env.batch.problem
-        policy = ModelPolicy(self.model.policy, self._config.action_mode, problem.knobs)
-        recording = play_twin(problem, policy, self._eval_seeds, "validation")
-        mean = dict(zip(KPIS, episode_metrics(recording)[list(KPIS)].to_numpy(float).mean(0), strict=True))
-        for name, value in mean.items():
-            self.logger.record(f"eval/{name}", value)
-        improved = self._best is None or mean["return"] > self._best
-        if improved:
-            self._best = float(mean["return"])
-        self.logger.record("eval/return_best", self._best)
-        self.logger.record("eval/return_static", self._static_return)
-        figure = expert_figure(recording.tokens_per_expert.sum((0, 1)))
-        self.logger.record("eval/expert_share", LoggedFigure(figure, close=True))
-        self.logger.dump(self.model.num_timesteps)
-        self._validated_at = self.model.num_timesteps
-        if improved:
-            save_model(self.model, self._folder / "best_model.zip")
-        shown = {"return": mean["return"], "best": self._best, "static": self._static_return}
-        self._bar.set_postfix({name: f"{value:.1f}" for name, value in shown.items()})
+        returns = self._validation(self.model)
+        self._bar.set_postfix({name: f"{value:.1f}" for name, value in returns.items()})
         if self._watch is not None:
-            self._watch(self._validated_at, float(mean["return"]))
-
-
-def expert_figure(tokens_per_expert: np.ndarray) -> Figure:
-    """Heat map of the share that each expert took of its layer's tokens.
-
-    Args:
-        tokens_per_expert: [L, E].
-    """
-    figure = Figure(figsize=(6.0, 2.5), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(tokens_per_expert / tokens_per_expert.sum(-1, keepdims=True), aspect="auto", vmin=0.0)
-    axes.set(xlabel="expert", ylabel="layer", title="share of the layer's routed tokens")
-    figure.colorbar(image, ax=axes)
-    return figure
+            self._watch(self.model.num_timesteps, returns["deterministic"])

@@ -37,6 +37,10 @@ class TrainConfig:
     """Steps between checkpoints, which follow whole rounds."""
     torch_threads: int
     """More than one is a little faster on an idle machine, and many times slower on a busy one."""
+    trained_agent: str | None = None
+    """Run folder or zip of a model of the same algorithm and network, whose weights the run begins with."""
+    tensorboard_log: str | None = None
+    """Folder of TensorBoard's files, in which the run has one of its own name; tb/ of the run by default."""
     settings: Settings
     """Of the algorithm: an instance of its class in `agents.learning.algorithms`."""
 

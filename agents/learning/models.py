@@ -52,6 +52,41 @@ class ModelPolicy:
         return self._knobs.indices(action, self._mode)[:, self._columns], state
 
 
+def run_model(path: str | Path) -> Path:
+    """The zip of a trained model: a run folder's best one, or the file itself.
+
+    Raises:
+        ModelFileError: there is none.
+    """
+    model = Path(path) / "best_model.zip" if Path(path).is_dir() else Path(path)
+    if not model.is_file():
+        raise ModelFileError(f"there is no model {model}: give the folder of a training run, or a zip")
+    return model
+
+
+def begin_with(model: Any, path: Path, problem: Problem) -> None:
+    """Give an untrained Stable-Baselines3 model the weights of a trained one; nothing is unpickled.
+
+    Optimizers, the schedule of the learning rate and the replay buffer begin anew.
+
+    Raises:
+        ModelFileError: the file is damaged, or of another algorithm or network, observations or knobs.
+    """
+    from stable_baselines3.common.save_util import load_from_zip_file
+
+    content = path.read_bytes()
+    _read_data(path, content)
+    _refuse_mismatch(path, problem)
+    try:
+        weights = load_from_zip_file(io.BytesIO(content), load_data=False, device="cpu")[1]
+        model.policy.load_state_dict(weights["policy"])
+    except (RuntimeError, ValueError, KeyError, UnpicklingError) as error:
+        raise ModelFileError(
+            f"{path} does not fit this run: give a model of the same algorithm, action mode and net_arch "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
 def load_model(path: Path, problem: Problem, trust_pickle: bool) -> Policy:
     """Read a zip and check that it fits `problem`.
 
@@ -67,11 +102,7 @@ def load_model(path: Path, problem: Problem, trust_pickle: bool) -> Policy:
     content = path.read_bytes()
     data = _read_data(path, content)
     mode = _action_mode(path, data)
-    if is_of_run(path) and (changed := mismatch(path.parent, problem)):
-        raise ModelFileError(
-            f"{path} was trained for something else than this scenario has: {changed}. Give the scenario it "
-            "was trained on, or train it again"
-        )
+    _refuse_mismatch(path, problem)
     _check_spaces(path, data, problem, mode)
     try:
         known, weights, _ = load_from_zip_file(io.BytesIO(content), load_data=trust_pickle, device="cpu")
@@ -93,6 +124,19 @@ def load_model(path: Path, problem: Problem, trust_pickle: bool) -> Policy:
             raise
         raise ModelFileError(f"{path} is not a model of this version ({error}); train it again") from error
     return ModelPolicy(network, mode, problem.knobs)
+
+
+def _refuse_mismatch(path: Path, problem: Problem) -> None:
+    """Refuse the model of a run that was trained to read or set something else.
+
+    Raises:
+        ModelFileError: names the difference.
+    """
+    if is_of_run(path) and (changed := mismatch(path.parent, problem)):
+        raise ModelFileError(
+            f"{path} was trained for something else than this scenario has: {changed}. Give the scenario it "
+            "was trained on, or train it again"
+        )
 
 
 def _named(known: dict[str, Any]) -> tuple[type, dict[str, Any]]:

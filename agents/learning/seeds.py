@@ -16,7 +16,12 @@ from thermoe_env.problem.scenario import load_scenario
 
 
 def train_seeds(
-    config: TrainConfig, seeds: Sequence[int], folder: str | Path | None = None, *, progress: bool = True
+    config: TrainConfig,
+    seeds: Sequence[int],
+    folder: str | Path | None = None,
+    *,
+    progress: bool = True,
+    verbose: bool = False,
 ) -> Path:
     """Train with several seeds, one after another: complete runs are skipped, cut ones continued.
 
@@ -25,6 +30,7 @@ def train_seeds(
         seeds: different ones.
         folder: where the runs go, as seed-<seed>; may hold runs of an earlier call. A new one by default.
         progress: whether to show progress bars.
+        verbose: whether to print what is logged.
 
     Returns:
         The folder.
@@ -47,7 +53,7 @@ def train_seeds(
                 refuse_other_settings(run_folder, run)
         try:
             for run in runs:
-                train_or_resume(run, seed_folder(folder, run.seed), progress=progress)
+                train_or_resume(run, seed_folder(folder, run.seed), progress=progress, verbose=verbose)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(f"{stop}\nor with the same command and --log-folder {folder}") from stop
     returns = [read_state(seed_folder(folder, seed) / "last_model.zip")["best_return"] for seed in seeds]

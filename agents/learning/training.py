@@ -7,6 +7,7 @@ whole each time.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +19,7 @@ import torch
 import yaml
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import CallbackList
-from stable_baselines3.common.logger import HParam, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import HParam, HumanOutputFormat, Logger, TensorBoardOutputFormat
 from tqdm import tqdm
 
 from agents.files import command, locked, new_run_folder, plain, write_file, write_origin
@@ -26,10 +27,12 @@ from agents.learning.algorithms import (
     ALGORITHMS,
     lean_to_static,
 )
-from agents.learning.callbacks import COMPARED, RolloutLog, Updates, Watch
+from agents.learning.callbacks import EpisodeLog, RolloutLog, Updates, Watch
 from agents.learning.checkpoints import CheckpointError, read_state, restore, save_model
 from agents.learning.config import TrainConfig, load_train_config
 from agents.learning.interface import INTERFACE_FILE, changed_inputs, interface_of, mismatch
+from agents.learning.models import begin_with, run_model
+from agents.learning.validation import COMPARED, Validation
 from agents.learning.vec import TwinVecEnv
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
@@ -40,6 +43,7 @@ def train(
     folder: str | Path | None = None,
     *,
     progress: bool = True,
+    verbose: bool = False,
     watch: Watch | None = None,
 ) -> Path:
     """Train a policy in the twin.
@@ -48,31 +52,39 @@ def train(
         config: the run.
         folder: where it goes; a new one under runs/ by default.
         progress: whether to show a progress bar.
+        verbose: whether to print what is logged.
         watch: told of every validation.
 
     Returns:
         The folder: config.yaml, scenario.yaml, interface.json, command.txt, versions.json, best_model.zip (by
-        validation), last_model.zip (the checkpoint) and tb/.
+        validation), last_model.zip (the checkpoint), evaluations.npz and monitor.csv (as
+        Stable-Baselines3's `EvalCallback` and `Monitor` write them) and tb/.
 
     Raises:
         RunFolderError: the folder exists and is not empty.
+        ModelFileError: the model to begin with is damaged, or made for something else.
         KeyboardInterrupt: stopped by the user; the message says how to continue.
     """
     scenario = load_scenario(config.scenario)
     problem = Problem.of(scenario)
     run = _Run(config, problem)
+    if config.trained_agent is not None:
+        begin_with(run.model, run_model(config.trained_agent), problem)
     folder = new_run_folder(f"train-{config.algo}", folder)
     with locked(folder):
         # A copy of the scenario, so that a run continues with what it began with.
         write_file(folder / "scenario.yaml", yaml.safe_dump(plain(asdict(scenario)), sort_keys=False))
         write_file(folder / INTERFACE_FILE, interface_of(problem))
         write_origin(folder, config.flat())
-        save_model(run.model, folder / "last_model.zip", {"best_return": None, "validated_at": 0})
-        run.learn(folder, None, progress, watch)
+        state = {"best_return": None, "validated_at": 0, "episodes": 0}
+        save_model(run.model, folder / "last_model.zip", state)
+        run.learn(folder, state, progress, verbose, watch)
     return folder
 
 
-def resume(folder: str | Path, *, progress: bool = True, watch: Watch | None = None) -> Path:
+def resume(
+    folder: str | Path, *, progress: bool = True, verbose: bool = False, watch: Watch | None = None
+) -> Path:
     """Continue a stopped run from its last checkpoint; the result equals that of a run never stopped.
 
     Raises:
@@ -94,7 +106,7 @@ def resume(folder: str | Path, *, progress: bool = True, watch: Watch | None = N
         refuse_changed_inputs(folder, problem)
         run = _Run(config, problem)
         restore(run.model, folder / "last_model.zip", state)
-        run.learn(folder, state, progress, watch)
+        run.learn(folder, state, progress, verbose, watch)
     return folder
 
 
@@ -113,13 +125,18 @@ def refuse_changed_inputs(folder: Path, problem: Problem) -> None:
 
 
 def train_or_resume(
-    config: TrainConfig, folder: Path, *, progress: bool = True, watch: Watch | None = None
+    config: TrainConfig,
+    folder: Path,
+    *,
+    progress: bool = True,
+    verbose: bool = False,
+    watch: Watch | None = None,
 ) -> None:
     """Train in `folder`, or do what is left of the run that is there; nothing where it is complete."""
     if not folder.exists():
-        train(config, folder, progress=progress, watch=watch)
+        train(config, folder, progress=progress, verbose=verbose, watch=watch)
     elif not is_complete(*read_run(folder)):
-        resume(folder, progress=progress, watch=watch)
+        resume(folder, progress=progress, verbose=verbose, watch=watch)
 
 
 def read_run(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
@@ -147,10 +164,16 @@ class _Run:
         self.env = TwinVecEnv(problem, config.n_envs, config.seed, config.action_mode)
         self.model = build_model(config, self.env)
 
-    def learn(self, folder: Path, state: dict[str, Any] | None, progress: bool, watch: Watch | None) -> None:
-        """Learn until the configured number of steps."""
+    def learn(
+        self, folder: Path, state: dict[str, Any], progress: bool, verbose: bool, watch: Watch | None
+    ) -> None:
+        """Learn until the configured number of steps, from the training `state` of a checkpoint on."""
         config, model, done = self.config, self.model, self.model.num_timesteps
-        logger = Logger(str(folder / "tb"), [TensorBoardOutputFormat(str(folder / "tb"))])
+        validation = Validation(config, self.env.batch.problem, folder, state)
+        episodes = EpisodeLog(folder, state["episodes"])
+        events = str(tensorboard_folder(config, folder))
+        printed = [HumanOutputFormat(sys.stdout)] if verbose else []
+        logger = Logger(events, [TensorBoardOutputFormat(events), *printed])
         model.set_logger(logger)
         _log_hyperparameters(logger, config)
         bar = tqdm(
@@ -161,7 +184,8 @@ class _Run:
             unit_scale=True,
             disable=not progress,
         )
-        callbacks = CallbackList([RolloutLog(self.env), Updates(config, self.env, folder, state, bar, watch)])
+        updates = Updates(config, self.env, validation, episodes, folder, bar, watch)
+        callbacks = CallbackList([RolloutLog(self.env), episodes, updates])
         log_interval = config.settings.log_interval(self.env.batch.problem.scenario.steps, config.n_envs)
         try:
             with _threads(config.torch_threads):
@@ -173,6 +197,12 @@ class _Run:
         finally:
             bar.close()
             logger.close()
+            episodes.close()
+
+
+def tensorboard_folder(config: TrainConfig, run: Path) -> Path:
+    """Where a run's TensorBoard files are."""
+    return run / "tb" if config.tensorboard_log is None else Path(config.tensorboard_log) / run.resolve().name
 
 
 def _log_hyperparameters(logger: Logger, config: TrainConfig) -> None:

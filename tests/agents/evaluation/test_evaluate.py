@@ -21,9 +21,9 @@ from stable_baselines3 import PPO
 from agents.evaluation import command as evaluation
 from agents.evaluation.command import RESERVED_SEEDS, EvaluateConfig, evaluate
 from agents.files import RunFolderError
-from agents.learning.callbacks import VALIDATION_SEEDS
 from agents.learning.interface import INTERFACE_FILE, interface_of
 from agents.learning.models import ModelFileError, UntrustedModelError
+from agents.learning.validation import VALIDATION_SEEDS
 from agents.learning.vec import TwinVecEnv
 from agents.load import load_policy
 from agents.play import rollout

@@ -16,6 +16,7 @@ from agents.learning import command
 from agents.learning.algorithms import ALGORITHMS
 from agents.learning.checkpoints import save_model
 from agents.learning.config import TrainConfig, load_train_config
+from agents.learning.interface import INTERFACE_FILE, interface_of
 from agents.learning.training import build_model
 from agents.learning.vec import TwinVecEnv
 from agents.load import load_policy
@@ -94,6 +95,7 @@ def test_every_algorithm_is_played_as_it_was_trained(
             parameter += 0.3 * torch.randn_like(parameter)
     save_model(model, tmp_path / "best_model.zip")
     write_origin(tmp_path, shipped.flat())
+    (tmp_path / INTERFACE_FILE).write_text(interface_of(problem))
 
     def refuse(*_: Any) -> Any:
         raise AssertionError("unpickled")
@@ -115,26 +117,71 @@ def test_every_algorithm_is_played_as_it_was_trained(
     assert (states[2] is None) == (algo != "recurrent_ppo")
 
 
-def test_the_command_passes_its_flags_on(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_passes_its_flags_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
-    def called(*args: Any) -> Path:
-        calls.append(args)
+    def called(*args: Any, **shown: bool) -> Path:
+        calls.append((*args, shown))
         return tmp_path
 
+    write_origin(tmp_path, load_train_config("ppo").flat())
     monkeypatch.setattr(command, "train", called)
     monkeypatch.setattr(command, "resume", called)
-    command.run(command.Options(n_timesteps=7, seed=3, n_envs=4, eval_freq=5, log_folder=tmp_path))
-    expected = replace(load_train_config("ppo"), total_timesteps=7, seed=3, n_envs=4, eval_freq=5)
-    command.run(command.Options(resume=tmp_path))
     monkeypatch.setattr(command, "train_seeds", called)
-    command.run(command.Options(algo="sac", seeds=(1, 2)))
-    assert calls == [(expected, tmp_path), (tmp_path,), (load_train_config("sac"), (1, 2), None)]
-    with pytest.raises(ValueError, match="--seeds goes neither with --seed"):
-        command.run(command.Options(seed=1, seeds=(1, 2)))
-    with pytest.raises(ValueError, match="no other flag"):
-        command.run(command.Options(resume=tmp_path, seed=1))
-    with pytest.raises(ValueError, match="real time"):
-        command.run(command.Options(live=True))
+    quiet, plain = {"progress": False, "verbose": True}, {"progress": True, "verbose": False}
+    for line in (
+        f"-n 1e6 --seed 3 --n-envs 4 --eval-freq 5 -f {tmp_path} --env ThermalMoETwin-v0 --device cpu",
+        f"--algo a2c -tb {tmp_path} -i {tmp_path} --no-progress --verbose 1",
+        f"--resume {tmp_path} --no-progress --verbose 1",
+        "--algo sac --seeds 1 2 -P",
+    ):
+        monkeypatch.setattr("sys.argv", ["train_agent.py", *line.split()])
+        command.main()
+    ppo, a2c = load_train_config("ppo"), load_train_config("a2c")
+    assert calls == [
+        (replace(ppo, total_timesteps=1_000_000, seed=3, n_envs=4, eval_freq=5), tmp_path, plain),
+        (replace(a2c, tensorboard_log=str(tmp_path), trained_agent=str(tmp_path)), None, quiet),
+        (tmp_path, quiet),
+        (load_train_config("sac"), (1, 2), None, plain),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("-n 0", "--n-timesteps 0: total_timesteps must be at least 1, got 0"),
+        ("-n 7.5", "--n-timesteps must be a whole number, got 7.5"),
+        ("--n-envs 0", "--n-envs 0: n_envs must be at least 1, got 0"),
+        ("--eval-freq -1", "--eval-freq -1: eval_freq must be at least 1"),
+        ("--seed -1", "--seed -1: seed must be at least 0"),
+        ("--algo dqn --action-mode box", "--action-mode box: dqn acts by discrete"),
+        ("--seed 1 --seeds 1 2", "--seeds goes neither with --seed"),
+        ("--resume run --seed 1", "no other flag"),
+        ("--live", "real time"),
+        ("--env ThermalMoELive-v0", "--env ThermalMoELive-v0: training is in the twin"),
+        ("--device cuda", "--device cuda: training is on the CPU"),
+        ("--verbose 2", "--verbose must be 0 or 1"),
+        ("-i nothing", "there is no model .*nothing"),
+        ("--algo nope", "unknown algo 'nope'"),
+    ],
+)
+def test_what_a_flag_breaks_is_blamed_on_the_flag(
+    line: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train_agent.py", *line.split()])
+    with pytest.raises(SystemExit, match=said) as end:
+        command.main()
+    assert ".yaml" not in str(end.value.code) or "nope" in line
+
+
+def test_help_shows_the_values_of_the_algorithm_chosen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for algo in ("ppo", "sac"):
+        monkeypatch.setattr("sys.argv", ["train_agent.py", "--algo", algo, "--help"])
+        with pytest.raises(SystemExit):
+            command.main()
+        shown = capsys.readouterr().out
+        config = load_train_config(algo)
+        for value in (config.total_timesteps, config.n_envs, config.eval_freq, config.action_mode):
+            assert f"(default: {value})" in shown

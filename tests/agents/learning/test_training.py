@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3 import PPO
+from stable_baselines3.common.monitor import load_results
+from stable_baselines3.common.results_plotter import X_TIMESTEPS, ts2xy
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -25,11 +27,12 @@ from tensorboard.plugins.hparams.backend_context import Context
 from tensorboard.plugins.hparams.list_session_groups import Handler
 
 from agents.files import LOCK_FILE, RunFolderError
-from agents.learning.callbacks import COMPARED, VALIDATION_SEEDS
+from agents.learning.algorithms import OnPolicySettings
 from agents.learning.checkpoints import CheckpointError
 from agents.learning.config import TrainConfig, load_train_config
 from agents.learning.models import ModelFileError
 from agents.learning.training import resume, train
+from agents.learning.validation import COMPARED, VALIDATION_SEEDS
 from agents.load import load_policy
 from agents.play.rollout import play_twin
 from tests.agents.conftest import ENVS, STEPS, TINY, UPDATE, UPDATES, stop_after
@@ -102,6 +105,8 @@ def test_a_run_holds_all_files_and_tags(finished: Path, config: TrainConfig) -> 
         "versions.json",
         "best_model.zip",
         "last_model.zip",
+        "evaluations.npz",
+        "monitor.csv",
     }
     assert names == files | {"tb"}  # and no half-written file
     assert load_train_config(finished / "config.yaml") == config
@@ -112,14 +117,19 @@ def test_a_run_holds_all_files_and_tags(finished: Path, config: TrainConfig) -> 
     scalars = {
         *(f"reward/{name}" for name in REWARD_TERMS), *(f"stage/{name}" for name in STAGES),
         "gpu/temp_c", "gpu/peak_c", "gpu/power_w", "cost/above_limit_s", "cost/over_budget_j",
-        "service/quality", "service/late_fraction", "service/j_per_good", "eval/return", "eval/j_per_good",
-        "eval/return_static", "rollout/ep_rew_mean", "train/value_loss", "time/fps",
+        "service/quality", "service/late_fraction", "service/j_per_good", "eval/mean_reward",
+        "eval/j_per_good", "eval/mean_reward_static", "eval/mean_reward_sampled", "eval/mean_ep_length",
+        "eval/served_share", "rollout/ep_rew_mean", "train/value_loss", "time/fps",
     }  # fmt: skip
     assert scalars <= set(tags["scalars"])
     knobs = load_scenario(config.scenario).knobs
     assert {f"knob/{name}" for name in knobs} == set(tags["histograms"])
     assert tags["images"] == ["eval/expert_share"]
-    assert [event.step for event in events.Scalars("eval/return")] == [2 * UPDATE, 4 * UPDATE, 5 * UPDATE]
+    assert [event.step for event in events.Scalars("eval/mean_reward")] == [
+        2 * UPDATE,
+        4 * UPDATE,
+        5 * UPDATE,
+    ]
     # What the rollouts add up to, against what Stable-Baselines3 took from the episode records.
     for k, mean in enumerate(events.Scalars("rollout/ep_rew_mean")):
         terms = sum(events.Scalars(f"reward/{name}")[k].value for name in REWARD_TERMS)
@@ -164,12 +174,14 @@ def test_the_tab_of_hyper_parameters_compares_runs(
         values = {metric.name.tag: metric.value for metric in group.metric_values}
         assert set(values) == {f"eval/{name}" for name in COMPARED}
         assert values == {tag: scalars.Scalars(tag)[-1].value for tag in values}
-        assert values["eval/return_best"] == max(event.value for event in scalars.Scalars("eval/return"))
+        assert values["eval/mean_reward_best"] == max(
+            event.value for event in scalars.Scalars("eval/mean_reward")
+        )
 
 
 def test_the_best_model_is_the_one_that_validated_best(finished: Path) -> None:
     problem = Problem.of(load_scenario(finished / "scenario.yaml"))
-    seen = EventAccumulator(str(finished / "tb")).Reload().Scalars("eval/return")
+    seen = EventAccumulator(str(finished / "tb")).Reload().Scalars("eval/mean_reward")
     state = contents(finished / "last_model.zip")["state"]
     assert state["best_return"] == pytest.approx(max(event.value for event in seen), rel=1e-5)
     seeds = VALIDATION_SEEDS[:2]
@@ -210,6 +222,51 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     resume(folder, progress=False)
     for name in ("last_model.zip", "best_model.zip"):
         assert_equal(contents(folder / name), contents(finished / name))
+    assert (folder / "evaluations.npz").read_bytes() == (finished / "evaluations.npz").read_bytes()
+    played = load_results(str(folder))
+    for column in ("r", "l"):
+        assert played[column].tolist() == load_results(str(finished))[column].tolist()
+    assert played.t.is_monotonic_increasing
+
+
+def test_stable_baselines3_reads_the_logs_of_a_run(
+    finished_runs: Callable[[str], Path], configs: dict[str, TrainConfig]
+) -> None:
+    """Its own readers, against TensorBoard's scalars."""
+    for algo in TINY:
+        run = finished_runs(algo)
+        events = EventAccumulator(str(run / "tb")).Reload()
+        played = load_results(str(run))
+        assert len(played) == UPDATES * ENVS and set(played.l) == {STEPS}
+        means = played.r.to_numpy().reshape(UPDATES, ENVS).mean(1)
+        assert means == pytest.approx([e.value for e in events.Scalars("rollout/ep_rew_mean")], rel=1e-4)
+        assert ts2xy(played, X_TIMESTEPS)[0][-1] == UPDATES * UPDATE
+        with np.load(run / "evaluations.npz") as kept:
+            assert kept["timesteps"].tolist() == [2 * UPDATE, 4 * UPDATE, 5 * UPDATE]
+            assert kept["results"].shape == kept["ep_lengths"].shape == (3, 2)
+            assert kept["results"].mean(1) == pytest.approx(
+                [event.value for event in events.Scalars("eval/mean_reward")], rel=1e-5
+            )
+        sampled = isinstance(configs[algo].settings, OnPolicySettings)
+        assert ("eval/mean_reward_sampled" in events.Tags()["scalars"]) == sampled
+
+
+def test_a_run_that_lost_its_logs_is_not_continued(config: TrainConfig, tmp_path: Path) -> None:
+    run = train(replace(config, total_timesteps=UPDATE), tmp_path / "run", progress=False)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(
+        text.replace(f"total_timesteps: {UPDATE}", f"total_timesteps: {2 * UPDATE}")
+    )
+    for name, damage in (("monitor.csv", b"#{}"), ("evaluations.npz", b"PK")):
+        whole = (run / name).read_bytes()
+        (run / name).write_bytes(damage)
+        with pytest.raises(CheckpointError, match=f"{name} lacks.*whole copy"):
+            resume(run, progress=False)
+        (run / name).unlink()
+        with pytest.raises(CheckpointError, match=f"{name} lacks.*No such file"):
+            resume(run, progress=False)
+        (run / name).write_bytes(whole)
+    resume(run, progress=False)
 
 
 def test_a_checkpoint_holds_the_whole_replay_buffer(finished_runs: Callable[[str], Path]) -> None:
