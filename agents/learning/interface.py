@@ -14,8 +14,8 @@ from typing import Any
 
 import gymnasium
 
-from thermoe_env.mdp.fields import FIELDS, ranges_of
 from thermoe_env.configs import config_path
+from thermoe_env.mdp.fields import FIELDS, ranges_of
 from thermoe_env.problem.problem import Problem
 
 INTERFACE_FILE = "interface.json"

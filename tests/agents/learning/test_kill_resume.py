@@ -256,3 +256,31 @@ def test_differences_are_found(config: TrainConfig, tmp_path: Path) -> None:
     assert differences(last, best) == ["training_state.json"]
     found = differences(last, other / "last_model.zip")
     assert {"policy.pth/action_net.weight", "policy.pth/value_net.weight", "training_state.json"} <= {*found}
+
+
+def test_moments_leave_a_round_between_kills_and_at_the_end() -> None:
+    moments = np.array(moments_of(10_000, 4, np.random.default_rng(0)))
+    assert (np.diff(moments) >= 1.0).all() and moments[-1] <= 4 * 10_000 - 1
+    within = moments % 4
+    assert within.max() < 3.0 and np.histogram(within, 3, (0.0, 3.0))[0].min() > 3000
+
+
+def test_a_training_told_to_end_says_how_to_go_on(config: TrainConfig, tmp_path: Path) -> None:
+    """As `kill` and batch systems tell it; what is continued equals what was never stopped."""
+    settings, folder = tmp_path / "settings.yaml", tmp_path / "run"
+    long = replace(config, total_timesteps=400 * UPDATE, eval_freq=400 * UPDATE)
+    settings.write_text(yaml.safe_dump(long.flat()))
+    line = [sys.executable, "train_agent.py", "--algo", str(settings), "-f", str(folder), "--no-progress"]
+    with subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as training:
+        while not (folder / "monitor.csv").exists() or len((folder / "monitor.csv").read_text()) < 200:
+            assert training.poll() is None
+            time.sleep(0.05)
+        training.send_signal(signal.SIGTERM)
+        _, said = training.communicate()
+    assert training.returncode == 143
+    kept = read_state(folder / "last_model.zip")["num_timesteps"]
+    assert 0 < kept < long.total_timesteps
+    assert f"stopped, {kept} steps are kept; continue with: python train_agent.py --resume {folder}" in said
+    assert "Traceback" not in said
