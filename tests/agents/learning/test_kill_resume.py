@@ -258,13 +258,6 @@ def test_differences_are_found(config: TrainConfig, tmp_path: Path) -> None:
     assert {"policy.pth/action_net.weight", "policy.pth/value_net.weight", "training_state.json"} <= {*found}
 
 
-def test_moments_leave_a_round_between_kills_and_at_the_end() -> None:
-    moments = np.array(moments_of(10_000, 4, np.random.default_rng(0)))
-    assert (np.diff(moments) >= 1.0).all() and moments[-1] <= 4 * 10_000 - 1
-    within = moments % 4
-    assert within.max() < 3.0 and np.histogram(within, 3, (0.0, 3.0))[0].min() > 3000
-
-
 def test_a_training_told_to_end_says_how_to_go_on(config: TrainConfig, tmp_path: Path) -> None:
     """As `kill` and batch systems tell it; what is continued equals what was never stopped."""
     settings, folder = tmp_path / "settings.yaml", tmp_path / "run"
