@@ -155,6 +155,7 @@ def main(options: Options) -> None:
                 options.out / "figure.png",
             )
             print(f"results: {options.out}")
+        dist.barrier()  # a rank that leaves while another still draws may be torn down amid its threads
     finally:
         dist.destroy_process_group()
 
