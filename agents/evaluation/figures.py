@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from agents.evaluation.results import ratios_to_static
 from agents.files import write_file
@@ -55,6 +56,15 @@ def colours(policies: Sequence[str]) -> dict[str, str]:
             free = [c for c in (*kin, *_SPARE) if c not in chosen.values()]
             chosen[name] = free[0] if free else _SPARE[len(chosen) % len(_SPARE)]
     return chosen
+
+
+def log_scale(axes: Axes, *names: str) -> None:
+    """Make `x` or `y` logarithmic with plain numbers, since `STYLE` leaves out matplotlib's mathematics."""
+    for name in names:
+        axes.set(**{f"{name}scale": "log"})
+        axis = axes.xaxis if name == "x" else axes.yaxis
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def write_figures(
@@ -229,7 +239,7 @@ def service(problem: Problem, examples: dict[str, Recording], where: str) -> Fig
     for kind, deadline in zip(REQUEST_CLASSES, problem.scenario.service.deadline_s, strict=True):
         latency.axhline(deadline, color="black", ls="--", lw=0.8)
         latency.annotate(f"deadline, {kind}", (0.0, deadline), (2, 2), textcoords="offset points", fontsize=7)
-    latency.set_yscale("log")
+    log_scale(latency, "y")
     latency.set_ylim(top=4.0 * max(problem.scenario.service.deadline_s))  # room for the labels
     titles = {
         load: "load (arrivals over the standard service's capacity)",
@@ -374,7 +384,7 @@ def tradeoff(episodes: pd.DataFrame, summary: pd.DataFrame, where: str) -> Figur
         axes.set_xlabel(f"energy per good answer ({unit})")
     left.set_title("quality (up and left is better)")
     right.set_title("95th percentile latency, s (down and left is better)")
-    right.set_yscale("log")
+    log_scale(right, "y")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
     figure.suptitle(f"Accuracy, energy and latency, {where}")

@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from agents.evaluation.figures import colours, save_figure
+from agents.evaluation.figures import colours, log_scale, save_figure
 from agents.evaluation.results import markdown_text
 from agents.files import write_file
 from agents.live.compare import QUANTITIES, Comparison, Pair, Quantity, twin_problem
@@ -160,7 +160,8 @@ def scatter(comparison: Comparison, where: str) -> Figure:
             ylim=line[[0, -1]],
         )
         if name == "latency_p95_s" and low > 0.0:
-            axes.set(xscale="log", yscale="log", xlim=(0.8 * low, 1.25 * high), ylim=(0.8 * low, 1.25 * high))
+            log_scale(axes, "x", "y")
+            axes.set(xlim=(0.8 * low, 1.25 * high), ylim=(0.8 * low, 1.25 * high))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
     figure.suptitle(f"Both worlds, {where}; dashed: the aim")
