@@ -98,7 +98,7 @@ class BatchState(NamedTuple):
 class Interval(NamedTuple):
     """The interval just played and what it came to: records, and their memory as rows where loops need it."""
 
-    index: np.ndarray
+    levels: np.ndarray
     """Records of `INDEX_DTYPE` [n]."""
     index_rows: np.ndarray
     knobs: np.ndarray
@@ -211,7 +211,7 @@ def _advance_all(threads, todo, autoreset, fixed, traffic, service, state, serve
 
     With `autoreset` the next episode begins where one ended.
     """
-    n = now.index.shape[0]
+    n = now.levels.shape[0]
     # One call per thread, since a call counts references to every array of its tuples. And nothing but a
     # call: a parallel loop of numba loses what is written to attributes of tuples.
     for t in numba.prange(threads):

@@ -143,7 +143,7 @@ def test_uninitialised_rows_never_reach_a_result(monkeypatch):
             return poison(real(a, b, offs=ends), ends)
 
         @staticmethod
-        def backward(ctx, grad):
+        def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
             a, b, ends = ctx.saved_tensors
             with torch.enable_grad():
                 a, b = a.detach().requires_grad_(), b.detach().requires_grad_()
