@@ -12,6 +12,7 @@ from torch import Tensor
 from moe.model.dispatch import make_dispatch
 from moe.model.experts import Experts
 from moe.model.router import Routing
+from tests.conftest import no_host_wait
 
 
 def make_experts(
@@ -204,8 +205,5 @@ def test_cuda_never_waits_for_the_device():
     routing = Routing(routing.router_logits.cuda(), routing.weights.cuda(), routing.experts.cuda())
     x = torch.randn(100, 64, device="cuda", dtype=torch.bfloat16)
     experts(x, routing)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_wait():
         experts(x, routing)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -21,6 +21,7 @@ from moe.model.usage import (
     specialisation_bias,
 )
 from moe.training.evaluate import evaluate_language, evaluate_vision
+from tests.conftest import no_host_wait
 
 LAYERS, CLASSES, EXPERTS = 2, 3, 4
 
@@ -133,11 +134,8 @@ def test_counting_on_a_gpu_never_makes_the_host_wait():
     logits = torch.randn(100, EXPERTS, device="cuda", generator=generator)
     classes = torch.randint(CLASSES, (100,), device="cuda", generator=generator)
     counted = RoutingCounts(1, CLASSES, EXPERTS, "cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_wait():
         counted.add([route(logits, 2)], classes)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     here = RoutingCounts(1, CLASSES, EXPERTS, "cpu")
     here.add([route(logits.cpu(), 2)], classes.cpu())
     assert torch.equal(counted.counts.cpu(), here.counts)

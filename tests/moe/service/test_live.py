@@ -22,6 +22,7 @@ from moe.service.score.live import KnobRefusedError, LiveWorkload
 from moe.service.score.runner import BatchResult, NonFiniteAnswersError, Runner
 from moe.service.traffic import TrafficConfig
 from moe.workload import Knobs
+from tests.conftest import no_host_wait
 
 EXPERTS, LAYERS, POOL = 4, 2, 101
 CAPACITY_RPS = 400.0
@@ -448,11 +449,8 @@ def test_a_launch_never_waits_for_the_device():
     traffic = TrafficConfig(kind="poisson", low_load=2.0, high_load=2.0)
     workload = LiveWorkload(Runner(model, samples, "cuda"), traffic, 2000.0, 5, Service())
     workload.warm_up([64], [1, 2], 1)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_wait():
         batch = workload.runner.launch([(0, 40), (0, 24)], 0, Knobs(batch_size=64, expert_count=2))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     workload.runner.synchronize()
     assert batch.done() and batch.result().correct.shape == (64,)
     workload.reset(0)
