@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, TypeVar, get_type_hints
+from typing import Annotated, Any, Protocol, TypeVar, get_type_hints
 
 import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from moe.ranges import STRICT, Count, Number, Share, Whole
 
 REQUEST_CLASSES = ("interactive", "deferrable")
 """Service order: class first, then arrival."""
@@ -20,30 +24,25 @@ LATENCY_EDGES_S = np.geomspace(1e-3, 240.0, 241)
 """Edges of the latency histogram: 5% wide bins from 1 ms to 240 s."""
 
 
-@dataclass(frozen=True, kw_only=True)
+_Throttle = Annotated[Number, Field(ge=0.01, le=1.0)]
+
+
+@checked_dataclass(frozen=True, kw_only=True, config=STRICT)
 class Knobs:
     """What a policy sets for one control interval."""
 
-    routing_bias: float = 0.0
+    routing_bias: Share = 0.0
     """Strength of the cost term in the router's choice, 0 to 1."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Requests per micro-batch."""
-    expert_count: int = 4
+    expert_count: Count = 4
     """Experts per token (top-k)."""
-    ttt_steps: int = 0
+    ttt_steps: Annotated[Whole, Field(ge=0, le=1000)] = 0
     """Adaptation steps after each micro-batch."""
-    pace: float = 1.0
+    pace: _Throttle = 1.0
     """Cap on the busy fraction of the device: after each batch it idles to keep below it."""
-    sm_clock: float = 1.0
+    sm_clock: _Throttle = 1.0
     """SM clock as a fraction of the device's maximum."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.routing_bias <= 1.0:
-            raise ValueError(f"routing_bias must lie in [0, 1], got {self.routing_bias}")
-        if self.batch_size < 1 or self.expert_count < 1 or self.ttt_steps < 0:
-            raise ValueError(f"batch_size and expert_count must be >= 1 and ttt_steps >= 0, got {self}")
-        if not 0.0 < self.pace <= 1.0 or not 0.0 < self.sm_clock <= 1.0:
-            raise ValueError(f"pace and sm_clock must lie in (0, 1], got {self.pace} and {self.sm_clock}")
 
 
 KNOBS: dict[str, tuple[str, str]] = {

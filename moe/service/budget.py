@@ -43,6 +43,9 @@ def open_purse(
     return purse
 
 
+_SHORTEST_WINDOW_S = 1e-3
+"""`earn` goes through windows one by one, and a shorter one would vanish against the time that passes."""
+
 UNLIMITED = np.zeros(0)
 """The purse of a service without a budget; only `share_of` may be asked about it."""
 
@@ -156,14 +159,15 @@ class EnergyBudget:
             full_serving_w: Power of serving at full load, which says what a full bank is (`share`).
 
         Raises:
-            ValueError: A number is negative or not finite, the window is empty, or nothing is ever earned.
+            ValueError: A number is negative or not finite, the window is shorter than a millisecond, or
+                nothing is ever earned.
         """
         numbers = {"joules_per_s": joules_per_s, "fraction": fraction, "initial_j": initial_j}
         others = {"bank_windows": bank_windows, "window_s": window_s, "full_serving_w": full_serving_w}
         for name, value in {**numbers, **others}.items():
             _check(name, value)
-        if not window_s:
-            raise ValueError("window_s must be positive, got 0")
+        if window_s < _SHORTEST_WINDOW_S:
+            raise ValueError(f"window_s must be at least {_SHORTEST_WINDOW_S} s, got {window_s}")
         if not any(numbers.values()):
             raise ValueError(f"a budget needs something to earn: one of {tuple(numbers)} must be positive")
         self._take(open_purse(**numbers, **others))

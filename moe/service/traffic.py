@@ -7,71 +7,72 @@ from its seed, by one compiled function: the live service, the twin and its batc
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from moe.compiled import jit
 from moe.randomness import derive, exponential, integer, poisson, uniform
+from moe.ranges import STRICT, Dwell, Number, Seconds, Share, Whole
 from moe.service.queueing import SLOT_S
 from moe.service.request_trace import TraceError, read_request_trace
 
-KINDS = ("poisson", "bursts", "diurnal", "trace")
+Kind = Literal["poisson", "bursts", "diurnal", "trace"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _BURSTS, _DIURNAL, _TRACE = (KINDS.index(kind) for kind in ("bursts", "diurnal", "trace"))
 _SLOTS_PER_S = round(1.0 / SLOT_S)
 
 
-@dataclass(frozen=True, kw_only=True)
+Shift = Annotated[Whole, Field(ge=0, le=1000)]
+Load = Annotated[Number, Field(gt=0.0, le=100.0)]
+
+MOST_REQUESTS = 2_000_000_000
+"""Of an episode: they are counted by int32, with room left for chance."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrafficConfig:
     """Arrival process of a scenario. Loads are fractions of the reference capacity."""
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-
-    kind: str = "bursts"
+    kind: Kind = "bursts"
     """`poisson` (constant mean), `bursts` (Markov-modulated), `diurnal` (sine) or `trace` (a file)."""
-    low_load: float = 0.2
-    high_load: float = 1.3
-    levels: int = 6
+    low_load: Load = 0.2
+    high_load: Load = 1.3
+    levels: Annotated[Whole, Field(ge=2, le=1000)] = 6
     """`bursts`: equally spaced load levels between low and high."""
-    dwell_s: float = 15.0
+    dwell_s: Dwell = 15.0
     """`bursts`: mean time at one level (exponential, at least 3 s)."""
-    period_s: float = 240.0
+    period_s: Seconds = 240.0
     """`diurnal`: length of a day."""
-    interactive_share: float = 0.5
+    interactive_share: Share = 0.5
     trace: str | None = None
     """`trace`: a file in a format that `moe.service.request_trace` reads: that of the Azure LLM inference
     traces, of BurstGPT or of Mooncake. Requests per second are those of the trace, scaled so that the load of
     the whole trace has mean (low_load + high_load) / 2; an episode begins at a random second. Stamps coarser
     than a second, as to the minute, give the mean load of their step. A trace of less than one request per
     second (or per step) is refused: scaled up, single requests would be spikes. Token counts are not used."""
-    shifts: tuple[int, ...] = (0,)
+    shifts: Annotated[
+        tuple[Annotated[Whole, Field(ge=0, le=1000)], ...], Field(min_length=1, max_length=1000)
+    ] = (0,)
     """Input shifts that take turns (indices into the profile's shifts)."""
-    shift_dwell_s: float = 40.0
+    shift_dwell_s: Dwell = 40.0
     """Mean time between changes of shift (exponential, at least a quarter of it)."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"traffic.kind must be one of {KINDS}, got {self.kind!r}")
-        if not 0.0 < self.low_load <= self.high_load:
-            raise ValueError(
-                f"traffic needs 0 < low_load <= high_load, got {self.low_load}, {self.high_load}"
-            )
-        if not 0.0 <= self.interactive_share <= 1.0:
-            raise ValueError(f"traffic.interactive_share must lie in [0, 1], got {self.interactive_share}")
-        if self.levels < 2 or min(self.dwell_s, self.period_s, self.shift_dwell_s) <= 0.0:
-            raise ValueError("traffic needs levels >= 2 and dwell_s, period_s, shift_dwell_s > 0")
+        if self.low_load > self.high_load:
+            raise ValueError(f"traffic needs low_load <= high_load, got {self.low_load}, {self.high_load}")
         if (self.kind == "trace") != (self.trace is not None):
             raise ValueError("traffic.trace names a file for kind 'trace' and is absent for any other kind")
-        if not self.shifts:
-            raise ValueError("traffic.shifts must name at least one input shift (0 is the clean one)")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class RequestStream:
     """All requests of one episode."""
 
@@ -102,8 +103,9 @@ def traffic_of(config: TrafficConfig, seconds: int, capacity_rps: float) -> Traf
 
     Raises:
         TraceError: the trace cannot be used, or is shorter than an episode.
+        ValueError: an episode could have more requests than are counted.
     """
-    trace_rps = np.zeros(0)
+    trace_rps, peak_rps = np.zeros(0), config.high_load * capacity_rps
     if config.trace is not None:
         path = Path(config.trace)
         rate = _relative_rate(config.trace, path.stat().st_mtime_ns if path.exists() else 0)
@@ -113,6 +115,14 @@ def traffic_of(config: TrafficConfig, seconds: int, capacity_rps: float) -> Traf
                 "shorten the episode (episode_s), or give a longer trace"
             )
         trace_rps = 0.5 * (config.low_load + config.high_load) * capacity_rps * rate
+        served = np.concatenate(([0.0], np.cumsum(trace_rps)))
+        peak_rps = float((served[seconds:] - served[:-seconds]).max()) / seconds
+    if not peak_rps * seconds <= MOST_REQUESTS:
+        raise ValueError(
+            f"traffic.high_load={config.high_load:g} means up to {peak_rps:.3g} requests per second, in "
+            f"{seconds} s over {MOST_REQUESTS:.0e}, more than can be counted: lower the loads "
+            "or shorten the episode (episode_s)"
+        )
     return Traffic(
         KINDS.index(config.kind), config.low_load * capacity_rps, config.high_load * capacity_rps,
         config.levels, config.dwell_s, config.period_s, config.interactive_share,

@@ -2,104 +2,98 @@
 
 from __future__ import annotations
 
-import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import yaml
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
+from moe.ranges import STRICT, Celsius, Name, Number, Seconds, Watts
 from thermoe_env.configs import read_yaml, validated
 from thermoe_env.errors import ScenarioError
 
-_POSITIVE = (
-    "idle_power_w", "low_clock_power_w", "low_clock_mhz", "cap_onset_w", "r_die_c_per_w",
-    "r_spreader_c_per_w", "tau_spreader_s", "r_sink_c_per_w", "tau_sink_s", "tau_fan_s", "r_stack_c_per_w",
-    "r_mem_c_per_w", "tau_mem_s", "inlet_drift_tau_s", "die_gain_tau_s", "mem_drift_tau_s",
-    "sensor_noise_c", "max_clock_mhz",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "leakage_per_c", "inlet_spread_c", "inlet_drift_c", "die_gain_spread", "mem_drift_c", "node_noise_c",
-)  # fmt: skip
+Megahertz = Annotated[Number, Field(ge=1.0, le=1e5)]
+Resistance = Annotated[Number, Field(gt=0.0, le=10.0)]
+Inlet = Annotated[Number, Field(ge=-50.0, le=100.0)]
+Drift = Annotated[Number, Field(ge=0.0, le=20.0)]
+Noise = Annotated[Number, Field(gt=0.0, le=100.0)]
+LoadRow = Annotated[list[Annotated[Number, Field(ge=0.0, le=1e9)]], Field(min_length=5, max_length=5)]
+
+_DIE_RISE = ("r_die_c_per_w", "r_spreader_c_per_w", "r_sink_c_per_w")
+_MEMORY_RISE = ("r_stack_c_per_w", "r_mem_c_per_w", "r_sink_c_per_w")
+"""Nodes that heat; what the fans take back (`r_fan_c_per_w`) comes minutes later."""
+MOST_RISE_C = 500.0
+"""Above the inlet at the power cap, in any node: beyond lies no calibration but a slip of the unit."""
+_DRIFTS = 6.0
+"""Standard deviations of the inlet's drift that are taken for the coldest."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TwinParams:
     """One device as `physics` models it; `python -m thermoe_env.calibration fit` writes it."""
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
-
-    gpu: str
+    gpu: Name
     """Name of the card as its driver gives it."""
-    idle_power_w: float
+    idle_power_w: Watts
     """Power without work, with a context and at full clock, at `idle_reference_c`."""
-    idle_reference_c: float
-    leakage_per_c: float
+    idle_reference_c: Celsius
+    leakage_per_c: Annotated[Number, Field(ge=0.0, le=0.1)]
     """Relative rise of idle power per degree of the die."""
-    low_clock_power_w: float
+    low_clock_power_w: Watts
     """Power of the card without a context, at its lowest clock."""
-    low_clock_mhz: float
-    power_cap_w: float
+    low_clock_mhz: Megahertz
+    power_cap_w: Watts
     """Mean power at which the board lowers its clock."""
-    cap_onset_w: float
+    cap_onset_w: Watts
     """Mean power over a second from which on the cap is felt: it holds peaks, which lie above the mean."""
-    max_clock_mhz: float
-    r_die_c_per_w: float
-    r_spreader_c_per_w: float
-    tau_spreader_s: float
-    r_sink_c_per_w: float
-    tau_sink_s: float
-    r_fan_c_per_w: float
+    max_clock_mhz: Megahertz
+    r_die_c_per_w: Resistance
+    r_spreader_c_per_w: Resistance
+    tau_spreader_s: Seconds
+    r_sink_c_per_w: Resistance
+    tau_sink_s: Seconds
+    r_fan_c_per_w: Annotated[Number, Field(ge=-10.0, le=0.0)]
     """Not above 0: what the chassis's fans take back."""
-    tau_fan_s: float
-    inlet_c: float
+    tau_fan_s: Seconds
+    inlet_c: Inlet
     """Temperature that the die would have at no power, drift apart; mean over places and days."""
-    r_stack_c_per_w: float
+    r_stack_c_per_w: Resistance
     """Of the memory, at once."""
-    r_mem_c_per_w: float
+    r_mem_c_per_w: Resistance
     """Of the memory's own node; the heatsink's is common to both."""
-    tau_mem_s: float
-    mem_offset_c: float
+    tau_mem_s: Seconds
+    mem_offset_c: Annotated[Number, Field(ge=-100.0, le=100.0)]
     """Memory above the inlet at no power: what it dissipates regardless, and the sensors' difference."""
-    inlet_spread_c: float
+    inlet_spread_c: Drift
     """Standard deviation of the inlet between places and days."""
-    inlet_drift_c: float
+    inlet_drift_c: Drift
     """Standard deviation of the slow drift that power does not explain: fans, neighbours, room."""
-    inlet_drift_tau_s: float
-    die_gain_spread: float
+    inlet_drift_tau_s: Seconds
+    die_gain_spread: Annotated[Number, Field(ge=0.0, le=10.0)]
     """Relative standard deviation of `r_die_c_per_w` with the work: where on the card its power goes."""
-    die_gain_tau_s: float
-    mem_drift_c: float
+    die_gain_tau_s: Seconds
+    mem_drift_c: Drift
     """Standard deviation of the memory's temperature with its share of the power."""
-    mem_drift_tau_s: float
-    node_noise_c: float
+    mem_drift_tau_s: Seconds
+    node_noise_c: Drift
     """What the observer allows each node to differ from the model."""
-    sensor_noise_c: float
+    sensor_noise_c: Noise
     """What it allows a mean of whole degrees to differ from the truth."""
-    slowdown_c: float
-    hw_slowdown_c: float
-    mem_limit_c: float
-    shutdown_c: float
-    loads: dict[str, list[list[float]]]
+    slowdown_c: Celsius
+    hw_slowdown_c: Celsius
+    mem_limit_c: Celsius
+    shutdown_c: Celsius
+    loads: dict[str, list[LoadRow]]
     """Calibration loads: name -> rows of (experts per token, tokens, J above idle, s, share of the time under
     the power cap) of a forward pass."""
     provenance: dict[str, Any]
     """Where and when it was measured, by what, and with what error."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ScenarioError(f"{f.name} must be a finite number, got {value!r}")
-        if not self.gpu:
-            raise ScenarioError("gpu must name the card, got ''")
-        for name in _POSITIVE:
-            if getattr(self, name) <= 0.0:
-                raise ScenarioError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in _NOT_NEGATIVE:
-            if getattr(self, name) < 0.0:
-                raise ScenarioError(f"{name} must be >= 0, got {getattr(self, name)}")
+        rise = sum(getattr(self, name) for name in _DIE_RISE)
         if not self.power_cap_w > self.idle_power_w > self.low_clock_power_w:
             raise ScenarioError(
                 "needs low_clock_power_w < idle_power_w < power_cap_w, got "
@@ -114,18 +108,36 @@ class TwinParams:
                 "needs tau_spreader_s <= tau_sink_s <= tau_fan_s, got "
                 f"{self.tau_spreader_s}, {self.tau_sink_s}, {self.tau_fan_s}"
             )
-        if self.r_fan_c_per_w > 0.0 or self.resistance_c_per_w <= 0.0:
+        if self.resistance_c_per_w <= 0.0:
             raise ScenarioError(
-                f"r_fan_c_per_w must lie between 0 and what leaves a rise, got {self.r_fan_c_per_w}"
+                f"r_fan_c_per_w must leave a rise of {' + '.join(_DIE_RISE)} = {rise:g}, got "
+                f"{self.r_fan_c_per_w}"
             )
-        if not self.inlet_c < self.slowdown_c <= self.hw_slowdown_c <= self.shutdown_c:
+        for names in (_DIE_RISE, _MEMORY_RISE):
+            at_cap_c = self.power_cap_w * sum(getattr(self, name) for name in names)
+            if at_cap_c > MOST_RISE_C:
+                raise ScenarioError(
+                    f"power_cap_w * ({' + '.join(names)}) must be at most {MOST_RISE_C:g} degC, "
+                    f"got {at_cap_c:g}"
+                )
+        if self.leakage_per_c * self.idle_power_w * rise >= 1.0:
             raise ScenarioError(
-                "needs inlet_c < slowdown_c <= hw_slowdown_c <= shutdown_c, got "
-                f"{self.inlet_c}, {self.slowdown_c}, {self.hw_slowdown_c}, {self.shutdown_c}"
+                f"leakage_per_c * idle_power_w * ({' + '.join(_DIE_RISE)}) must stay below 1, else "
+                f"the device heats itself without end, got {self.leakage_per_c * self.idle_power_w * rise:g}"
             )
-        for name, rows in self.loads.items():
-            if any(len(row) != 5 or not all(v >= 0.0 for v in row) for row in rows):
-                raise ScenarioError(f"loads {name!r} must be rows of five numbers >= 0, got {rows!r}")
+        coldest_c = self.inlet_c - _DRIFTS * self.inlet_drift_c
+        if self.leakage_per_c * (self.idle_reference_c - coldest_c) >= 1.0:
+            raise ScenarioError(
+                "leakage_per_c must leave idle power at inlet_c less six times inlet_drift_c, got "
+                f"{self.leakage_per_c} from idle_reference_c={self.idle_reference_c} down to {coldest_c:g}"
+            )
+        if not self.inlet_c + self.idle_rise_c < self.slowdown_c <= self.hw_slowdown_c <= self.shutdown_c:
+            raise ScenarioError(
+                "needs inlet_c + idle_power_w * (sum of r_*_c_per_w) < slowdown_c <= hw_slowdown_c <= "
+                "shutdown_c, got "
+                f"{self.inlet_c + self.idle_rise_c:g}, {self.slowdown_c}, {self.hw_slowdown_c}, "
+                f"{self.shutdown_c}"
+            )
 
     @property
     def resistance_c_per_w(self) -> float:

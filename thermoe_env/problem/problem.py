@@ -12,8 +12,9 @@ from moe.placement import Placement, PlacementError
 from moe.profiles import Profile, ProfileError, level_index, load_profile, refuse_beyond
 from moe.service.adaptation import tabulate
 from moe.service.budget import UNLIMITED, EnergyBudget, StepBudget, open_purse
+from moe.service.traffic import traffic_of
 from moe.workload import Knobs
-from thermoe_env.configs import config_path
+from thermoe_env.configs import config_path, validated
 from thermoe_env.device.parameters import TwinParams, load_twin
 from thermoe_env.errors import ScenarioError
 from thermoe_env.problem.knobs import KnobTable
@@ -73,7 +74,9 @@ class Problem:
                 where it holds no energies power is modelled from the scenario's own profile.
 
         Raises:
-            ScenarioError: a profile or a placement does not fit the scenario.
+            ScenarioError: a profile, a twin or a placement does not fit the scenario.
+            ValueError: a level that was not measured, or more requests than can be counted.
+            TraceError: the trace of requests does not fit the scenario.
         """
         named = load_profile(config_path("profiles", scenario.profile, ".json"))
         work = profile or named
@@ -91,12 +94,17 @@ class Problem:
         _check_adaptation(scenario, work)
         placement = _placement(scenario, named)
         twin = load_twin(config_path("twin", scenario.twin, ".yaml"))
+        _check_spread(scenario, twin)
         if profile is not None and profile is not named:
             ratio = float(profile.batch_size[-1] / named.batch_size[-1])
             static = replace(scenario.static, batch_size=max(1, round(scenario.static.batch_size * ratio)))
             scenario = replace(scenario, static=static)
         power = named if work.energy_j is None else work
-        return cls(scenario, work, power, twin, KnobTable.of(scenario, work), placement)
+        problem = cls(scenario, work, power, twin, KnobTable.of(scenario, work), placement)
+        traffic_of(
+            scenario.traffic, scenario.episode_s + 1, problem.capacity_rps
+        )  # refuses too many requests
+        return problem
 
     @cached_property
     def capacity_rps(self) -> float:
@@ -284,8 +292,28 @@ def _refuse_another_method(scenario: Scenario, profile: Profile, why: str) -> No
     wanted = scenario.adaptation.method, scenario.adaptation.group
     if wanted != profile.adapted_by:
         raise ScenarioError(
-            f"adaptation by {wanted} is wanted, the profile of {profile.device} was measured with "
-            f"{profile.adapted_by}, and {why}; name that one, or play live without a budget"
+            f"adaptation.method and .group {wanted} are wanted, the profile of {profile.device} was "
+            f"measured with {profile.adapted_by}, and {why}; name that one, or play live without a budget"
+        )
+
+
+def _check_spread(scenario: Scenario, twin: TwinParams) -> None:
+    """Refuse a spread or an inlet that would make a device of the twin that no calibration may describe.
+
+    Raises:
+        ScenarioError: names the rule that the hottest or the coldest device would break.
+    """
+    spread, offsets = scenario.randomize, [device.inlet_offset_c for device in scenario.devices]
+    passive = [name for name in vars(twin) if name.startswith("r_") and name != "r_fan_c_per_w"]
+    for what, sign, offset_c in (("hottest", 1.0, max(offsets)), ("coldest", -1.0, min(offsets))):
+        extreme = {name: getattr(twin, name) * (1.0 + sign * spread.resistance) for name in passive}
+        extreme["r_fan_c_per_w"] = twin.r_fan_c_per_w * (1.0 - sign * spread.resistance)
+        extreme["leakage_per_c"] = twin.leakage_per_c * (1.0 + spread.leakage)
+        extreme["inlet_c"] = twin.inlet_c + offset_c + sign * spread.inlet_c
+        validated(
+            TwinParams,
+            {**vars(twin), **extreme},
+            f"the {what} device that randomize and inlet_offset_c make of twin {scenario.twin!r}",
         )
 
 

@@ -6,218 +6,183 @@ states the rest. Unknown keys are refused, so a misspelt one cannot vanish.
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from moe.model.config import GROUPS, TTT_METHODS, Group, Method
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from moe.model.config import TTT_METHODS, Group, Method
+from moe.ranges import (
+    STRICT,
+    Celsius,
+    Degrees,
+    Dwell,
+    Flag,
+    Name,
+    Number,
+    Seconds,
+    Share,
+    Spread,
+    Watts,
+    Weight,
+    Whole,
+)  # fmt: skip
 from moe.service.traffic import TrafficConfig
 from moe.workload import KNOB_NAMES, Knobs
 from thermoe_env.configs import Location, config_path, configs_dir, merged, read_yaml, validated
 from thermoe_env.errors import ScenarioError
 
-_STRICT: dict[str, Any] = {"extra": "forbid"}
-LARGEST_INLET_OFFSET_C = 30.0
-MOST_BANK_WINDOWS = 1000
+_Falling = tuple[Degrees, Degrees, Degrees]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ServiceConfig:
     """Terms of service per request class (interactive, deferrable)."""
 
-    __pydantic_config__: ClassVar = _STRICT
-
-    deadline_s: tuple[float, float] = (0.3, 60.0)
-    max_wait_s: tuple[float, float] = (0.05, 2.0)
+    deadline_s: tuple[Seconds, Seconds] = (0.3, 60.0)
+    max_wait_s: tuple[Seconds, Seconds] = (0.05, 2.0)
     """A partial batch is launched when its oldest request has waited this long."""
-    expire_after_s: tuple[float, float] = (3.0, 90.0)
+    expire_after_s: tuple[Seconds, Seconds] = (3.0, 90.0)
 
     def __post_init__(self) -> None:
         for c in range(2):
-            if not 0.0 < self.max_wait_s[c] < self.deadline_s[c] < self.expire_after_s[c]:
+            if not self.max_wait_s[c] < self.deadline_s[c] < self.expire_after_s[c]:
                 raise ValueError(
-                    "service needs 0 < max_wait_s < deadline_s < expire_after_s per class, got "
+                    "service needs max_wait_s < deadline_s < expire_after_s per class, got "
                     f"{self.max_wait_s[c]}, {self.deadline_s[c]}, {self.expire_after_s[c]}"
                 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class PowerBudget:
     """Demand response: the grid asks for less power for a while and says so ahead."""
 
-    __pydantic_config__: ClassVar = _STRICT
-
-    normal_w: float = 700.0
-    event_w: tuple[float, float] = (230.0, 340.0)
+    normal_w: Watts = 700.0
+    event_w: tuple[Watts, Watts] = (230.0, 340.0)
     """Budget during an event, uniform."""
-    event_s: tuple[float, float] = (20.0, 50.0)
-    gap_s: tuple[float, float] = (30.0, 90.0)
+    event_s: tuple[Dwell, Dwell] = (20.0, 50.0)
+    gap_s: tuple[Dwell, Dwell] = (30.0, 90.0)
     """Time between events, uniform."""
-    notice_s: int = 10
+    notice_s: Annotated[Whole, Field(ge=1, le=3600)] = 10
 
     def __post_init__(self) -> None:
         for name in ("event_w", "event_s", "gap_s"):
             low, high = getattr(self, name)
-            if not 0.0 < low <= high:
-                raise ValueError(f"power_budget.{name} needs 0 < low <= high, got [{low}, {high}]")
-        if self.notice_s < 1:
-            raise ValueError(f"power_budget.notice_s must be at least 1 s, got {self.notice_s}")
+            if low > high:
+                raise ValueError(f"power_budget.{name} needs low <= high, got [{low}, {high}]")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ThermalLimits:
     """The virtual temperature limit and the stages below it (hardware limits lie far above)."""
 
-    __pydantic_config__: ClassVar = _STRICT
-
-    temperature_c: float
-    stage_margins_c: tuple[float, float, float] = (6.0, 3.0, 1.0)
+    temperature_c: Celsius
+    stage_margins_c: _Falling = (6.0, 3.0, 1.0)
     """Margins below the limit at which ELEVATED, HOT and CRITICAL begin."""
-    hysteresis_c: float = 1.5
+    hysteresis_c: Degrees = 1.5
     """A stage is left once the margin has grown this far beyond its beginning."""
-    deferrable_below: int = 3
+    deferrable_below: Annotated[Whole, Field(ge=0, le=4)] = 3
     """Deferrable requests are served in stages below this one (3 is CRITICAL)."""
 
     def __post_init__(self) -> None:
         elevated, hot, critical = self.stage_margins_c
-        if not elevated > hot > critical >= 0.0 or self.hysteresis_c < 0.0:
-            raise ValueError(f"limits.stage_margins_c must fall and stay >= 0, got {self.stage_margins_c}")
+        if not elevated > hot > critical:
+            raise ValueError(f"limits.stage_margins_c must fall, got {self.stage_margins_c}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RewardWeights:
     """Prices, relative to the energy a good answer costs the standard service (`reward.py`)."""
 
-    __pydantic_config__: ClassVar = _STRICT
-
-    good: float = 1.0
-    energy: float = 1.0
-    late: float = 1.0
-    over_budget: float = 1.0
-    heat: float = 1.0
+    good: Weight = 1.0
+    energy: Weight = 1.0
+    late: Weight = 1.0
+    over_budget: Weight = 1.0
+    heat: Weight = 1.0
     """Per second above the limit, and again per degree and second."""
-    quality: float = 4.0
+    quality: Weight = 4.0
     """Per answer below the quality floor."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Feasibility:
     """When a policy counts at all."""
 
-    __pydantic_config__: ClassVar = _STRICT
-
-    quality_margin: float = 0.01
+    quality_margin: Share = 0.01
     """Quality may fall this far below the standard service on the same requests."""
-    late_fraction: float = 0.01
-    above_limit_s: float = 3.0
+    late_fraction: Share = 0.01
+    above_limit_s: Annotated[Number, Field(ge=0.0, le=1e6)] = 3.0
     """Seconds of an episode above the temperature limit."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Randomize:
     """Spread of the twin between episodes (relative half-widths, uniform; inlet in degrees)."""
 
-    __pydantic_config__: ClassVar = _STRICT
-
-    resistance: float = 0.05
-    time_constant: float = 0.1
-    leakage: float = 0.2
-    energy: float = 0.03
-    inlet_c: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("resistance", "time_constant", "leakage", "energy"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"randomize.{name} must lie in [0, 1), got {getattr(self, name)}")
+    resistance: Spread = 0.05
+    time_constant: Spread = 0.1
+    leakage: Spread = 0.2
+    energy: Spread = 0.03
+    inlet_c: Annotated[Degrees, Field(le=30.0)] = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DeviceConfig:
     """One of the devices that serve the model together (`thermoe_env.twin.heat` says what is modelled)."""
 
-    __pydantic_config__: ClassVar = _STRICT
-
-    inlet_offset_c: float = 0.0
+    inlet_offset_c: Annotated[Number, Field(ge=-30.0, le=30.0)] = 0.0
     """How much warmer its air is than the calibrated device's."""
-    experts: tuple[int, ...] | None = None
+    experts: tuple[Annotated[Whole, Field(ge=0, le=100_000)], ...] | None = None
     """Numbers of the experts that it holds, in every layer; none given: all, where it is the only device."""
 
-    def __post_init__(self) -> None:
-        if not abs(self.inlet_offset_c) <= LARGEST_INLET_OFFSET_C:
-            raise ValueError(
-                f"inlet_offset_c must lie within {LARGEST_INLET_OFFSET_C:g} degC of the calibrated inlet, "
-                f"got {self.inlet_offset_c}"
-            )
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class StepBudgetConfig:
-    """Energy that adaptation may spend: a fraction of what serving takes, banked for a while."""
+    """Energy that adaptation may spend: a fraction of what serving takes, banked for a while.
 
-    __pydantic_config__: ClassVar = _STRICT
+    No budget (null) leaves adaptation unlimited, `ttt_steps` of 0 does without.
+    """
 
-    fraction: float = 0.1
+    fraction: Annotated[Number, Field(gt=0.0, le=1e4)] = 0.1
     """Joules earned per joule of serving, both above idle."""
-    window_s: float = 10.0
-    bank_windows: int = 3
+    window_s: Dwell = 10.0
+    bank_windows: Annotated[Whole, Field(ge=0, le=1000)] = 3
     """Past windows whose rest can still be spent."""
 
-    def __post_init__(self) -> None:
-        for name in ("fraction", "window_s"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"adaptation.budget.{name} must be positive and finite, got {getattr(self, name)}; "
-                    "leave the budget out (null) for unlimited adaptation, set ttt_steps to 0 for none"
-                )
-        if not 0 <= self.bank_windows <= MOST_BANK_WINDOWS:
-            raise ValueError(
-                f"adaptation.budget.bank_windows must lie in [0, {MOST_BANK_WINDOWS}], got "
-                f"{self.bank_windows}; make windows longer to bank for longer"
-            )
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdaptationConfig:
     """How the model adapts where `ttt_steps` asks it to (`moe.ttt`)."""
-
-    __pydantic_config__: ClassVar = _STRICT
 
     method: Method = "tent"
     """The twin plays the one that its profile was measured with, which is `tent` on the norms."""
     group: Group = "norms"
     """Parameters that adapt."""
-    guard: bool = True
+    guard: Flag = True
     """Whether guards watch over the steps of a live model."""
     budget: StepBudgetConfig | None = None
     """None: unlimited."""
 
-    def __post_init__(self) -> None:
-        known = tuple(method for methods in TTT_METHODS.values() for method in methods)
-        for name, value, choices in (("method", self.method, known), ("group", self.group, GROUPS)):
-            if value not in choices:
-                raise ValueError(f"adaptation.{name} must be one of {choices}, got {value!r}")
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Scenario:
     """One control problem, for the twin and for a live device alike."""
 
-    __pydantic_config__: ClassVar = _STRICT
-
-    name: str
-    task: str
-    profile: str
+    name: Name
+    task: Name
+    profile: Name
     """File in configs/profiles (without .json) or a path."""
-    twin: str
+    twin: Name
     """File in configs/twin (without .yaml) or a path."""
     static: Knobs
     """The standard service; knobs that are not controlled stay here."""
     knobs: tuple[str, ...] = ("routing_bias", "batch_size", "expert_count", "ttt_steps")
     """Controlled knobs."""
-    episode_s: int = 300
-    interval_s: float = 1.0
+    episode_s: Annotated[Whole, Field(ge=10, le=86_400)] = 300
+    interval_s: Number = 1.0
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
     service: ServiceConfig = field(default_factory=ServiceConfig)
     limits: ThermalLimits
@@ -226,7 +191,7 @@ class Scenario:
     feasible: Feasibility = field(default_factory=Feasibility)
     randomize: Randomize = field(default_factory=Randomize)
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
-    devices: tuple[DeviceConfig, ...] = (DeviceConfig(),)
+    devices: Annotated[tuple[DeviceConfig, ...], Field(max_length=64)] = (DeviceConfig(),)
     """Devices of the calibrated kind among which the experts are placed; the power budget is that of all."""
 
     def __post_init__(self) -> None:
@@ -239,8 +204,6 @@ class Scenario:
             raise ValueError(
                 f"interval_s must be 0.5 or 1.0 (the energy counter ticks at 0.1), got {self.interval_s}"
             )
-        if self.episode_s < 10:
-            raise ValueError(f"episode_s must be at least 10, got {self.episode_s}")
 
     def _check_devices(self) -> None:
         """Check what needs no model; `Problem.of` places the experts of one."""

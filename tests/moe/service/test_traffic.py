@@ -1,5 +1,6 @@
 """Request streams: their seeds, their means, and replay of a trace against counts by hand."""
 
+import math
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from moe.service.queueing import SLOT_S
 from moe.service.request_trace import TraceError
-from moe.service.traffic import TrafficConfig, draw_stream, traffic_of
+from moe.service.traffic import Kind, TrafficConfig, draw_stream, traffic_of
 from thermoe_env.configs import config_path
 
 SLOTS_PER_S = round(1 / SLOT_S)
@@ -184,14 +185,31 @@ def test_stamps_to_the_minute_give_no_spikes(tmp_path):
         {"kind": "storm"},
         {"low_load": 0.0},
         {"low_load": 1.4},
+        {"high_load": math.inf},
+        {"high_load": math.nan},
         {"interactive_share": 1.1},
         {"levels": 1},
+        {"levels": 2.0},
         {"dwell_s": 0.0},
+        {"dwell_s": "15"},
+        {"period_s": 1e-300},
+        {"shift_dwell_s": 1e-300},
         {"kind": "trace"},
         {"trace": "requests.csv"},
         {"shifts": ()},
     ],
 )
 def test_impossible_traffic_is_refused(values):
-    with pytest.raises(ValueError, match="traffic"):
+    with pytest.raises(ValueError, match=f"(?s)TrafficConfig.*{next(iter(values))}"):
         TrafficConfig(**values)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "trace"])
+def test_more_requests_than_are_counted_are_refused(kind: Kind, tmp_path: Path) -> None:
+    stamps = [f"2024-05-10 12:{i // 240:02d}:{i // 4 % 60:02d}.{i % 4 * 25:02d}" for i in range(1600)]
+    trace = write_trace(tmp_path / "t.csv", stamps) if kind == "trace" else None
+    config = TrafficConfig(kind=kind, low_load=1.0, high_load=1.0, trace=trace, interactive_share=1.0)
+    whole = draw_stream(config, 0, 100, 1.9e7)
+    assert np.all(np.diff(whole.arrivals) >= 0) and whole.arrivals[0, -1] == pytest.approx(1.9e9, rel=0.01)
+    with pytest.raises(ValueError, match=r"traffic\.high_load=1 means up to .*lower the loads or shorten"):
+        draw_stream(config, 0, 100, 2.2e7)

@@ -253,11 +253,11 @@ def test_without_a_budget_the_share_is_whole(problem: Problem) -> None:
         ({"method": "prayer"}, "adaptation.method.*tent"),
         ({"group": "all"}, "adaptation.group.*last_block"),
         ({"method": "dynamic_evaluation"}, "not for task 'vision'.*tent"),
-        ({"budget": {"fraction": 0.0}}, "budget.fraction must be positive.*leave the budget out"),
-        ({"budget": {"fraction": float("nan")}}, "budget.fraction must be positive"),
-        ({"budget": {"window_s": -1.0}}, "budget.window_s must be positive and finite, got -1.0"),
-        ({"budget": {"window_s": 0.0}}, "budget.window_s must be positive and finite, got 0.0"),
-        ({"budget": {"bank_windows": -1}}, "bank_windows must lie in"),
+        ({"budget": {"fraction": 0.0}}, "budget.fraction: .*greater than 0, got 0.0"),
+        ({"budget": {"fraction": float("nan")}}, "budget.fraction: .*finite number, got nan"),
+        ({"budget": {"window_s": -1.0}}, "budget.window_s: .*greater than or equal to 0.1, got -1.0"),
+        ({"budget": {"window_s": 0.0}}, "budget.window_s: .*greater than or equal to 0.1, got 0.0"),
+        ({"budget": {"bank_windows": -1}}, "bank_windows: .*greater than or equal to 0, got -1"),
         ({"budget": {"joules": 1.0}}, r"joules.*known keys: \['bank_windows', 'fraction', 'window_s'\]"),
         ({"guards": True}, r"guards.*known keys: \['budget'"),
     ],
@@ -268,7 +268,7 @@ def test_a_section_that_means_nothing_is_refused(problem: Problem, adaptation, m
 
 
 def test_the_dataclasses_check_themselves() -> None:
-    with pytest.raises(ValueError, match=r"adaptation\.method must be one of"):
+    with pytest.raises(ValueError, match=r"(?s)AdaptationConfig.*method.*should be"):
         AdaptationConfig(method="prayer")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="window_s"):
         StepBudgetConfig(window_s=0.0)
