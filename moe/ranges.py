@@ -2,8 +2,8 @@
 
 Classes of configuration are dataclasses of pydantic, which keep to their annotations however they are made:
 from a file, in Python, by `dataclasses.replace`. A field with a range of its own adds it to `Number` or
-`Whole` where it stands. NaN and infinity are no numbers here, nor are strings, booleans
-and, for `Whole`, floats.
+`Whole` where it stands. NaN and infinity are no numbers here, nor are strings, booleans and, for `Whole`,
+floats.
 """
 
 from __future__ import annotations

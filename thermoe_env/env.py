@@ -23,7 +23,7 @@ from thermoe_env.mdp.fields import (
 from thermoe_env.mdp.interval import COST_NAMES, TRACK_DTYPE, begin_one, prices_of, rules_of, settle_one
 from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.mdp.signals import STAGES, draw_power_budget
-from thermoe_env.problem.scenario import Scenario, load_scenario
+from thermoe_env.problem.scenario import Scenario, as_overrides, load_scenario
 from thermoe_env.seeding import as_seed, episode_seed
 from thermoe_env.twin.heat import GPU_DTYPE
 from thermoe_env.worlds import Checkpoint, build_world
@@ -101,7 +101,7 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
             from thermoe_env.render import Window
 
             self._window = Window(self.metadata["render_fps"])
-        self.scenario = load_scenario(scenario, **(overrides or {}))
+        self.scenario = load_scenario(scenario, **as_overrides(overrides))
         self._world = build_world(self.scenario, world, Checkpoint.of(model, profile))
         self.world = self._world.name
         """Which world this is: `twin`, `live` or `live-cpu`."""

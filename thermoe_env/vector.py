@@ -14,7 +14,7 @@ from thermoe_env.mdp.fields import observation_space
 from thermoe_env.mdp.interval import COST_NAMES
 from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.problem.problem import Problem
-from thermoe_env.problem.scenario import Scenario, load_scenario
+from thermoe_env.problem.scenario import Scenario, as_overrides, load_scenario
 from thermoe_env.seeding import as_seed
 from thermoe_env.twin.core import BatchStep, TwinBatch
 
@@ -70,7 +70,7 @@ class ThermalMoEVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
                 f"render_mode must be None, got {render_mode!r}: a single environment draws itself, "
                 "gymnasium.make(id, render_mode=...)"
             )
-        self.problem = Problem.of(load_scenario(scenario, **(overrides or {})))
+        self.problem = Problem.of(load_scenario(scenario, **as_overrides(overrides)))
         self.world, self.action_mode, self.render_mode = world, action_mode, None
         self.num_envs = num_envs
         try:

@@ -14,7 +14,8 @@ from agents.live.episodes import LiveEpisode, LiveEpisodes, policy_of
 from agents.play.metrics import episode_metrics
 from agents.play.rollout import Recording, play_twin
 from moe.profiles import load_profile
-from thermoe_env.configs import config_path
+from thermoe_env.configs import config_path, validated
+from thermoe_env.device.parameters import TwinParams
 from thermoe_env.device.physics import sensor_c
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Randomize, Scenario
@@ -61,7 +62,8 @@ def twin_problem(scenario: Scenario, world: str, capacity_rps: float, idle_c: fl
     scenario = replace(problem.scenario, traffic=traffic, randomize=Randomize(**NO_SPREAD))
     twin = problem.twin
     inlet_c = twin.inlet_c if idle_c is None else idle_c - twin.idle_rise_c
-    twin = replace(twin, inlet_drift_c=0.0, inlet_c=inlet_c)
+    room = {**vars(twin), "inlet_drift_c": 0.0, "inlet_c": inlet_c}
+    twin = validated(TwinParams, room, f"twin {scenario.twin!r} in a room where it idles at {idle_c} degC")
     return replace(problem, scenario=scenario, twin=twin)
 
 

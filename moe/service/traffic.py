@@ -29,9 +29,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 _BURSTS, _DIURNAL, _TRACE = (KINDS.index(kind) for kind in ("bursts", "diurnal", "trace"))
 _SLOTS_PER_S = round(1.0 / SLOT_S)
 
-
 Shift = Annotated[Whole, Field(ge=0, le=1000)]
-Load = Annotated[Number, Field(gt=0.0, le=100.0)]
+Load = Annotated[Number, Field(gt=0.0, le=1e4)]
 
 MOST_REQUESTS = 2_000_000_000
 """Of an episode: they are counted by int32, with room left for chance."""
@@ -58,9 +57,7 @@ class TrafficConfig:
     the whole trace has mean (low_load + high_load) / 2; an episode begins at a random second. Stamps coarser
     than a second, as to the minute, give the mean load of their step. A trace of less than one request per
     second (or per step) is refused: scaled up, single requests would be spikes. Token counts are not used."""
-    shifts: Annotated[
-        tuple[Annotated[Whole, Field(ge=0, le=1000)], ...], Field(min_length=1, max_length=1000)
-    ] = (0,)
+    shifts: Annotated[tuple[Shift, ...], Field(min_length=1, max_length=1000)] = (0,)
     """Input shifts that take turns (indices into the profile's shifts)."""
     shift_dwell_s: Dwell = 40.0
     """Mean time between changes of shift (exponential, at least a quarter of it)."""

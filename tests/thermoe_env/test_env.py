@@ -27,6 +27,27 @@ def test_checkers_accept_the_twin_and_the_auto_id(env_id: str, mode: str, proble
     sb3_check(env.unwrapped)
 
 
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        ([("episode_s", 20)], r"overrides must be a mapping .* got \[\('episode_s', 20\)\]"),
+        ([], r"overrides must be a mapping .* got \[\]"),
+        ("episode_s", "overrides must be a mapping .* got 'episode_s'"),
+        ({1: 2}, r"overrides must be a mapping of scenario keys, .* got \{1: 2\}"),
+        ({"traffic": {1: 2}}, "traffic.1: .*should be strings"),
+        ({"scenario": "default"}, "scenario: is not known; known keys: .*episode_s"),
+        ({"self": 1}, "self: is not known; known keys: .*episode_s"),
+    ],
+)
+def test_overrides_that_are_none_are_refused(overrides: object, match: str, many: bool) -> None:
+    with pytest.raises(ScenarioError, match=match):
+        if many:
+            gymnasium.make_vec("ThermalMoETwin-v0", num_envs=2, overrides=overrides)
+        else:
+            gymnasium.make("ThermalMoETwin-v0", overrides=overrides)
+
+
 def test_every_observed_field_is_written(problem: Problem) -> None:
     """Fields left at zero by mistake would show as constants over an episode of chance."""
     env = ThermalMoEEnv(problem.scenario, world="twin")

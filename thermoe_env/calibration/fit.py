@@ -22,6 +22,7 @@ from thermoe_env.calibration.driver_info import DriverInfo
 from thermoe_env.calibration.power import fit_power
 from thermoe_env.calibration.traces import Intervals, Segment, Trace, refuse_foreign_temperature
 from thermoe_env.calibration.validation import HORIZONS_S, SHORTEST_S, WARM_UP, horizon_errors, validate_twin
+from thermoe_env.configs import validated
 from thermoe_env.device.free_run import THERMAL
 from thermoe_env.device.observer import NOISE
 from thermoe_env.device.parameters import TwinParams
@@ -93,14 +94,10 @@ def fit_twin(
     loads: list[list[Segment] | None] = list(segments or [None] * len(parts))
     thermal, thermal_notes = fit_heat(parts)
     power, power_notes = fit_power(parts, loads, info)
-    limits = ("slowdown_c", "hw_slowdown_c", "mem_limit_c", "shutdown_c")
-    twin = TwinParams(
-        gpu=info.name,
-        **power,
-        **thermal,
-        **{name: getattr(info, name) for name in limits},
-        provenance={},
-    )
+    names = ("slowdown_c", "hw_slowdown_c", "mem_limit_c", "shutdown_c")
+    limits = {name: getattr(info, name) for name in names}
+    fitted = {"gpu": info.name, **power, **thermal, **limits, "provenance": {}}
+    twin = validated(TwinParams, fitted, "the fit")
     missing = set(info.missing)
     if all(np.isnan(part.mem_temp_c).all() for part in parts):
         missing.add("mem_temp_c")
@@ -129,7 +126,8 @@ def _held_out(
     """Errors of fits that have not seen what they are judged on."""
     if len(parts) == 1:
         cut = round((1.0 - HELD_OUT) * len(parts[0]))
-        judged = dataclasses.replace(twin, **fit_heat([parts[0].until(cut)])[0])
+        heat, _ = fit_heat([parts[0].until(cut)])
+        judged = validated(TwinParams, {**vars(twin), **heat}, "the fit to its beginning")
         errors = validate_twin(parts[0], judged, first=cut)
         fitted = f"the same trace before {parts[0].t_s[cut - 1]:.0f} s"
         return [{"file": traces[0].path.name, "fitted_to": fitted, **dataclasses.asdict(errors)}]
@@ -138,7 +136,7 @@ def _held_out(
         others = [j for j in range(len(parts)) if j != i]
         heat, _ = fit_heat([parts[j] for j in others])
         power, _ = fit_power([parts[j] for j in others], [loads[j] for j in others], info)
-        judged = dataclasses.replace(twin, **heat, **power)
+        judged = validated(TwinParams, {**vars(twin), **heat, **power}, f"the fit without {trace.path.name}")
         own = loads[i]
         known = own is not None and {segment.load for segment in own if segment.tokens} <= set(judged.loads)
         errors = validate_twin(parts[i], judged, own if known else None)

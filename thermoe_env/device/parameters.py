@@ -125,11 +125,13 @@ class TwinParams:
                 f"leakage_per_c * idle_power_w * ({' + '.join(_DIE_RISE)}) must stay below 1, else "
                 f"the device heats itself without end, got {self.leakage_per_c * self.idle_power_w * rise:g}"
             )
-        coldest_c = self.inlet_c - _DRIFTS * self.inlet_drift_c
+        # The fans still turn when the heat is gone.
+        coldest_c = self.inlet_c - _DRIFTS * self.inlet_drift_c + self.power_cap_w * self.r_fan_c_per_w
         if self.leakage_per_c * (self.idle_reference_c - coldest_c) >= 1.0:
             raise ScenarioError(
-                "leakage_per_c must leave idle power at inlet_c less six times inlet_drift_c, got "
-                f"{self.leakage_per_c} from idle_reference_c={self.idle_reference_c} down to {coldest_c:g}"
+                f"leakage_per_c must leave idle power at inlet_c - {_DRIFTS:g} * inlet_drift_c + "
+                f"power_cap_w * r_fan_c_per_w = {coldest_c:g} degC, got {self.leakage_per_c} from "
+                f"idle_reference_c={self.idle_reference_c} on"
             )
         if not self.inlet_c + self.idle_rise_c < self.slowdown_c <= self.hw_slowdown_c <= self.shutdown_c:
             raise ScenarioError(

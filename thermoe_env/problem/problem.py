@@ -101,9 +101,7 @@ class Problem:
             scenario = replace(scenario, static=static)
         power = named if work.energy_j is None else work
         problem = cls(scenario, work, power, twin, KnobTable.of(scenario, work), placement)
-        traffic_of(
-            scenario.traffic, scenario.episode_s + 1, problem.capacity_rps
-        )  # refuses too many requests
+        traffic_of(scenario.traffic, scenario.episode_s + 1, problem.capacity_rps)  # or too many requests
         return problem
 
     @cached_property
@@ -313,7 +311,8 @@ def _check_spread(scenario: Scenario, twin: TwinParams) -> None:
         validated(
             TwinParams,
             {**vars(twin), **extreme},
-            f"the {what} device that randomize and inlet_offset_c make of twin {scenario.twin!r}",
+            f"the {what} device that randomize (resistance, leakage, inlet_c) and inlet_offset_c make of "
+            f"twin {scenario.twin!r}",
         )
 
 

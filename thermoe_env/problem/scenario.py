@@ -6,6 +6,8 @@ states the rest. Unknown keys are refused, so a misspelt one cannot vanish.
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Mapping
 from dataclasses import asdict, field, replace
 from functools import reduce
 from pathlib import Path
@@ -231,7 +233,22 @@ class Scenario:
         return round(self.episode_s / self.interval_s)
 
 
-def load_scenario(scenario: str | Path | Scenario = "default", **overrides: Any) -> Scenario:
+def as_overrides(overrides: object) -> dict[str, Any]:
+    """What an environment is given as `overrides`, as keywords of `load_scenario`; None gives none.
+
+    Raises:
+        ScenarioError: no mapping, or one with keys that are no names.
+    """
+    given = {} if overrides is None else overrides
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise ScenarioError(
+            "overrides must be a mapping of scenario keys, such as {'episode_s': 600}, got "
+            f"{reprlib.repr(overrides)}"
+        )
+    return dict(given)
+
+
+def load_scenario(scenario: str | Path | Scenario = "default", /, **overrides: Any) -> Scenario:
     """Load a scenario by shipped name or path.
 
     A file may name another as its `base` and then states only its own `name` and what differs. What a file
