@@ -108,9 +108,10 @@ def _within(values: np.ndarray, ends: tuple[float, float], slack: float = 0.0) -
 
 
 def all_numbers_are_finite(e: Episode) -> bool:
-    """Of `info`, in every section."""
+    """Rewards, and `info` in every section."""
     sections = [info[name] for info in e.infos for name in ("work", "reading", "reward_terms", "cost")]
-    return all(np.all(np.isfinite(value)) for section in sections for value in section.values())
+    numbers = [e.rewards, *(value for section in sections for value in section.values())]
+    return all(np.all(np.isfinite(value)) for value in numbers)
 
 
 def observations_lie_in_the_space(e: Episode) -> bool:
@@ -273,5 +274,7 @@ LAWS: tuple[Callable[[Episode], bool], ...] = (
 
 
 def broken(episode: Episode) -> list[str]:
-    """Names of the laws that an episode breaks; numbers that are none break all that they are in."""
+    """Names of the laws that an episode breaks; the others say nothing of what is no number."""
+    if not all_numbers_are_finite(episode):
+        return [all_numbers_are_finite.__name__]
     return [law.__name__ for law in LAWS if not law(episode)]

@@ -42,9 +42,10 @@ Case = dict[Key, Any]
 def keys_of(kind: Any, at: Key = ()) -> Iterator[Key]:
     """Every key of a dataclass and of the sections in it, sections included."""
     if is_dataclass(kind):
-        for name, hint in get_type_hints(kind).items():
-            yield (*at, name)
-            yield from keys_of(hint, (*at, name))
+        hints = get_type_hints(kind)
+        for field in fields(kind):
+            yield (*at, field.name)
+            yield from keys_of(hints[field.name], (*at, field.name))
     else:
         for inner in get_args(kind):
             yield from keys_of(inner, at)
@@ -161,6 +162,7 @@ def episode() -> Episode:
     ("law", "spoil"),
     [
         ("all_numbers_are_finite", section("cost", missed=math.nan)),
+        ("all_numbers_are_finite", lambda e: e.rewards.__setitem__(0, math.inf)),
         ("all_numbers_are_finite", section("work", oldest_s=(0.0, math.inf))),
         ("observations_lie_in_the_space", lambda e: e.observations.__setitem__((3, 5), 1.5)),
         ("observations_lie_in_the_space", lambda e: e.observations.__setitem__((0, 0), math.nan)),
