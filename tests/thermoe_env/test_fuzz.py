@@ -11,6 +11,8 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, is_dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -20,8 +22,9 @@ from hypothesis import settings
 
 from tests.thermoe_env.playing import Outcome, Player
 from tests.thermoe_env.soundness import LAWS, Episode, broken, play
-from thermoe_env.configs import configs_dir, merged
+from thermoe_env.configs import configs_dir, merged, validated
 from thermoe_env.device.parameters import TwinParams
+from thermoe_env.errors import ScenarioError
 from thermoe_env.problem.scenario import Scenario, StepBudgetConfig, load_scenario
 
 NASTY = (
@@ -53,9 +56,10 @@ def keys_of(kind: Any, at: Key = ()) -> Iterator[Key]:
 
 DEFAULTS = asdict(load_scenario("default", episode_s=20))
 DEFAULTS["adaptation"]["budget"] = asdict(StepBudgetConfig())
-DEFAULTS["devices"] = DEFAULTS["devices"][0]
+DEFAULTS["devices"] = {**DEFAULTS["devices"][0], "experts": tuple(range(8))}
 KEYS = tuple(dict.fromkeys(keys_of(Scenario)))
 TWIN = yaml.safe_load((configs_dir() / "twin" / "h100.yaml").read_text())
+TWIN |= {"loads": {name: rows[:1] for name, rows in TWIN["loads"].items()}, "provenance": {}}  # quick to read
 TWIN_KEYS = tuple((field.name,) for field in fields(TwinParams))
 
 
@@ -85,10 +89,8 @@ def cases(keys: tuple[Key, ...], defaults: dict[str, Any], count: int) -> list[C
         chosen = [keys[number % len(keys)], *rng.sample(keys, rng.choice((0, 0, 1, 2)))]
         case = {}
         for key in chosen:
-            default: Any = defaults
-            for name in key:
-                default = default[name]
-            case[key] = rng.choice(NASTY) if rng.random() < 0.4 else near(default, rng)
+            nasty = rng.random() < 0.4
+            case[key] = rng.choice(NASTY) if nasty else near(reduce(getitem, key, defaults), rng)
         made.append(case)
     return made
 
@@ -146,6 +148,27 @@ def test_every_key_is_reached() -> None:
     assert {key for case in CASES for key in case} == set(KEYS) >= {(f.name,) for f in fields(Scenario)}
     assert {("traffic", "dwell_s"), ("devices", "experts"), ("adaptation", "budget", "window_s")} <= set(KEYS)
     assert {key for case in TWIN_CASES for key in case} == set(TWIN_KEYS)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300, -1e300, 10**400, -(10**400)])
+def test_no_number_is_without_a_range(value: float) -> None:
+    def spoilt(default: Any) -> Any:
+        """With every number replaced; None where there is none."""
+        if isinstance(default, (list, tuple)):
+            return [*map(spoilt, default)] if spoilt(default[0]) is not None else None
+        return value if isinstance(default, (int, float)) and not isinstance(default, bool) else None
+
+    numbers = {key: spoilt(reduce(getitem, key, DEFAULTS)) for key in KEYS}
+    twin_numbers = {key: spoilt(TWIN[key[0]]) for key in TWIN_KEYS}
+    assert sum(value is not None for value in (*numbers.values(), *twin_numbers.values())) > 70
+    for key, bad in numbers.items():
+        if bad is not None:
+            with pytest.raises(ScenarioError, match=re.escape(key[-1])):
+                load_scenario(**overrides_of({key: bad}))
+    for (key,), bad in twin_numbers.items():
+        if bad is not None:
+            with pytest.raises(ScenarioError, match=re.escape(key)):
+                validated(TwinParams, {**TWIN, key: bad}, "a twin")
 
 
 def section(name: str, **values: Any) -> Callable[[Episode], Any]:
