@@ -66,9 +66,9 @@ def replaced(file: Path, old: str, new: str) -> None:
 
 
 CHANGES = {
-    "the twin": ("twin.yaml", "r_sink_c_per_w: 0", "r_sink_c_per_w: 1"),
+    "the twin": ("twin.yaml", "r_sink_c_per_w: 0.02", "r_sink_c_per_w: 0.03"),
     "the profile": ("profile.json", "{", "{ "),
-    "the trace": ("trace.csv", "2023-11-16", "2023-11-17"),
+    "the trace": ("trace.csv", "18:44:00", "18:44:01"),
     "the scenario": ("run/scenario.yaml", "heat: 1.0", "heat: 2.0"),
 }
 """What is said to have changed: file, old and new text."""

@@ -132,7 +132,7 @@ def test_years_at_once_are_quick():
     [
         ({"joules_per_s": -1}, "joules_per_s must be finite and not negative"),
         ({"joules_per_s": math.nan}, "joules_per_s"),
-        ({"joules_per_s": 1, "window_s": 0}, "window_s must be positive"),
+        ({"joules_per_s": 1, "window_s": 0}, "window_s must be at least"),
         ({"joules_per_s": 1, "bank_windows": -1}, "bank_windows"),
         ({}, "something to earn"),
     ],

@@ -17,7 +17,7 @@ from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 
 WEIGHTS = {"good": 1.5, "energy": 0.7, "late": 2.0, "over_budget": 3.0, "heat": 0.5, "quality": 4.0}
-LIMIT_C, NOTICE_S, EPISODE_S = 42.0, 6.0, 90
+LIMIT_C, NOTICE_S, EPISODE_S = 42.0, 6, 90
 HARD = {
     "knobs": list(KNOB_NAMES),
     "episode_s": EPISODE_S,
