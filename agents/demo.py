@@ -14,7 +14,6 @@ from agents.evaluation.command import EvaluateConfig, Results, evaluate
 from agents.files import new_run_folder
 from agents.play.metrics import summarize
 from moe.errors import one_line_errors
-from moe.terminal import plain_terminal
 
 
 def demo(
@@ -51,7 +50,6 @@ def demo(
 
 def main() -> None:
     """Parse the command line and run the demonstration."""
-    plain_terminal()
     with one_line_errors():
         tyro.cli(demo)
 

@@ -21,7 +21,6 @@ from agents.evaluation.command import held_out_seeds
 from agents.load import load_policy, policy_label
 from agents.play.rollout import Recording, play_twin
 from moe.errors import one_line_errors
-from moe.terminal import plain_terminal
 from moe.workload import KNOB_NAMES
 from thermoe_env.mdp.interval import COST_NAMES
 from thermoe_env.mdp.reward import REWARD_TERMS
@@ -139,6 +138,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    plain_terminal()
     with one_line_errors():
         main(tyro.cli(Options, description=__doc__))

@@ -89,11 +89,20 @@ def command(name: str) -> str:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file in one step: after an interruption it is the old one or the new one, never a part."""
+    """Write a file in one step: after an interruption it is the old one or the new one, never a part.
+
+    Raises:
+        OSError: it cannot be written, for its rights or for want of space; names the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may write a file
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(part, path)
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def shown_name(name: str) -> str:

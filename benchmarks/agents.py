@@ -26,7 +26,6 @@ from agents.play.metrics import episode_metrics, summarize
 from agents.play.rollout import play_twin
 from benchmarks.env_speed import cpu_name
 from moe.errors import one_line_errors
-from moe.terminal import plain_terminal
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 
@@ -151,6 +150,5 @@ def _training_cells(run: Trained | None) -> list[str]:
 
 
 if __name__ == "__main__":
-    plain_terminal()
     with one_line_errors():
         print(main(tyro.cli(Options, description=__doc__)))

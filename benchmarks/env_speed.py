@@ -33,7 +33,7 @@ import thermoe_env  # noqa: F401  (registers the ids)
 from agents.learning.config import load_train_config
 from agents.learning.training import build_model
 from agents.learning.vec import TwinVecEnv
-from moe.terminal import plain_terminal
+from moe.errors import one_line_errors
 from thermoe_env.mdp.fields import FIELDS
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
@@ -251,10 +251,10 @@ def _show(result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    plain_terminal()
-    chosen = tyro.cli(Options, description=__doc__)
-    measured = main(chosen)
-    if chosen.json:
-        print(json.dumps(measured, indent=2))
-    else:
-        _show(measured)
+    with one_line_errors():
+        chosen = tyro.cli(Options, description=__doc__)
+        measured = main(chosen)
+        if chosen.json:
+            print(json.dumps(measured, indent=2))
+        else:
+            _show(measured)

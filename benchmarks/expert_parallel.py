@@ -39,13 +39,13 @@ from moe.data import datasets as data
 from moe.device.base import Tick
 from moe.device.meter import EnergyMeter, open_meter
 from moe.device.torch_device import device_name
-from moe.errors import ReadingError
+from moe.errors import ReadingError, one_line_errors
+from moe.files import read_json
 from moe.model.config import Size
 from moe.model.distributed import distribute, tokens_per_device
 from moe.model.transformer import ModelOutput, MoEModel
 from moe.placement import Placement
 from moe.profiles import load_profile
-from moe.terminal import plain_terminal
 from moe.training.weights import load_model
 from thermoe_env.configs import config_path
 
@@ -151,7 +151,7 @@ def main(options: Options) -> None:
         _measure(service, rank, began)
         if rank == 0:
             draw(
-                json.loads((options.out / "summary.json").read_text(encoding="utf-8")),
+                read_json(options.out / "summary.json", "run it again"),
                 options.out / "figure.png",
             )
             print(f"results: {options.out}")
@@ -183,7 +183,7 @@ def _service(options: Options, device: torch.device, rank: int, n_ranks: int) ->
     if options.placement is None:
         placement = Placement.even(model.config.expert_widths, n_ranks)
     else:
-        placement = Placement.from_dict(json.loads(options.placement.read_text(encoding="utf-8")))
+        placement = Placement.from_dict(read_json(options.placement, "name the JSON file of a placement"))
     distribute(model, placement)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -352,5 +352,5 @@ def _write(
 
 
 if __name__ == "__main__":
-    plain_terminal()
-    main(tyro.cli(Options, description=__doc__))
+    with one_line_errors():
+        main(tyro.cli(Options, description=__doc__))

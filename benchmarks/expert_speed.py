@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from moe.device.torch_device import device_name, serving_dtype
+from moe.errors import one_line_errors
 from moe.model.config import Size, model_config
 from moe.model.experts import Experts
 from moe.model.router import Routing
 from moe.model.transformer import MoEModel, initialise
-from moe.terminal import plain_terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,5 +192,5 @@ def _time(form: Callable[[], object], repeats: int, device: torch.device) -> flo
 
 
 if __name__ == "__main__":
-    plain_terminal()
-    main(tyro.cli(Options, description=__doc__))
+    with one_line_errors():
+        main(tyro.cli(Options, description=__doc__))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,9 +33,8 @@ from agents.load import policy_label
 from agents.policies.policy import for_episodes
 from benchmarks.live_proof_report import write_proof
 from benchmarks.live_proof_results import Proof
-from moe.terminal import plain_terminal
+from moe.errors import one_line_errors
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.errors import ThermoeError
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Scenario, load_scenario
 
@@ -208,11 +206,8 @@ def _todo(config: LiveProof, session: LiveSession) -> Iterator[tuple[str, int]]:
 
 def main() -> None:
     """Run the command line."""
-    plain_terminal()
-    try:
+    with one_line_errors():
         run(tyro.cli(LiveProof, description=__doc__))
-    except (ValueError, OSError, ThermoeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ from moe.errors import one_line_errors
 from moe.model.config import Task
 from moe.profiles import save_profile
 from moe.profiling.command import Options, measure
-from moe.terminal import plain_terminal
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.problem.scenario import load_scenario
 
@@ -145,8 +144,7 @@ def _finish(process: subprocess.Popen[bytes], what: str) -> None:
 
 
 if __name__ == "__main__":
-    plain_terminal()
-    if shutil.which("nvidia-smi") is None:
-        sys.exit("this command needs an NVIDIA GPU; `python evaluate.py` plays in the twin")
     with one_line_errors():
+        if shutil.which("nvidia-smi") is None:
+            sys.exit("this command needs an NVIDIA GPU; `python evaluate.py` plays in the twin")
         main(tyro.cli(LiveRun, description=__doc__))

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from moe.data.pools import SamplePool
 from moe.device.torch_device import device_name
+from moe.errors import one_line_errors
 from moe.model.config import Size, Task
 from moe.service.score.live import LiveWorkload
 from moe.service.score.runner import Runner
 from moe.service.traffic import TrafficConfig
-from moe.terminal import plain_terminal
 from moe.training.weights import load_model
 from moe.workload import Knobs
 
@@ -125,5 +125,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    plain_terminal()
-    main(tyro.cli(Options, description=__doc__))
+    with one_line_errors():
+        main(tyro.cli(Options, description=__doc__))

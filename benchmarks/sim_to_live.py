@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,8 @@ from agents.live.report import print_comparison, write_fidelity
 from agents.live.segments import recording_beside
 from agents.live.session import PER_EPISODE_S, LiveSession, machine_of
 from agents.load import policy_label
-from moe.terminal import plain_terminal
+from moe.errors import one_line_errors
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.errors import ThermoeError
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Scenario, load_scenario
 
@@ -234,11 +232,8 @@ def _seconds(config: SimToLive, count: int, end: float) -> int:
 
 def main() -> None:
     """Run the command line."""
-    plain_terminal()
-    try:
+    with one_line_errors():
         run(tyro.cli(SimToLive, description=__doc__))
-    except (ValueError, OSError, ThermoeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

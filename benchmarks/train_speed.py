@@ -18,7 +18,7 @@ from agents.learning.callbacks import RolloutLog, Updates
 from agents.learning.config import load_train_config
 from agents.learning.training import train
 from agents.learning.vec import TwinVecEnv
-from moe.terminal import plain_terminal
+from moe.errors import one_line_errors
 from thermoe_env.problem.scenario import load_scenario
 
 _PARTS: dict[str, tuple[type, str]] = {
@@ -85,11 +85,11 @@ def _timed(owner: type, method: str, name: str, spent: dict[str, float]) -> Iter
 
 
 if __name__ == "__main__":
-    plain_terminal()
-    result = main(tyro.cli(Options, description=__doc__))
-    for part, seconds in result.items():
-        if part in _PARTS:
-            print(f"{part:28}{seconds:8.2f} s {seconds / result['all']:7.1%}")
-    rest = result["all"] - sum(result[part] for part in _PARTS)
-    print(f"{'the rest':28}{rest:8.2f} s {rest / result['all']:7.1%}")
-    print(f"{'all':28}{result['all']:8.2f} s {result['steps_per_s']:10,.0f} steps/s")
+    with one_line_errors():
+        result = main(tyro.cli(Options, description=__doc__))
+        for part, seconds in result.items():
+            if part in _PARTS:
+                print(f"{part:28}{seconds:8.2f} s {seconds / result['all']:7.1%}")
+        rest = result["all"] - sum(result[part] for part in _PARTS)
+        print(f"{'the rest':28}{rest:8.2f} s {rest / result['all']:7.1%}")
+        print(f"{'all':28}{result['all']:8.2f} s {result['steps_per_s']:10,.0f} steps/s")

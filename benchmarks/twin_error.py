@@ -8,13 +8,12 @@ docs/twin_error.md.
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 
 import tyro
 
-from moe.terminal import plain_terminal
+from moe.errors import one_line_errors
+from moe.files import read_json
 from thermoe_env.calibration.driver_info import driver_info_path, load_driver_info
 from thermoe_env.calibration.power import fit_power
 from thermoe_env.calibration.traces import (
@@ -25,7 +24,6 @@ from thermoe_env.calibration.traces import (
 from thermoe_env.calibration.validation import HORIZONS_S, PowerErrors, validate_twin
 from thermoe_env.configs import config_path, configs_dir
 from thermoe_env.device.parameters import TwinParams, load_twin
-from thermoe_env.errors import TraceFormatError
 
 HELD_OUT_FOLDER = Path(__file__).parent / "traces"
 AIMS_C = (0.45, 0.75, 1.3, 1.6)
@@ -102,7 +100,7 @@ def main(twin: str = "h100", out: Path = Path("docs/twin_error.md")) -> None:
 
 
 def _row(path: Path, fitted_to: str, errors: dict) -> str:
-    about = json.loads(driver_info_path(path).read_text(encoding="utf-8"))
+    about = read_json(driver_info_path(path), "put a whole copy in its place", ("measured_on",))
     cells = []
     for h in map(str, HORIZONS_S):
         rmse, stays = errors["temp_rmse_c"][h], errors["persistence_rmse_c"][h]
@@ -112,8 +110,5 @@ def _row(path: Path, fitted_to: str, errors: dict) -> str:
 
 
 if __name__ == "__main__":
-    plain_terminal()
-    try:
+    with one_line_errors():
         tyro.cli(main, description=__doc__)
-    except (TraceFormatError, ValueError) as error:
-        sys.exit(f"error: {error}")

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import select
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from moe.terminal import plain_terminal
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status of a process that was asked to end, as shells give it."""
+UNREAD = 128 + signal.SIGPIPE
+"""Exit status of a process whose output nobody reads any more, as shells give it."""
+_REMEDIES: dict[int | None, str] = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "get the right to it, or name another place"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or name a place on another disk"),
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.ENOENT: "check the name",
+    errno.EISDIR: "it is a folder, name a file",
+    errno.ENOTDIR: "a file stands where a folder has to be, name another place",
+}
+"""What to do where the system refuses a file."""
 
 
 class DataMissingError(FileNotFoundError):
@@ -16,7 +36,7 @@ class DataCorruptError(ValueError):
 
 
 class ThermoeError(RuntimeError):
-    """Base of what can go wrong at run time with the card and with the environment."""
+    """Base of what can go wrong at run time without being a fault of the program."""
 
 
 class GpuUnavailableError(ThermoeError):
@@ -32,16 +52,54 @@ class ReadingError(ThermoeError):
 
 
 @contextmanager
-def one_line_errors(*named: type[Exception], interrupted: str = "interrupted") -> Iterator[None]:
-    """Leave a command by a line in place of a traceback where it refuses its input or the user stops it.
+def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
+    """The frame of every command, which is left by a line in place of a traceback.
+
+    Terminals of any encoding are written to. Refused values, files and packages, and the errors above, exit
+    with status 1; SIGTERM stops as Ctrl-C does, with status `TERMINATED`; where the reader of the output has
+    left (`| head`), nothing is said and the status is `UNREAD`.
 
     Args:
-        named: errors that say what to do, besides refused values, files, missing packages and those above.
         interrupted: what to say to the user who stops it, before what the interruption itself says.
     """
+    plain_terminal()
+    terminated = False
+
+    def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except (ValueError, OSError, ImportError, ThermoeError, *named) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here a closed pipe can still be answered for
+    except (ValueError, OSError, ImportError, ThermoeError) as error:
+        if isinstance(error, BrokenPipeError) and (unread := _unread()):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in unread:
+                os.dup2(nowhere, stream)  # what is still buffered
+            sys.exit(UNREAD)
+        remedy = _REMEDIES.get(getattr(error, "errno", None))
+        sys.exit("; ".join(filter(None, (f"{type(error).__name__}: {error}", remedy))))
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # rich has seen to the rest
+            sys.exit(UNREAD)
+        raise
     except KeyboardInterrupt as stop:
-        sys.exit("\n" + "; ".join(filter(None, (interrupted, str(stop)))))
+        said = "\n" + "; ".join(filter(None, (interrupted, str(stop))))
+        if not terminated:
+            sys.exit(said)
+        print(said, file=sys.stderr)
+        sys.exit(TERMINATED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _unread() -> list[int]:
+    """Standard output and error, those of the two whose reader has closed the pipe."""
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)
+    return [stream for stream, event in poll.poll(0) if event & select.POLLERR]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,15 +24,14 @@ from agents.files import new_run_folder, write_file
 from moe.data.pools import SamplePool
 from moe.device.meter import open_meter
 from moe.device.torch_device import device_name, pick_device
-from moe.errors import ThermoeError
+from moe.errors import one_line_errors
 from moe.model.config import Size, Task
 from moe.profiling.cost import Cell, Load
 from moe.profiling.expert_cost import measure_expert_cost
 from moe.service.score.live import LiveWorkload
 from moe.service.score.runner import Runner
 from moe.service.traffic import TrafficConfig
-from moe.terminal import plain_terminal
-from moe.training.weights import WeightsError, load_model
+from moe.training.weights import load_model
 from moe.workload import Knobs
 from thermoe_env.mdp.signals import thermal_signal
 
@@ -194,8 +192,5 @@ def heatmaps(signal: np.ndarray, tokens: np.ndarray, origin: dict[str, Any]) -> 
 
 
 if __name__ == "__main__":
-    plain_terminal()
-    try:
+    with one_line_errors():
         main(tyro.cli(Arguments, description=__doc__))
-    except (ValueError, OSError, WeightsError, ThermoeError) as failure:
-        sys.exit(f"{type(failure).__name__}: {failure}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,11 +23,10 @@ from agents.files import write_file, write_origin
 from agents.load import load_policy, model_file, policy_label
 from agents.play.metrics import episode_metrics
 from agents.play.rollout import play_twin
-from moe.terminal import plain_terminal
+from moe.errors import one_line_errors
 from studies.robustness_report import BASELINE, Cell, Row, write_report
 from studies.tasks import StudyError, read_result
 from thermoe_env.configs import load_settings
-from thermoe_env.errors import ThermoeError
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Scenario, load_scenario
 
@@ -156,10 +154,5 @@ def _digest(policy: str) -> str | None:
 
 
 if __name__ == "__main__":
-    plain_terminal()
-    try:
+    with one_line_errors("interrupted; complete cells are kept, run the command again to continue"):
         main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    except (ValueError, OSError, ThermoeError) as failure:
-        sys.exit(f"{type(failure).__name__}: {failure}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; cells that were complete are kept, run the command again to continue")

@@ -6,16 +6,13 @@ by side.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 
-from moe.errors import DataCorruptError, DataMissingError, ThermoeError
-from moe.terminal import plain_terminal
-from moe.training.fit import TrainingDiverged
+from moe.errors import one_line_errors
 from studies.repeats import RepeatArguments, ensure_repeats, load_all
 from studies.routing_config import load_study
 from studies.routing_measure import run_repeat
@@ -41,10 +38,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    plain_terminal()
-    try:
+    with one_line_errors():
         main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    except (
-        ValueError, OSError, DataMissingError, DataCorruptError, ThermoeError, TrainingDiverged,
-    ) as failure:  # fmt: skip
-        sys.exit(f"{type(failure).__name__}: {failure}")

@@ -15,15 +15,12 @@ from typing import Annotated, Literal
 import tyro
 
 from agents.evaluation.command import held_out_seeds
-from moe.errors import DataCorruptError, DataMissingError
-from moe.terminal import plain_terminal
-from moe.training.fit import TrainingDiverged
+from moe.errors import one_line_errors
 from studies import rq1, rq2, rq3, rq4, rq5
 from studies.plays import Options, Trained
 from studies.rq_report import write_findings
 from studies.tasks import StudyError, load_results, run_tasks
 from thermoe_env.configs import load_settings
-from thermoe_env.errors import ThermoeError
 
 QUESTIONS = {"rq1": rq1.Study, "rq2": rq2.Study, "rq3": rq3.Study, "rq4": rq4.Study, "rq5": rq5.Study}
 """Settings, tasks and findings by question; shipped settings are configs/studies/<question>.yaml."""
@@ -92,12 +89,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    plain_terminal()
-    try:
+    with one_line_errors(interrupted="interrupted; results are kept, run the command again to continue"):
         main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    except (
-        ValueError, OSError, ThermoeError, DataMissingError, DataCorruptError, TrainingDiverged,
-    ) as failure:  # fmt: skip
-        sys.exit(f"{type(failure).__name__}: {failure}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; results are kept, run the command again to continue")

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from agents.files import write_file
+from moe.files import read_json
 
 RETRIES = 3
 """How often a task is begun again whose worker was lost."""
@@ -83,7 +84,8 @@ def load_results(tasks: Sequence[Task], folder: Path) -> dict[str, dict[str, Any
     """Read the results of all tasks, by name, in the tasks' order.
 
     Raises:
-        StudyError: one is missing, damaged, or of other settings.
+        StudyError: one is missing, or of other settings.
+        DataCorruptError: one is damaged.
     """
     missing = [task.name for task in tasks if not is_done(result_path(folder, task), task.settings())]
     if missing:
@@ -102,7 +104,8 @@ def is_done(path: Path, settings: dict[str, Any]) -> bool:
     """Whether a result is there.
 
     Raises:
-        StudyError: it is, but damaged or of other settings.
+        StudyError: it is, but of other settings.
+        DataCorruptError: it is damaged.
     """
     if not path.exists():
         return False
@@ -115,12 +118,9 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read one result.
 
     Raises:
-        StudyError: the file is damaged.
+        DataCorruptError: it is cut, or no result of a study.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StudyError(f"{path} is no JSON ({error}); remove it to run it again") from error
+    return read_json(path, "remove it to run it again", ("settings",))
 
 
 def _run_on_ray(tasks: Sequence[Task], address: str, keep: Callable[[Task, dict[str, Any]], None]) -> None:

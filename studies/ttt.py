@@ -6,17 +6,13 @@ without adaptation and in every way of adapting. Every batch is scored before it
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 
-from moe.errors import DataCorruptError, DataMissingError, ThermoeError
-from moe.terminal import plain_terminal
-from moe.training.fit import TrainingDiverged
-from moe.ttt import AdaptationDiverged
+from moe.errors import one_line_errors
 from studies.repeats import RepeatArguments, StudyError, ensure_repeats, load_all
 from studies.ttt_config import load_study
 from studies.ttt_measure import run_repeat
@@ -42,11 +38,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    plain_terminal()
-    try:
+    with one_line_errors():
         main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    except (
-        ValueError, OSError, ArithmeticError, DataMissingError, DataCorruptError, ThermoeError,
-        TrainingDiverged, AdaptationDiverged,
-    ) as failure:  # fmt: skip
-        sys.exit(f"{type(failure).__name__}: {failure}")

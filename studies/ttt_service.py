@@ -8,7 +8,6 @@ kept: what the folder holds is not played again, so that a run may be cut and co
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,13 +24,12 @@ from agents.play.rollout import Recording, play_twin
 from agents.policies.gates import GATES, Gated, load_gate_config
 from agents.policies.policy import Policy
 from agents.policies.registry import POLICIES
-from moe.terminal import plain_terminal
+from moe.errors import one_line_errors
 from studies.repeats import StudyError
 from studies.ttt_service_report import Played, write_report
 from studies.ttt_service_results import BASELINE
 from thermoe_env.configs import load_settings
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.errors import ThermoeError
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Scenario, load_scenario
 
@@ -189,10 +187,5 @@ def _kept(path: Path, about: dict[str, Any]) -> list[Recording]:
 
 
 if __name__ == "__main__":
-    plain_terminal()
-    try:
+    with one_line_errors("interrupted; what was played live is kept, run the command again to continue"):
         main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))
-    except (ValueError, OSError, ThermoeError) as failure:
-        sys.exit(f"{type(failure).__name__}: {failure}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; what was played live is kept, run the command again to continue")

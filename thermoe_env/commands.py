@@ -12,7 +12,7 @@ from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 
-from moe.terminal import plain_terminal
+from moe.errors import one_line_errors
 
 
 def train() -> None:
@@ -26,15 +26,15 @@ def evaluate() -> None:
 
 
 def _run(module: str) -> None:
-    if other := other_agents():
-        owners = set(packages_distributions().get("agents", [])) - {"thermalmoe"}
-        named = f", of {', '.join(sorted(owners))}" if owners else ""
-        sys.exit(
-            f"Python finds another package called `agents` in place of ThermalMoE's: {other}{named}; "
-            "uninstall it, or install thermalmoe in an environment of its own"
-        )
-    plain_terminal()
-    import_module(module).main()
+    with one_line_errors():
+        if other := other_agents():
+            owners = set(packages_distributions().get("agents", [])) - {"thermalmoe"}
+            named = f", of {', '.join(sorted(owners))}" if owners else ""
+            sys.exit(
+                f"Python finds another package called `agents` in place of ThermalMoE's: {other}{named}; "
+                "uninstall it, or install thermalmoe in an environment of its own"
+            )
+        import_module(module).main()
 
 
 def other_agents() -> str | None:

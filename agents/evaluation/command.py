@@ -5,6 +5,7 @@ The command is `thermalmoe-evaluate`, `python evaluate.py`.
 
 from __future__ import annotations
 
+import gzip
 import math
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -21,7 +22,7 @@ from agents.evaluation.figures import write_figures
 from agents.evaluation.report import print_summary, wide_console, write_report
 from agents.evaluation.results import results_table, statistics_table, unit_notes, write_results
 from agents.evaluation.tables import Played
-from agents.files import new_run_folder, training_runs, write_origin
+from agents.files import new_run_folder, training_runs, write_file, write_origin
 from agents.load import load_policy, long_label, policy_label, trained_otherwise
 from agents.play.metrics import episode_metrics, steps_table, summarize, world_of
 from agents.play.rollout import COOL_WITHIN_C, Recording, cool_down, device_name, origin, play_live, play_twin
@@ -180,10 +181,8 @@ class Results:
 
 def _write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a CSV file in one step; the same table gives the same bytes."""
-    part = path.with_name(path.name + ".part")
-    compression = {"method": "gzip", "mtime": 0} if path.suffix == ".gz" else None
-    table.to_csv(part, index=False, compression=compression, float_format="%.9g")  # type: ignore[arg-type]
-    part.replace(path)
+    text = table.to_csv(index=False, float_format="%.9g").encode()
+    write_file(path, gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
 
 
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
@@ -209,8 +208,9 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
         twin = problem if config.model is not None else Problem.of(scenario)
         earlier = [name for name in config.policy if is_results(name)]
         read = read_results(earlier, problem.scenario, config.seed_list)
-        players = _players(config, problem, twin)
-        _refuse_misfits(config, read, players, *_world(problem, env))
+        named = _named(config, twin)
+        _refuse_misfits(config, read, set(named.values()), *_world(problem, env))
+        players = _players(config, problem, twin, named)
         folder = new_run_folder("eval", config.out)
         write_origin(folder, {"evaluate": asdict(config), "scenario": asdict(problem.scenario)})
         results = Results(folder, problem, config.baseline)
@@ -257,39 +257,44 @@ class _Player:
     """What it was trained on that is played otherwise."""
 
 
-def _players(config: EvaluateConfig, problem: Problem, twin: Problem) -> dict[str, _Player]:
-    """Label -> what is played; without earlier results those always played, first."""
-    players: dict[str, _Player] = {}
+def _named(config: EvaluateConfig, twin: Problem) -> dict[str, str]:
+    """What is to be played -> as what it counts; without earlier results those always played, first."""
     named = [name for name in config.policy if not is_results(name)]
     if len(named) == len(config.policy):
         named = [*(ALWAYS if twin.profile.energy_j is not None else ALWAYS[:1]), *named]
+    labels: dict[str, str] = {}
     for name in dict.fromkeys(named):
         label = policy_label(name)
-        if any(player.name == label for player in players.values()):
-            label = long_label(name)
-        # The search for the best constant plays the twin, of another machine where this one has no energy
-        # meter: levels stand for each other in order. A checkpoint has no other machine's profile.
+        labels[name] = long_label(name) if label in labels.values() else label
+    return labels
+
+
+def _players(
+    config: EvaluateConfig, problem: Problem, twin: Problem, named: dict[str, str]
+) -> dict[str, _Player]:
+    """Label -> what is played."""
+    players: dict[str, _Player] = {}
+    for name in sorted(named, key="best_constant".__eq__):  # last: its search takes minutes, refusals none
+        # It plays the twin, of another machine where this one has no energy meter: levels stand for each
+        # other in order. A checkpoint has no other machine's profile.
         home = twin if name == "best_constant" else problem
         runs = [] if name in POLICIES else training_runs(name)
-        for run in runs:
-            policy = load_policy(run, problem, config.trust_pickle)
-            players[f"{label}/{run.name}"] = _Player(policy, label, run.name, trained_otherwise(run, twin))
-        if not runs:
-            policy = load_policy(name, home, config.trust_pickle)
-            players[label] = _Player(policy, label, changed=trained_otherwise(name, twin))
-    if config.live:
-        for player in players.values():
-            for_episodes(player.policy, config.seed_list, "live")  # refused now, not after hours
-    return players
+        for path in runs or [name]:
+            policy, run = load_policy(path, home, config.trust_pickle), Path(path).name if runs else ""
+            label = "/".join(filter(None, (named[name], run)))
+            players[label] = _Player(policy, named[name], run, trained_otherwise(path, twin))
+            if config.live:
+                for_episodes(policy, config.seed_list, "live")  # refused now, not after hours
+    order = list(named.values())
+    return dict(sorted(players.items(), key=lambda item: order.index(item[1].name)))
 
 
 def _refuse_misfits(
-    config: EvaluateConfig, read: Sequence[Played], players: dict[str, _Player], world: str, device: str
+    config: EvaluateConfig, read: Sequence[Played], names: set[str], world: str, device: str
 ) -> None:
     """Refuse what does not fit together, before a folder is made or anything is played."""
     earlier = {str(name) for played in read for name in played.episodes.policy}
-    names = {player.name for player in players.values()}
-    if players:
+    if names:
         for played in read:
             refuse_other_world("earlier results", played.episodes, world, device)
     if twice := sorted(names & earlier):
@@ -363,6 +368,5 @@ def _cool_down(env: ThermalMoEEnv, seed: int, start_c: float | None, label: str,
 def main() -> None:
     """Parse the command line and evaluate."""
     flags = (tyro.conf.FlagCreatePairsOff,)
-    config = tyro.cli(EvaluateConfig, prog=Path(sys.argv[0]).name, config=flags)
     with one_line_errors():
-        evaluate(config)
+        evaluate(tyro.cli(EvaluateConfig, prog=Path(sys.argv[0]).name, config=flags))

@@ -135,7 +135,7 @@ def write_results(folder: Path, table: pd.DataFrame, scope: str, notes: list[str
         *notes,
     ]
     head, body = _cells(table)
-    table.to_csv(folder / "results.csv", index=False, float_format="%.9g")
+    write_file(folder / "results.csv", table.to_csv(index=False, float_format="%.9g"))
     write_file(folder / "results.md", _markdown(head, body, caption))
     write_file(folder / "results.tex", _latex(head, body, caption))
 

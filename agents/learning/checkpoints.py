@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from agents.files import write_file
+from moe.errors import ThermoeError
+from moe.files import DAMAGED
 
 _STATE = "training_state.json"
 # Rewritten at every round's start, and pickled if they were kept.
@@ -32,7 +33,7 @@ _COUNTERS = ("num_timesteps", "_n_updates", "_episode_num", "_n_calls", "explora
 _REPLAYED = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ThermoeError):
     """A run cannot be continued; the message names the file and the remedy."""
 
 
@@ -70,7 +71,7 @@ def read_state(path: Path) -> dict[str, Any]:
             return json.loads(archive.read(_STATE))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; {remedy}") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, json.JSONDecodeError) as error:
+    except DAMAGED as error:
         raise CheckpointError(f"{path} is cut, or not the checkpoint of a run ({error}); {remedy}") from error
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,17 +13,13 @@ import yaml
 from tyro.conf import arg
 
 from agents.files import command
-from agents.learning.checkpoints import CheckpointError
 from agents.learning.config import load_train_config, train_config
 from agents.learning.seeds import train_seeds
 from agents.learning.training import resume, tensorboard_folder, train
 from agents.learning.tuning import tune
 from moe.errors import one_line_errors
-from thermoe_env.errors import ThermoeError
 from thermoe_env.problem.scenario import load_scenario
 
-TERMINATED = 128 + signal.SIGTERM
-"""Exit status of a process that was asked to end, as shells give it."""
 _TWIN = "ThermalMoETwin-v0"
 
 
@@ -186,32 +179,10 @@ def _show(run: Path) -> None:
           f"--logdir {events}")  # fmt: skip
 
 
-@contextmanager
-def stopped_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM stop what runs inside as Ctrl-C does; the exit status then is `TERMINATED`."""
-    received = False
-
-    def stop(*_: object) -> None:
-        nonlocal received
-        received = True
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except SystemExit as end:
-        if not received:
-            raise
-        print(end.code, file=sys.stderr)
-        sys.exit(TERMINATED)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def main() -> None:
     """Parse the command line and run."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--algo", default=Options.algo)
-    with stopped_by_sigterm(), one_line_errors(CheckpointError, ThermoeError, interrupted=""):
+    with one_line_errors(interrupted=""):
         default = defaults(first.parse_known_args()[0].algo)
         run(tyro.cli(Options, prog=Path(sys.argv[0]).name, default=default), default)

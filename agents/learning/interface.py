@@ -30,13 +30,28 @@ def is_of_run(model: Path) -> bool:
     return model.name in ("best_model.zip", "last_model.zip") and (model.parent / "config.yaml").is_file()
 
 
-def interface_of(problem: Problem) -> str:
+def interface_of(problem: Problem, began_with: str | None = None) -> str:
     """JSON: version of the environment, interval, every field's name, unit and range, every knob's levels.
 
-    Under `trained_on` the SHA-256 of the scenario and of the contents of every file that it names.
+    Under `trained_on` the SHA-256 of the scenario and of the contents of every file that it names, under
+    `began_with` that of the trained model whose weights a run began with; null where there was none.
     """
     digests = {name: digest for name, (_, digest) in _inputs(problem).items()}
-    return json.dumps({**_interface(problem), "trained_on": digests}, indent=1) + "\n"
+    about = {**_interface(problem), "trained_on": digests, "began_with": began_with}
+    return json.dumps(about, indent=1) + "\n"
+
+
+def began_with(folder: Path) -> str | None:
+    """SHA-256 of the trained model that a run began with, None where there was none.
+
+    Raises:
+        InterfaceError: the run's interface.json is missing or damaged.
+    """
+    file = folder / INTERFACE_FILE
+    try:
+        return _read(file)["began_with"]
+    except (KeyError, TypeError) as error:
+        raise _damaged(file, error) from error
 
 
 def mismatch(folder: Path, problem: Problem) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import zipfile
-import zlib
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from agents.files import command
 from agents.learning.interface import is_of_run, mismatch
 from agents.policies.policy import Policy
+from moe.files import DAMAGED
 from moe.workload import KNOB_NAMES
 from thermoe_env.configs import read_yaml
 from thermoe_env.mdp.fields import FIELDS, observation_space
@@ -64,10 +65,13 @@ def run_model(path: str | Path) -> Path:
     return model
 
 
-def begin_with(model: Any, path: Path, problem: Problem) -> None:
+def begin_with(model: Any, path: Path, problem: Problem) -> str:
     """Give an untrained Stable-Baselines3 model the weights of a trained one; nothing is unpickled.
 
     Optimizers, the schedule of the learning rate and the replay buffer begin anew.
+
+    Returns:
+        SHA-256 of the trained model's file.
 
     Raises:
         ModelFileError: the file is damaged, or of another algorithm or network, observations or knobs.
@@ -85,6 +89,7 @@ def begin_with(model: Any, path: Path, problem: Problem) -> None:
             f"{path} does not fit this run: give a model of the same algorithm, action mode and net_arch "
             f"({' '.join(str(error).split())[:200]})"
         ) from error
+    return hashlib.sha256(content).hexdigest()
 
 
 def load_model(path: Path, problem: Problem, trust_pickle: bool) -> Policy:
@@ -193,7 +198,7 @@ def _read_data(path: Path, content: bytes) -> dict[str, Any]:
             if damaged is not None:
                 raise ModelFileError(f"{path}: its part {damaged!r} is damaged; copy or train it again")
             return json.loads(archive.read("data"))
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, json.JSONDecodeError) as error:
+    except DAMAGED as error:
         raise ModelFileError(
             f"{path} is no whole Stable-Baselines3 zip ({error}); copy or train it again"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from agents.files import locked, new_run_folder
 from agents.learning.checkpoints import CheckpointError, read_state
 from agents.learning.config import TrainConfig
+from agents.learning.interface import began_with
+from agents.learning.models import run_model
 from agents.learning.training import read_run, refuse_changed_inputs, train_or_resume
 from agents.play.metrics import student_interval
 from thermoe_env.problem.problem import Problem
@@ -68,7 +71,9 @@ def seed_folder(folder: Path, seed: int) -> Path:
 
 
 def refuse_other_settings(folder: Path, config: TrainConfig) -> None:
-    """Refuse a run's folder of other settings, or of a scenario, or files of it, that have changed since.
+    """Refuse a run's folder of other settings, or of files that have changed since.
+
+    They are the scenario's, and the trained model that the run began with.
 
     Raises:
         CheckpointError: names what differs.
@@ -81,3 +86,10 @@ def refuse_other_settings(folder: Path, config: TrainConfig) -> None:
     if changed:
         raise CheckpointError(f"{folder} was made otherwise: {'; '.join(changed)}. Give another folder")
     refuse_changed_inputs(folder, Problem.of(load_scenario(scenario)))
+    if config.trained_agent is not None:
+        model = run_model(config.trained_agent)
+        if began_with(folder) != hashlib.sha256(model.read_bytes()).hexdigest():
+            raise CheckpointError(
+                f"{folder} began with another model than {model} now is: put back what was there, or give "
+                "another folder"
+            )

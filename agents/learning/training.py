@@ -68,13 +68,14 @@ def train(
     scenario = load_scenario(config.scenario)
     problem = Problem.of(scenario)
     run = _Run(config, problem)
+    began_with = None
     if config.trained_agent is not None:
-        begin_with(run.model, run_model(config.trained_agent), problem)
+        began_with = begin_with(run.model, run_model(config.trained_agent), problem)
     folder = new_run_folder(f"train-{config.algo}", folder)
     with locked(folder):
         # A copy of the scenario, so that a run continues with what it began with.
         write_file(folder / "scenario.yaml", yaml.safe_dump(plain(asdict(scenario)), sort_keys=False))
-        write_file(folder / INTERFACE_FILE, interface_of(problem))
+        write_file(folder / INTERFACE_FILE, interface_of(problem, began_with))
         write_origin(folder, config.flat())
         state = {"best_return": None, "validated_at": 0, "episodes": 0}
         save_model(run.model, folder / "last_model.zip", state)

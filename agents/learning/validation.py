@@ -21,6 +21,7 @@ from agents.learning.models import ModelPolicy
 from agents.play.metrics import KPIS, episode_metrics
 from agents.play.rollout import Recording, play_twin
 from agents.policies.registry import make_policy
+from moe.files import DAMAGED
 from thermoe_env.problem.problem import Problem
 
 VALIDATION_SEEDS = range(800_000, 900_000)
@@ -111,14 +112,19 @@ class Validation:
         write_file(self._folder / EVALUATIONS_FILE, file.getvalue())
 
     def _warn(self, served_share: float, late_fraction: float) -> None:
-        bound, static_late = self._problem.scenario.feasible.late_fraction, self._static["late_fraction"]
-        said = serves_nothing(served_share, late_fraction) if static_late <= bound else ""
+        said = serves_nothing(served_share, late_fraction)
         if said and not self._warned:
             self._warned = True
-            _LOG.warning(
-                f"validation at {self.at} steps: {said}, and the static service has {static_late:.2%} late: "
+            static_late = self._static["late_fraction"]
+            remedy = (
                 "compare reward/late with the other reward/... terms in TensorBoard, reward weights and "
                 "learning_rate with the shipped ones"
+                if static_late <= self._problem.scenario.feasible.late_fraction
+                else "the scenario asks for more than can be served, lower its traffic"
+            )
+            _LOG.warning(
+                f"validation at {self.at} steps: {said}, and the static service has {static_late:.2%} late: "
+                f"{remedy}"
             )
 
 
@@ -177,7 +183,7 @@ def _read_evaluations(file: Path, until: int) -> dict[str, list[Any]]:
         with np.load(file, allow_pickle=False) as kept:
             count = kept["timesteps"].tolist().index(until) + 1
             return {name: list(kept[name][:count]) for name in ("timesteps", "results", "ep_lengths")}
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, *DAMAGED) as error:
         raise CheckpointError(
             f"{file} lacks the validation at {until} steps ({error}): put a whole copy in its place, or "
             "begin a new run"

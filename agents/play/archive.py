@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 
 from agents.files import write_file
 from agents.play.rollout import Recording, empty_rows
+from moe.files import DAMAGED
 from moe.workload import WORK_DTYPE, WorkStats
 from thermoe_env.twin.heat import GPU_DTYPE
 
@@ -75,7 +74,7 @@ def load_recordings(path: Path) -> tuple[list[Recording], dict[str, Any]]:
                 recordings.append(Recording(**plain, **arrays))
                 _check(recordings[-1])
             return recordings, header["about"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, *DAMAGED) as error:
         raise ValueError(f"{path} holds no recordings that this version reads ({error!r})") from error
 
 

@@ -18,7 +18,6 @@ from agents.policies.policy import Policy
 from agents.policies.registry import POLICIES
 from agents.tuning.rules import TUNING_SEEDS, mean_return, search, write_settings
 from moe.errors import one_line_errors
-from moe.terminal import plain_terminal
 from thermoe_env.configs import configs_dir
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
@@ -68,7 +67,6 @@ def tune(config: TuneConfig) -> tuple[GateConfig, dict[str, float]]:
 
 def main() -> None:
     """Tune and write."""
-    plain_terminal()
     config = tyro.cli(TuneConfig, description=__doc__)
     gates, returns = tune(config)
     path = config.out or configs_dir() / "agents" / "gates.yaml"

@@ -26,7 +26,6 @@ from agents.policies.policy import Policy
 from agents.policies.rules import RuleBased, RuleConfig
 from agents.policies.throttles import THROTTLES, Throttle, ThrottleConfig
 from moe.errors import one_line_errors
-from moe.terminal import plain_terminal
 from thermoe_env.configs import configs_dir
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
@@ -179,7 +178,6 @@ def write_settings(path: Path, note: str, settings: Any) -> None:
 
 def main() -> None:
     """Tune and write."""
-    plain_terminal()
     config = tyro.cli(TuneConfig, description=__doc__)
     settings, value = tune(config)
     path = config.out or configs_dir() / "agents" / f"{config.policy}.yaml"

@@ -20,6 +20,7 @@ from torch import Tensor
 from moe.data.datasets import data_digest
 from moe.data.pools import SamplePool, cut, text_of_shift
 from moe.device.torch_device import serving_dtype
+from moe.files import read_json
 from moe.hf.families import HfModelError, family_of
 from moe.hf.steering import attach, import_transformers
 from moe.model.transformer import ModelOutput
@@ -185,7 +186,7 @@ def checkpoint_identity(path: str | Path) -> dict[str, Any]:
     """
     transformers = import_transformers()
     path = _folder(path)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_json(path / "config.json", "get the checkpoint again")
     config.pop("transformers_version", None)  # of whoever wrote the file
     # config.json may leave defaults out.
     full = transformers.AutoConfig.from_pretrained(path, local_files_only=True)

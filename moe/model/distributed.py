@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
+from moe.errors import ThermoeError
 from moe.model.dispatch import combine_rows, gather_rows, make_dispatch
 from moe.model.experts import Experts, ExpertSlice
 from moe.model.router import Routing
@@ -43,7 +44,7 @@ STOP = -1
 """Sent by a leader in place of a layer's number."""
 
 
-class OutOfStepError(RuntimeError):
+class OutOfStepError(ThermoeError):
     """Ranks are not in the same layer, or a follower cannot take part in what the leader asks."""
 
 

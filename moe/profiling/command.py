@@ -46,7 +46,6 @@ from moe.profiling.cost import (
     serving_cells,
 )
 from moe.profiling.expert_cost import ExpertCost, measure_alike_experts, measure_expert_cost
-from moe.profiling.load import LoadTooLargeError
 from moe.profiling.quality import (
     ADAPTED_STEPS,
     LONG_STEPS,
@@ -55,8 +54,6 @@ from moe.profiling.quality import (
     measure_quality,
 )
 from moe.service.score.runner import Runner
-from moe.terminal import plain_terminal
-from moe.training.checkpoint import WeightsError
 from moe.training.weights import identity, load_model
 from moe.ttt import METHODS, STATISTICS_MOMENTUM, Adapter
 
@@ -379,8 +376,5 @@ def main(options: Options) -> None:
 
 def cli() -> None:
     """Run the command line."""
-    plain_terminal()
-    options = tyro.cli(Options, prog=Path(sys.argv[0]).name, description=__doc__)
-    nothing = "interrupted; nothing was written"
-    with one_line_errors(WeightsError, LoadTooLargeError, interrupted=nothing):
-        main(options)
+    with one_line_errors(interrupted="interrupted; nothing was written"):
+        main(tyro.cli(Options, prog=Path(sys.argv[0]).name, description=__doc__))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from moe.errors import ThermoeError
 from moe.model.experts import Experts, ExpertSlice
 from moe.model.router import route
 
@@ -21,7 +22,7 @@ LOAD_NAME = f"moe-stack-{N_LAYERS}x{N_EXPERTS}x{EXPERT_WIDTH}"
 LAYERS_NEED_BYTES = 3 * D_MODEL * EXPERT_WIDTH * N_EXPERTS * 2 * N_LAYERS
 
 
-class LoadTooLargeError(RuntimeError):
+class LoadTooLargeError(ThermoeError):
     """The card's memory does not hold the load."""
 
 

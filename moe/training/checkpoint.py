@@ -19,13 +19,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from moe.errors import ThermoeError
 from moe.model.config import ModelConfig
 from moe.model.transformer import MoEModel, width_cost
 
 SHIPPED_FOLDER = Path(__file__).parent / "shipped"
 
 
-class WeightsError(RuntimeError):
+class WeightsError(ThermoeError):
     """Weights are missing, damaged, or of another model."""
 
 

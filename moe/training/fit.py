@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from moe.data import datasets as data
 from moe.device.torch_device import device_name, pick_device, serving_dtype
-from moe.errors import one_line_errors
+from moe.errors import ThermoeError, one_line_errors
 from moe.model.config import ModelConfig, Norm, Size, Task, ZeroComputation, model_config
 from moe.model.losses import expert_groups, load_balance_loss, router_z_loss, step_balance_bias
 from moe.model.router import Router, Routing
@@ -38,8 +38,7 @@ from moe.model.variants import (
     with_rotation_head,
     with_zero_computation,
 )
-from moe.terminal import plain_terminal
-from moe.training.checkpoint import SHIPPED_FOLDER, TrainingRecord, WeightsError, save_checkpoint
+from moe.training.checkpoint import SHIPPED_FOLDER, TrainingRecord, save_checkpoint
 from moe.training.energy_loss import ASSUMED, EnergyTerm, cost_of_experts, measured_cost
 from moe.training.energy_report import energy_report, print_report
 from moe.training.evaluate import quality_by_top_k
@@ -50,7 +49,7 @@ from moe.ttt.steps import statistics_held
 CHECK_EVERY = 20  # steps between looks at the loss: each one makes the host wait for the device
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(ThermoeError):
     """The loss stopped being a finite number."""
 
 
@@ -323,7 +322,5 @@ def _print_quality(quality: dict[str, dict[str, float]]) -> None:
 
 def cli() -> None:
     """Run the command line."""
-    plain_terminal()
-    arguments = tyro.cli(Arguments)
-    with one_line_errors(WeightsError, TrainingDiverged):
-        main(arguments)
+    with one_line_errors():
+        main(tyro.cli(Arguments))

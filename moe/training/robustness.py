@@ -11,9 +11,9 @@ import tyro
 from moe.data.corruptions import KINDS
 from moe.data.pools import SamplePool
 from moe.device.torch_device import pick_device, serving_dtype
+from moe.errors import one_line_errors
 from moe.model.config import Size
 from moe.model.transformer import MoEModel
-from moe.terminal import plain_terminal
 from moe.training.checkpoint import load_checkpoint
 from moe.training.evaluate import evaluate_vision
 from moe.training.weights import load_model
@@ -70,5 +70,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    plain_terminal()
-    main(tyro.cli(Arguments))
+    with one_line_errors():
+        main(tyro.cli(Arguments))

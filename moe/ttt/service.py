@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moe.errors import ThermoeError
 from moe.model.transformer import MoEModel
 from moe.ttt.groups import batch_statistics_in_force
 
@@ -23,7 +24,7 @@ STATISTICS_MOMENTUM = 0.2
 """Share of the batch in the running statistics, which bring most of the recovery; ten steps replace 89%."""
 
 
-class AdaptationDiverged(RuntimeError):
+class AdaptationDiverged(ThermoeError):
     """The entropy of the answers stopped being a finite number."""
 
 

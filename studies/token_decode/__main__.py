@@ -20,9 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from agents.files import plain, write_file, write_origin
 from moe.device.torch_device import serving_dtype
-from moe.errors import one_line_errors
-from moe.terminal import plain_terminal
-from moe.training.fit import TrainingDiverged
+from moe.errors import DataCorruptError, one_line_errors
+from moe.files import read_json
 from studies.tasks import StudyError
 from studies.token_decode.config import SIZES, SizeName, study_device
 from studies.token_decode.corpus import build_corpus
@@ -148,15 +147,15 @@ def read_results(path: Path) -> dict[str, Any]:
     """Read `results.json`.
 
     Raises:
-        StudyError: missing or damaged.
+        StudyError: it is missing.
+        DataCorruptError: it is damaged.
     """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        return results | {"settings": dict(results["settings"]), "models": dict(results["models"])}
-    except FileNotFoundError as error:
-        raise StudyError(f"{path} is missing: measure first, or name the folder with --out") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise StudyError(f"{path} is no result of this study: delete it and run again") from error
+    if not path.is_file():
+        raise StudyError(f"{path} is missing: measure first, or name the folder with --out")
+    results = read_json(path, "delete it and run again", ("settings", "models"))
+    if not all(isinstance(results[name], dict) for name in ("settings", "models")):
+        raise DataCorruptError(f"{path} is no result of this study: delete it and run again")
+    return results
 
 
 def main(arguments: Arguments) -> None:
@@ -184,9 +183,5 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    plain_terminal()
-    with one_line_errors(
-        TrainingDiverged,
-        interrupted="interrupted; parts that were complete are kept, run it again to continue",
-    ):
+    with one_line_errors("interrupted; parts that were complete are kept, run it again to continue"):
         main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from moe.files import read_array
 from studies.token_decode.config import LmConfig
-from studies.token_decode.corpus import DOMAINS, bytes_per_token
+from studies.token_decode.corpus import DOMAINS, REMEDY, bytes_per_token
 from studies.token_decode.lm import LanguageModel
 from studies.token_decode.routing import RoutingKnobs, experts_read
 
@@ -40,7 +41,7 @@ class HeldOut:
 
     def __init__(self, folder: Path, n: int, context: int, device: torch.device) -> None:
         """Cut N = `n` windows of S = `context` from the corpus in `folder`."""
-        ids, domain = np.load(folder / "held_out.npy"), np.load(folder / "held_out_domain.npy")
+        ids, domain = (read_array(folder / f"held_out{end}.npy", REMEDY) for end in ("", "_domain"))
         starts = np.linspace(0, len(ids) - context - 1, n).astype(np.int64)
         place = starts[:, None] + np.arange(context + 1)  # [N, S + 1]
         self.tokens = torch.from_numpy(ids[place].astype(np.int32)).to(device)

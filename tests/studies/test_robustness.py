@@ -19,6 +19,7 @@ from agents.evaluation.command import EvaluateConfig, evaluate
 from agents.learning.interface import INTERFACE_FILE, interface_of
 from agents.learning.models import ModelFileError
 from agents.learning.vec import TwinVecEnv
+from moe.errors import DataCorruptError
 from studies import robustness
 from studies.repeats import StudyError
 from studies.robustness import Arguments, Condition, Study, main
@@ -159,7 +160,7 @@ def test_another_model_under_the_same_name_is_not_mixed_in(
     with pytest.raises(StudyError, match=r"trained\.json was played with another policy"):
         main(arguments(out, config, run_folder, conditions=conditions), quiet())
     path.write_text("{")
-    with pytest.raises(StudyError, match=r"trained\.json is no JSON"):
+    with pytest.raises(DataCorruptError, match=r"trained\.json is no JSON"):
         main(arguments(out, config, run_folder, conditions=conditions), quiet())
 
 

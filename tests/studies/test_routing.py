@@ -17,6 +17,7 @@ from scipy import stats
 
 from agents.play.metrics import student_interval
 from moe.data import datasets as data
+from moe.errors import DataCorruptError
 from moe.model.config import model_config
 from moe.model.transformer import MoEModel, initialise
 from moe.model.usage import BYTE_CLASSES
@@ -160,7 +161,7 @@ def test_results_of_other_settings_or_damaged_ones_are_refused(finished, tmp_pat
     with pytest.raises(StudyError, match="other settings"):
         routing.main(Arguments(**(vars(finished) | {"steps": 4})))
     (tmp_path / "vision-tiny-seed0.json").write_text("{")
-    with pytest.raises(StudyError, match=r"seed0\.json is no JSON"):
+    with pytest.raises(DataCorruptError, match=r"seed0\.json is no JSON"):
         routing.main(Arguments(task="vision", out=tmp_path, report_only=True))
     with pytest.raises(StudyError, match="holds no repeat"):
         routing.main(Arguments(task="language", out=tmp_path, report_only=True))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from moe.errors import DataCorruptError
 from studies.tasks import StudyError, load_results, run_tasks
 
 ROOT = Path(__file__).parents[2]
@@ -67,9 +68,10 @@ def test_results_of_other_settings_or_damaged_ones_are_refused(tmp_path: Path) -
     run_tasks([Count(1)], tmp_path)
     with pytest.raises(StudyError, match="other settings"):
         run_tasks([Count(1, factor=2)], tmp_path)
-    (tmp_path / "count-1.json").write_text("{")
-    with pytest.raises(StudyError, match="is no JSON"):
-        run_tasks([Count(1)], tmp_path)
+    for content, said in (("{", "is no JSON"), ("", "is no JSON"), ("[]", "an object"), ("{}", "'settings'")):
+        (tmp_path / "count-1.json").write_text(content)
+        with pytest.raises(DataCorruptError, match=rf"count-1\.json .*{said}.*remove it to run it again"):
+            run_tasks([Count(1)], tmp_path)
     with pytest.raises(StudyError, match="different names"):
         run_tasks([Count(1), Count(1)], tmp_path)
 
@@ -80,6 +82,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from moe.errors import DataCorruptError
 from studies.tasks import load_results, run_tasks
 
 @dataclass(frozen=True)

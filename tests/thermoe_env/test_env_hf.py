@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import thermoe_env  # noqa: F401  (registers the ids)
-from agents.evaluation.command import EvaluateConfig, _players
+from agents.evaluation.command import EvaluateConfig, _named
 from moe.profiles import Profile, ProfileError, save_profile
 from moe.profiling.command import Options, measure
 from tests.moe.hf.hf_models import save_checkpoint
@@ -105,10 +105,7 @@ def test_power_is_that_of_the_checkpoints_own_profile_where_it_has_energies(meas
     assert card.tables.cost[..., 1] == pytest.approx(card.tables.cost[..., 0] * 300.0)
 
 
-def test_the_best_constant_needs_a_twin_of_the_checkpoint(
-    measured: Profile, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("agents.evaluation.command.load_policy", lambda name, home, trust: (name, home))
+def test_the_best_constant_needs_a_twin_of_the_checkpoint(measured: Profile) -> None:
     config = EvaluateConfig(live=True, model="x", profile="y")
     scenario = load_scenario("language", static={"expert_count": 2})
     for profile, labels in (
@@ -116,4 +113,4 @@ def test_the_best_constant_needs_a_twin_of_the_checkpoint(
         (with_energies(measured), ["static", "best_constant", "rule_based"]),
     ):
         problem = Problem.of(scenario, profile)
-        assert list(_players(config, problem, problem)) == labels
+        assert list(_named(config, problem)) == labels

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from moe.errors import one_line_errors
-from moe.terminal import plain_terminal
 from thermoe_env.calibration.driver_info import driver_info_path, load_driver_info
 from thermoe_env.calibration.excitation import schedule
 from thermoe_env.calibration.fit import fit_twin
@@ -206,7 +205,6 @@ def _print_errors(errors: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the command line."""
-    plain_terminal()
     commands = {"record": record, "fit": fit, "validate": validate}
     with one_line_errors(interrupted="interrupted; what was recorded is kept"):
         tyro.extras.subcommand_cli_from_dict(commands, prog=Path(sys.argv[0]).name)

@@ -24,6 +24,7 @@ from types import TracebackType
 
 from moe.device.base import AVERAGE_S, Tick, check_energy
 from moe.device.nvml import Gpu
+from moe.errors import one_line_errors
 from thermoe_env.calibration.driver_info import driver_info_path
 from thermoe_env.calibration.traces import COLUMNS
 from thermoe_env.errors import ThermoeError
@@ -195,7 +196,5 @@ def _main(path: str, uuid: str, samples_per_s: str, start_s: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         _main(*sys.argv[1:])
-    except (ThermoeError, OSError) as failure:
-        sys.exit(f"{type(failure).__name__}: {failure}")

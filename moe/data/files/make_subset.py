@@ -10,8 +10,10 @@ import hashlib
 import lzma
 
 import torch
+import tyro
 
 from moe.data.datasets import SUBSET_FOLDER, SUBSET_SIZE, VISION_CLASSES, load_vision
+from moe.errors import one_line_errors
 
 
 def main() -> None:
@@ -28,4 +30,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        tyro.cli(main, description=__doc__)

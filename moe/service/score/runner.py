@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moe.data.pools import SamplePool
+from moe.errors import ThermoeError
 from moe.model.transformer import ModelOutput, MoEModel
 from moe.ttt import Adapter
 from moe.workload import Knobs
@@ -30,7 +31,7 @@ four times the work on a small device and adapt no further.
 """
 
 
-class NonFiniteAnswersError(RuntimeError):
+class NonFiniteAnswersError(ThermoeError):
     """The model's answers are not numbers."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import yaml
 from agents.files import LOCK_FILE, FolderInUseError, locked
 from agents.learning.checkpoints import CheckpointError
 from agents.learning.config import TrainConfig
-from agents.learning.interface import InterfaceError, changed_inputs
+from agents.learning.interface import InterfaceError, began_with, changed_inputs
 from agents.learning.seeds import train_seeds
 from agents.learning.training import resume, train
 from agents.learning.tuning import tune
@@ -136,6 +137,29 @@ def test_seeds_and_searches_do_not_go_on_in_another_world(
         train_seeds(short, (0, 1), tmp_path / "seeds", progress=False)
     with pytest.raises(CheckpointError, match="search was begun with other contents of the twin"):
         tune(short, 2, tmp_path / "search", progress=False)
+
+
+def test_what_a_run_began_with_is_kept_and_not_needed_any_more(
+    world: Path, config: TrainConfig, tmp_path: Path
+) -> None:
+    short = replace(config, scenario=str(world / "mine.yaml"), total_timesteps=UPDATE)
+    first, other = (
+        train(replace(short, seed=seed), tmp_path / f"first-{seed}", progress=False) / "best_model.zip"
+        for seed in (0, 1)
+    )
+    whole, start = first.read_bytes(), tmp_path / "first-0"
+    digest = hashlib.sha256(whole).hexdigest()
+    again = replace(short, trained_agent=str(start))
+    train_seeds(again, (0,), tmp_path / "seeds", progress=False)
+    run = tmp_path / "seeds" / "seed-0"
+    assert json.loads((run / "interface.json").read_text())["began_with"] == digest
+    shutil.copy(other, first)
+    with pytest.raises(CheckpointError, match=r"seed-0 began with another model than .*first-0/best_model"):
+        train_seeds(again, (0, 1), tmp_path / "seeds", progress=False)
+    shutil.rmtree(start)
+    replaced(run / "config.yaml", f"total_timesteps: {UPDATE}", f"total_timesteps: {2 * UPDATE}")
+    resume(run, progress=False)
+    assert began_with(run) == digest
 
 
 HOLD = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 
 from agents.learning.config import TrainConfig
+from agents.learning.interface import began_with
 from agents.learning.models import ModelFileError
 from agents.learning.training import build_model, train
 from agents.learning.validation import VALIDATION_SEEDS, Validation, serves_nothing
@@ -86,7 +89,7 @@ def test_what_serves_nothing_is_told_by_its_indicator() -> None:
     assert "eval/late_fraction is 99.99%" in serves_nothing(0.3, 0.9999)
 
 
-def test_a_policy_that_serves_nothing_is_warned_of_once_where_the_static_service_does_serve(
+def test_a_policy_that_serves_nothing_is_warned_of_once_and_why_by_the_static_service(
     config: TrainConfig, problem: Problem, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -94,16 +97,29 @@ def test_a_policy_that_serves_nothing_is_warned_of_once_where_the_static_service
     monkeypatch.setattr(
         "agents.learning.validation.SERVED_SHARE_LOW", 2.0
     )  # whatever it serves is too little
-    for static_late, warned in ((0.0, 1), (0.5, 0)):
+    for static_late, remedy in ((0.0, "reward weights"), (0.5, "lower its traffic")):
         validation = Validation(config, problem, tmp_path, NEW)
         validation._static["late_fraction"] = static_late
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             validation(model)
             validation(model)
-        assert len(caplog.records) == warned
+        assert len(caplog.records) == 1 and remedy in caplog.text
     validation = Validation(config, problem, tmp_path, NEW)
     assert 0.0 <= validation._static["served_share"] <= 1.0
+
+
+def test_a_training_that_serves_nothing_says_so(
+    config: TrainConfig, short_scenario: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At thirty times the load that the device carries, where static is late as well."""
+    load = {"low_load": 30.0, "high_load": 30.0}
+    said = {"name": "flood", "base": short_scenario, "traffic": load, "episode_s": 60}
+    (tmp_path / "flood.yaml").write_text(yaml.safe_dump(said))
+    flood = replace(config, scenario=str(tmp_path / "flood.yaml"), total_timesteps=1)
+    with caplog.at_level(logging.WARNING):
+        train(flood, tmp_path / "run", progress=False)
+    assert "eval/served_share is 0." in caplog.text and "the scenario asks for more" in caplog.text
 
 
 def test_a_new_run_begins_with_the_weights_of_a_trained_one(
@@ -118,6 +134,8 @@ def test_a_new_run_begins_with_the_weights_of_a_trained_one(
     kept = PPO.load(trained / "best_model.zip", device="cpu").policy.state_dict()
     for name, value in PPO.load(run / "last_model.zip", device="cpu").policy.state_dict().items():
         torch.testing.assert_close(value, kept[name], atol=1e-8, rtol=0.0)
+    digest = hashlib.sha256((trained / "best_model.zip").read_bytes()).hexdigest()
+    assert (began_with(run), began_with(trained)) == (digest, None)
     assert len(began) == 1 and list((tmp_path / "events" / "again").glob("events*"))
     with pytest.raises(ModelFileError, match=r"best_model\.zip does not fit this run.*same algorithm"):
         train(replace(configs["sac"], trained_agent=str(trained)), tmp_path / "other", progress=False)
