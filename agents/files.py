@@ -64,10 +64,7 @@ def new_run_folder(kind: str, out: str | Path | None = None) -> Path:
     """
     if out is not None:
         folder = Path(out)
-        if folder.exists() and (not folder.is_dir() or any(p.name != LOCK_FILE for p in folder.iterdir())):
-            raise RunFolderError(
-                f"{folder} exists and is not empty: give another --out, or move it away first"
-            )
+        refuse_filled(folder)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     name = f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -79,6 +76,16 @@ def new_run_folder(kind: str, out: str | Path | None = None) -> Path:
             continue
         return folder
     raise RunFolderError(f"runs/{name} and a thousand more exist; give --out")
+
+
+def refuse_filled(folder: Path) -> None:
+    """Refuse a folder for a new run that holds something.
+
+    Raises:
+        RunFolderError: it does, or it is no folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(p.name != LOCK_FILE for p in folder.iterdir())):
+        raise RunFolderError(f"{folder} exists and is not empty: give another --out, or move it away first")
 
 
 def command(name: str) -> str:

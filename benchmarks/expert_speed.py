@@ -24,6 +24,7 @@ from rich.table import Table
 
 from moe.device.torch_device import device_name, serving_dtype
 from moe.errors import one_line_errors
+from moe.files import refuse_unwritable
 from moe.model.config import Size, model_config
 from moe.model.experts import Experts
 from moe.model.router import Routing
@@ -48,6 +49,8 @@ class Options:
 
 def main(options: Options) -> None:
     """Compare, print the tables, write the JSON."""
+    if options.out is not None:
+        refuse_unwritable(options.out)
     device = torch.device(options.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -70,7 +73,6 @@ def main(options: Options) -> None:
     }  # fmt: skip
     print(json.dumps(record))
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 

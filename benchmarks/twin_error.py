@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 from moe.errors import one_line_errors
-from moe.files import read_json
+from moe.files import read_json, refuse_unwritable
 from thermoe_env.calibration.driver_info import driver_info_path, load_driver_info
 from thermoe_env.calibration.power import fit_power
 from thermoe_env.calibration.traces import (
@@ -57,6 +57,7 @@ def main(twin: str = "h100", out: Path = Path("docs/twin_error.md")) -> None:
         twin: name in configs/twin or path.
         out: document to write.
     """
+    refuse_unwritable(out)
     model = load_twin(config_path("twin", twin, ".yaml"))
     lines = [
         "# Error of the twin",
@@ -93,7 +94,6 @@ def main(twin: str = "h100", out: Path = Path("docs/twin_error.md")) -> None:
                 f"| {path.name} | {errors.seconds} | {errors.power_mape:.1%} | {errors.energy_error:+.1%} | "
                 f"{errors.throughput_error:+.1%} |"
             )
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     print(f"\nwrote {out}")

@@ -63,38 +63,58 @@ def one_line_errors(interrupted: str = "interrupted") -> Iterator[None]:
         interrupted: what to say to the user who stops it, before what the interruption itself says.
     """
     plain_terminal()
-    terminated = False
+    with _interruptions() as received:
+        try:
+            yield
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here a closed pipe can still be answered for
+        except (ValueError, OSError, ImportError, ThermoeError) as error:
+            if isinstance(error, BrokenPipeError) and (unread := _unread()):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                for stream in unread:
+                    os.dup2(nowhere, stream)  # what is still buffered
+                sys.exit(UNREAD)
+            remedy = _REMEDIES.get(getattr(error, "errno", None))
+            sys.exit("; ".join(filter(None, (f"{type(error).__name__}: {error}", remedy))))
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):  # rich has seen to the rest
+                sys.exit(UNREAD)
+            raise
+        except KeyboardInterrupt as stop:
+            said = "\n" + "; ".join(filter(None, (interrupted, str(stop))))
+            if signal.SIGTERM not in received:
+                sys.exit(said)
+            print(said, file=sys.stderr)
+            sys.exit(TERMINATED)
 
-    def terminate(*_: object) -> None:
-        nonlocal terminated
-        terminated = True
+
+@contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """Let SIGTERM interrupt as SIGINT does, and what a callback of a library swallowed interrupt once more.
+
+    Compiling calls back into Python, where an exception is lost. Yields the signals that came.
+    """
+    received: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        received.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    def lost(said: sys.UnraisableHookArgs) -> None:
+        if issubclass(said.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)  # SIGALRM, when the callback is over
+        else:
+            hook(said)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGALRM)}
+    hook, sys.unraisablehook = sys.unraisablehook, lost
     try:
-        yield
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here a closed pipe can still be answered for
-    except (ValueError, OSError, ImportError, ThermoeError) as error:
-        if isinstance(error, BrokenPipeError) and (unread := _unread()):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in unread:
-                os.dup2(nowhere, stream)  # what is still buffered
-            sys.exit(UNREAD)
-        remedy = _REMEDIES.get(getattr(error, "errno", None))
-        sys.exit("; ".join(filter(None, (f"{type(error).__name__}: {error}", remedy))))
-    except SystemExit as end:
-        if isinstance(end.__context__, BrokenPipeError):  # rich has seen to the rest
-            sys.exit(UNREAD)
-        raise
-    except KeyboardInterrupt as stop:
-        said = "\n" + "; ".join(filter(None, (interrupted, str(stop))))
-        if not terminated:
-            sys.exit(said)
-        print(said, file=sys.stderr)
-        sys.exit(TERMINATED)
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _unread() -> list[int]:

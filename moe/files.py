@@ -1,8 +1,10 @@
-"""Files that were written here earlier: they are whole and of the right kind, or refused by name."""
+"""Files that commands keep: read where they are whole and of the right kind, refused by name elsewhere."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Collection
@@ -15,6 +17,19 @@ from moe.errors import DataCorruptError
 
 DAMAGED = (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 """What reading a cut, damaged or foreign archive raises, beside `OSError`; of `zipfile`, NumPy and JSON."""
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Make the folder of a file that is written after long work; refuse now what would be refused then.
+
+    Raises:
+        OSError: no file can be written there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
 
 
 def read_json(path: Path, remedy: str, keys: Collection[str] = ()) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from studies.routing_report import CLAIM_HEADS, claim_row
 from studies.routing_results import CELL, COST_LABELS, METRICS, Claim, cells_table, claims, cost_metric
 from studies.rq_figures import changes
 from studies.rq_report import Change, Findings
-from studies.tasks import StudyError
+from studies.tasks import StudyError, read_table
 
 QUESTION = "Do energy-aware training losses make inherently frugal MoE models?"
 FEWEST_REPEATS = 3
@@ -151,13 +151,13 @@ class Study:
 
 def _collected(folder: Path) -> tuple[pd.DataFrame, str]:
     """Cells of a finished study, and where it says they come from."""
-    table, report = folder / "cells.csv", folder / "report.md"
-    if not table.is_file() or not report.is_file():
-        raise StudyError(f"{folder} holds no cells.csv and report.md: give a folder of `studies.routing`")
-    said = next(
-        line for line in report.read_text(encoding="utf-8").splitlines() if line.startswith("Written by")
-    )
-    return pd.read_csv(table), said.partition(". ")[2].partition(". Cost")[0]
+    columns = ("task", "seed", "variant", "expert_count")
+    table, report = read_table(folder / "cells.csv", columns, "studies.routing"), folder / "report.md"
+    text = report.read_text(encoding="utf-8") if report.is_file() else ""
+    said = [line for line in text.splitlines() if line.startswith("Written by")]
+    if not said:
+        raise StudyError(f"{report} does not say where it comes from: give a folder of `studies.routing`")
+    return table, said[0].partition(". ")[2].partition(". Cost")[0]
 
 
 def _shown(summary: pd.DataFrame, compared: set[str]) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from studies.plays import Options, Play, Variant, episodes_of
 from studies.repeats import range_text, select
 from studies.rq_figures import ENERGY, QUALITY, Axis, Panel, curves, usage
 from studies.rq_report import Findings, difference, of_variant, origin_of, plays_table, summary_of
-from studies.tasks import StudyError
+from studies.tasks import read_table
 from studies.ttt_service_report import Column
 
 QUESTION = "How do expert specialisation and load balance behave under thermal limits and changing load?"
@@ -171,10 +171,16 @@ class Study:
 
 def _specialisation(folder: Path) -> list[str]:
     """Mutual information of expert and class of input by routing bias, from a finished routing study."""
-    path = folder / "routing.csv"
-    if not path.is_file():
-        raise StudyError(f"{folder} holds no routing.csv: give a folder of `python -m studies.routing`")
-    table = select(pd.read_csv(path), inputs="clean")
+    needed = (
+        "inputs",
+        "task",
+        "variant",
+        "expert_count",
+        "routing_bias",
+        "specialisation_bits",
+        "load_entropy",
+    )
+    table = select(read_table(folder / "routing.csv", needed, "studies.routing"), inputs="clean")
     table = table.loc[table.routing_bias.isin([0.0, table.routing_bias.max()]), :]
     heads = ("task", "variant", "k", "bias", "bits of class", "entropy of use")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import pandas as pd
 from tqdm import tqdm
 
 from agents.files import write_file
@@ -121,6 +122,24 @@ def read_result(path: Path) -> dict[str, Any]:
         DataCorruptError: it is cut, or no result of a study.
     """
     return read_json(path, "remove it to run it again", ("settings",))
+
+
+def read_table(path: Path, columns: Sequence[str], study: str) -> pd.DataFrame:
+    """Read a table of another study, which has at least some columns.
+
+    Raises:
+        StudyError: it is missing, cut, or another table.
+    """
+    remedy = f"give a folder of `python -m {study}` that is whole"
+    if not path.is_file():
+        raise StudyError(f"{path.parent} holds no {path.name}: {remedy}")
+    try:
+        table = pd.read_csv(path)
+    except ValueError as error:
+        raise StudyError(f"{path} is no table ({error}): {remedy}") from error
+    if lacking := [name for name in columns if name not in table]:
+        raise StudyError(f"{path} lacks columns {lacking}: {remedy}")
+    return table
 
 
 def _run_on_ray(tasks: Sequence[Task], address: str, keep: Callable[[Task, dict[str, Any]], None]) -> None:

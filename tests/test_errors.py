@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -35,6 +37,11 @@ REFUSED = {
     "thermoe_env.calibration validate nope.csv --twin h100": "nope.csv",
     "moe.profiling --task language --model nope --device cpu --out out.json": "nope",
     "moe.profiling --task vision --size tiny --device cpu --out file/out.json": "file",
+    "moe.profiling --task vision --size tiny --device cpu --out .": "it is a folder, name a file",
+    "moe.training --task vision --size tiny --device cpu --out file": "file",
+    "agents.tuning.rules --out .": "Is a directory: '.'",
+    "agents.tuning.gates --out .": "Is a directory: '.'",
+    "thermoe_env.calibration fit nope.csv --out .": "Is a directory: '.'",
     "studies.robustness --policy nope --scenario short.yaml": "unknown policy 'nope'",
     "studies.robustness --config nope": "no studies 'nope'",
     "benchmarks.train_speed --scenario nope": "no scenarios 'nope'",
@@ -114,6 +121,13 @@ def test_sigterm_stops_a_command_as_an_interruption_does(capsys: pytest.CaptureF
         signal.raise_signal(signal.SIGTERM)
     assert end.value.code == 143 and capsys.readouterr().err == "\nstopped, all is kept\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interruption_that_a_callback_of_compiled_code_swallows_comes_again() -> None:
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        ctypes.CFUNCTYPE(None)(lambda: signal.raise_signal(signal.SIGTERM))()
+        time.sleep(60.0)
+    assert end.value.code == 143
 
 
 def test_what_the_system_refuses_is_said_with_a_remedy(tmp_path: Path) -> None:

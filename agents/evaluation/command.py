@@ -22,7 +22,7 @@ from agents.evaluation.figures import write_figures
 from agents.evaluation.report import print_summary, wide_console, write_report
 from agents.evaluation.results import results_table, statistics_table, unit_notes, write_results
 from agents.evaluation.tables import Played
-from agents.files import new_run_folder, training_runs, write_file, write_origin
+from agents.files import new_run_folder, refuse_filled, training_runs, write_file, write_origin
 from agents.load import load_policy, long_label, policy_label, trained_otherwise
 from agents.play.metrics import episode_metrics, steps_table, summarize, world_of
 from agents.play.rollout import COOL_WITHIN_C, Recording, cool_down, device_name, origin, play_live, play_twin
@@ -292,7 +292,9 @@ def _players(
 def _refuse_misfits(
     config: EvaluateConfig, read: Sequence[Played], names: set[str], world: str, device: str
 ) -> None:
-    """Refuse what does not fit together, before a folder is made or anything is played."""
+    """Refuse what does not fit together, before anything is searched or played."""
+    if config.out is not None:
+        refuse_filled(config.out)
     earlier = {str(name) for played in read for name in played.episodes.policy}
     if names:
         for played in read:

@@ -124,7 +124,7 @@ def _cut_monitor(file: Path, episodes: int) -> float:
     try:
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)[: 2 + episodes]
         if len(lines) < 2 + episodes:
-            raise ValueError(f"{len(lines) - 2} there, {episodes} played")
+            raise ValueError(f"{max(0, len(lines) - 2)} there, {episodes} played")
         began = float(json.loads(lines[0].removeprefix("#"))["t_start"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

@@ -197,7 +197,10 @@ def _read_data(path: Path, content: bytes) -> dict[str, Any]:
             damaged = archive.testzip()
             if damaged is not None:
                 raise ModelFileError(f"{path}: its part {damaged!r} is damaged; copy or train it again")
-            return json.loads(archive.read("data"))
+            data = json.loads(archive.read("data"))
+        for space in ("observation_space", "action_space"):
+            data[space][":type:"]  # or it is a zip of something else
+        return data
     except DAMAGED as error:
         raise ModelFileError(
             f"{path} is no whole Stable-Baselines3 zip ({error}); copy or train it again"
@@ -206,7 +209,7 @@ def _read_data(path: Path, content: bytes) -> dict[str, Any]:
 
 def _action_mode(path: Path, data: dict[str, Any]) -> str:
     """Action mode that the model was trained in, from the name of its action space's class."""
-    kind = str(data.get("action_space", {}).get(":type:", "")).rstrip("'>").rpartition(".")[2]
+    kind = str(data["action_space"][":type:"]).rstrip("'>").rpartition(".")[2]
     if kind not in _MODE_OF_SPACE:
         raise ModelFileError(
             f"{path}: action space {kind!r} is none of {sorted(_MODE_OF_SPACE)}; is it a trained model?"

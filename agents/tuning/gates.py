@@ -18,6 +18,7 @@ from agents.policies.policy import Policy
 from agents.policies.registry import POLICIES
 from agents.tuning.rules import TUNING_SEEDS, mean_return, search, write_settings
 from moe.errors import one_line_errors
+from moe.files import refuse_unwritable
 from thermoe_env.configs import configs_dir
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
@@ -68,8 +69,9 @@ def tune(config: TuneConfig) -> tuple[GateConfig, dict[str, float]]:
 def main() -> None:
     """Tune and write."""
     config = tyro.cli(TuneConfig, description=__doc__)
-    gates, returns = tune(config)
     path = config.out or configs_dir() / "agents" / "gates.yaml"
+    refuse_unwritable(path)
+    gates, returns = tune(config)
     shown = ", ".join(f"{rule} {value:.2f}" for rule, value in returns.items())
     rules = " ".join(config.rules)
     note = (

@@ -26,6 +26,7 @@ from agents.policies.policy import Policy
 from agents.policies.rules import RuleBased, RuleConfig
 from agents.policies.throttles import THROTTLES, Throttle, ThrottleConfig
 from moe.errors import one_line_errors
+from moe.files import refuse_unwritable
 from thermoe_env.configs import configs_dir
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
@@ -179,8 +180,9 @@ def write_settings(path: Path, note: str, settings: Any) -> None:
 def main() -> None:
     """Tune and write."""
     config = tyro.cli(TuneConfig, description=__doc__)
-    settings, value = tune(config)
     path = config.out or configs_dir() / "agents" / f"{config.policy}.yaml"
+    refuse_unwritable(path)
+    settings, value = tune(config)
     knobs = "" if config.knobs is None else f"--knobs {' '.join(config.knobs)} "
     note = (
         f"Settings of `{config.policy}`: the best of those tried by `python -m agents.tuning.rules\n"

@@ -31,6 +31,10 @@ SIZE = "hf"
 """`Profile.size` of a checkpoint."""
 CHUNK_TOKENS = 128
 """Length of a request, less where the model has a shorter context."""
+_TOKENIZER_FILES = "*token*"
+_TOKENIZER = (
+    "put the checkpoint's own tokenizer files (tokenizer.json, tokenizer_config.json) into its folder"
+)
 
 
 class TokenPool(SamplePool):
@@ -54,7 +58,7 @@ class TokenPool(SamplePool):
             device: where the pool lives.
 
         Raises:
-            HfModelError: the tokenizer has tokens that the model does not know.
+            HfModelError: the tokenizer has no tokens, or some that the model does not know.
             ValueError: a shift is unknown.
         """
         self.task, self.shifts = "language", tuple(shifts)
@@ -65,10 +69,14 @@ class TokenPool(SamplePool):
             # The text was cut at a byte: the character there may not be whole.
             text = text_of_shift(shift).numpy().tobytes().decode(errors="ignore")
             tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)  # [n]
+            if not len(tokens):
+                raise HfModelError(
+                    f"the tokenizer makes no tokens of the text of shift {shift!r}: {_TOKENIZER}"
+                )
             if int(tokens.max()) >= vocab_size:
                 raise HfModelError(
                     f"the tokenizer gives token {int(tokens.max())}, the model knows {vocab_size}: they "
-                    "do not belong together; put the checkpoint's own tokenizer files into its folder"
+                    f"do not belong together; {_TOKENIZER}"
                 )
             chunks, following = cut(tokens, length - len(start))
             begin = torch.tensor(start, dtype=torch.int64).expand(len(chunks), len(start))
@@ -154,6 +162,8 @@ def load_runner(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
         )
+    except ImportError as error:  # of a format of weights
+        raise HfModelError(f"{path}: {error}") from error
     except SafetensorError as error:
         raise HfModelError(
             f"{path}: the weights cannot be read ({error}); get the checkpoint again"
@@ -198,7 +208,7 @@ def checkpoint_identity(path: str | Path) -> dict[str, Any]:
     )
     width = getattr(full, "moe_intermediate_size", None) or full.intermediate_size
     config |= {"top_k": full.num_experts_per_tok, "expert_widths": [width] * n_experts}
-    tokenizer = _digest(path, "*token*")
+    tokenizer = _digest(path, _TOKENIZER_FILES)
     data = hashlib.sha256((data_digest("language") + tokenizer).encode()).hexdigest()
     key = hashlib.sha256(json.dumps([config, data], sort_keys=True).encode()).hexdigest()[:12]
     weights = _digest(path, "*.safetensors")
@@ -246,6 +256,8 @@ def _folder(path: str | Path) -> Path:
         raise HfModelError(
             f"{path} has no *.safetensors; weights in other formats can run code and are not read"
         )
+    if not list(path.glob(_TOKENIZER_FILES)):
+        raise HfModelError(f"{path} has no tokenizer: {_TOKENIZER}")
     return path
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from moe.data import datasets as data
 from moe.device.torch_device import device_name, pick_device, serving_dtype
 from moe.errors import ThermoeError, one_line_errors
+from moe.files import refuse_unwritable
 from moe.model.config import ModelConfig, Norm, Size, Task, ZeroComputation, model_config
 from moe.model.losses import expert_groups, load_balance_loss, router_z_loss, step_balance_bias
 from moe.model.router import Router, Routing
@@ -296,6 +297,7 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Run the command."""
     config, recipe, path = arguments.config(), arguments.recipe(), arguments.path()
+    refuse_unwritable(path)
     device = pick_device(arguments.device)
     cost, source = None, ASSUMED
     if arguments.expert_cost is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from moe.errors import DataCorruptError
-from studies.tasks import StudyError, load_results, run_tasks
+from studies.tasks import StudyError, load_results, read_table, run_tasks
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +74,18 @@ def test_results_of_other_settings_or_damaged_ones_are_refused(tmp_path: Path) -
             run_tasks([Count(1)], tmp_path)
     with pytest.raises(StudyError, match="different names"):
         run_tasks([Count(1), Count(1)], tmp_path)
+
+
+def test_tables_of_another_study_are_whole_or_named(tmp_path: Path) -> None:
+    file = tmp_path / "cells.csv"
+    refused = {None: "holds no cells.csv", "": "is no table", "a\n1\n": r"lacks columns \['task'\]"}
+    for content, said in refused.items():
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(StudyError, match=rf"{said}.*give a folder of `python -m studies.routing`"):
+            read_table(file, ("task",), "studies.routing")
+    file.write_text("task,x\nvision,1\n")
+    assert read_table(file, ("task",), "studies.routing").x.tolist() == [1]
 
 
 LOST_WORKER = """

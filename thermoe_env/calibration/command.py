@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tyro.conf import Positional, arg
 
 from moe.errors import one_line_errors
+from moe.files import refuse_unwritable
 from thermoe_env.calibration.driver_info import driver_info_path, load_driver_info
 from thermoe_env.calibration.excitation import schedule
 from thermoe_env.calibration.fit import fit_twin
@@ -121,6 +122,7 @@ def fit(
     """
     if not traces:
         raise TraceFormatError("name at least one trace")
+    refuse_unwritable(out)
     if segments and len(segments) != len(traces):
         raise TraceFormatError(f"{len(traces)} traces need as many files of segments, got {len(segments)}")
     info = load_driver_info(nvml_info or driver_info_path(traces[0]))

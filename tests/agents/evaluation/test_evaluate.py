@@ -189,9 +189,14 @@ def test_bad_names_are_refused_before_a_folder_is_made(
     scenario: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
+    monkeypatch.setattr("agents.policies.search.best_constant", lambda _: pytest.fail("searched before"))
     with pytest.raises(ValueError, match=r"unknown policy 'rule_bases'.*best_constant.*rule_based"):
         evaluate(EvaluateConfig(policy=("rule_bases",), scenario=scenario, out=out), quiet())
     assert not out.exists()
+    with pytest.raises(RunFolderError, match="exists and is not empty"):
+        evaluate(EvaluateConfig(scenario=scenario, out=Path(scenario).parent), quiet())
+    with pytest.raises(ValueError, match="baseline 'ppo' is not among"):
+        evaluate(EvaluateConfig(scenario=scenario, baseline="ppo", out=out), quiet())
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--policy", "x", "--scenario", scenario])
     with pytest.raises(SystemExit, match="ValueError: unknown policy 'x'"):
         evaluation.main()
@@ -266,6 +271,17 @@ def test_damaged_zip_is_refused_by_name(
     shutil.copy(run_folder / INTERFACE_FILE, tmp_path)
     with pytest.raises(ModelFileError, match=r"best_model\.zip"):
         load_policy(tmp_path, problem)
+
+
+FOREIGN = ["[1]", "3", "{}", '{"action_space": 3}', '{"observation_space": {":type:": "x"}}', "\udcff"]
+
+
+@pytest.mark.parametrize("data", FOREIGN)
+def test_a_zip_of_something_else_is_refused_by_name(data: str, problem: Problem, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("data", data.encode(errors="surrogateescape"))
+    with pytest.raises(ModelFileError, match=r"other\.zip is no whole Stable-Baselines3 zip"):
+        load_policy(tmp_path / "other.zip", problem, trust_pickle=True)
 
 
 def test_model_of_other_observations_is_refused(run_folder: Path, problem: Problem, tmp_path: Path) -> None:

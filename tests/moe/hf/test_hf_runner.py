@@ -260,6 +260,20 @@ def test_folders_that_hold_no_checkpoint_are_refused(copy, tmp_path):
         load_runner(copy, SHIFTS, "cpu")
 
 
+def test_a_checkpoint_without_a_tokenizer_or_a_package_for_its_weights_is_named(copy, monkeypatch):
+    def quantised(*_, **__):
+        raise ImportError("Using mxfp4 requires Accelerate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoModelForCausalLM.from_pretrained", quantised)
+        with pytest.raises(HfModelError, match=rf"{copy}: Using mxfp4 requires Accelerate"):
+            load_runner(copy, SHIFTS, "cpu")
+    for file in copy.glob("*token*"):
+        file.unlink()
+    with pytest.raises(HfModelError, match=rf"{copy} has no tokenizer: put the checkpoint's own tokenizer"):
+        load_runner(copy, SHIFTS, "cpu")
+
+
 def test_damaged_and_incomplete_weights_are_refused(copy):
     path = copy / "model.safetensors"
     tensors = load_file(path)
