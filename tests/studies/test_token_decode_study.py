@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe.errors import GpuUnavailableError
+from moe.errors import DataCorruptError, GpuUnavailableError
 from moe.training.fit import TrainingDiverged
 from studies.tasks import StudyError
 from studies.token_decode import __main__ as command
@@ -177,9 +177,10 @@ def test_parts_name_what_they_need(tmp_path: Path) -> None:
             main(Arguments(out=tmp_path, parts=parts))  # type: ignore[arg-type]
     with pytest.raises(StudyError, match="is missing: measure first"):
         main(Arguments(out=tmp_path, parts=("figures",)))
-    (tmp_path / "results.json").write_text('{"settings": 1}')
-    with pytest.raises(StudyError, match="is no result of this study"):
-        main(Arguments(out=tmp_path, parts=("figures",)))
+    for content in ("{", '{"settings": 1}', '{"settings": 1, "models": {}}'):
+        (tmp_path / "results.json").write_text(content)
+        with pytest.raises(DataCorruptError, match=r"results\.json .*delete it and run again"):
+            main(Arguments(out=tmp_path, parts=("figures",)))
 
 
 def test_sizes_for_a_card_are_refused_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
