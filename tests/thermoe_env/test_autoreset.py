@@ -215,9 +215,9 @@ def test_gymnasium_s_wrappers_do_the_same_as_around_its_own_vector(
     theirs = SyncVectorEnv([lambda: singles(problem, 1)[0]] * N, autoreset_mode=mode)
     try:
         around = WRAPPERS[name](theirs)
-    except ValueError as refused:
+    except (AssertionError, ValueError) as refused:  # the former before Gymnasium 1.4
         assert "Observation" in name and mode is not AutoresetMode.NEXT_STEP
-        with pytest.raises(ValueError, match=re.escape(str(refused)[:40])):
+        with pytest.raises(type(refused), match=re.escape(str(refused)[:40])):
             WRAPPERS[name](ours)
         return
     pair = WRAPPERS[name](ours), around

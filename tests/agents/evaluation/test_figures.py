@@ -17,4 +17,4 @@ def test_a_logarithmic_axis_has_plain_numbers() -> None:
         figure.canvas.draw()
         for axis in (axes.xaxis, axes.yaxis):
             labels = [label.get_text() for label in axis.get_ticklabels(which="both") if label.get_text()]
-            assert labels and all(float(label) > 0.0 for label in labels)
+            assert labels and all(float(label.replace("−", "-")) > 0.0 for label in labels)
