@@ -59,6 +59,7 @@ def commands() -> list[str]:
         ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
         for file in files
         if file.stem == "__main__" or '__name__ == "__main__"' in file.read_text()
+        if not file.match("benchmarks/clients/with_*.py")  # for other environments, by `benchmarks.clients`
     ]
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     return sorted([*modules, *scripts.values()])
