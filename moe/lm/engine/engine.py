@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from studies.token_decode import decode_ops as ops
-from studies.token_decode.lm import LanguageModel
+from moe.lm.engine import ops as ops
+from moe.lm.model import LanguageModel
 
 WARM_UPS = 3
 _TOGETHER = 32

@@ -16,13 +16,13 @@ from moe.training.fit import TrainingDiverged
 from studies.tasks import StudyError
 from studies.token_decode import __main__ as command
 from studies.token_decode import metering, train
-from studies.token_decode.__main__ import Arguments, main
-from studies.token_decode.config import SIZES, Recipe
-from studies.token_decode.corpus import END_ID, build_corpus, bytes_per_token
-from studies.token_decode.lm import LanguageModel, initialise
-from studies.token_decode.muon import orthogonalise
-from studies.token_decode.quality import HeldOut, evaluate
-from studies.token_decode.routing import RoutingKnobs
+from moe.lm.__main__ import Arguments, main
+from moe.lm.config import SIZES, Recipe
+from moe.lm.corpus import END_ID, build_corpus, bytes_per_token
+from moe.lm.model import LanguageModel, initialise
+from moe.lm.muon import orthogonalise
+from moe.lm.quality import HeldOut, evaluate
+from moe.lm.routing import RoutingKnobs
 from tests.studies.plain_decoder import TINY
 
 WORDS = "def return import value tensor expert router token batch energy for while if else class self".split()

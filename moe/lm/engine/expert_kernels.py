@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from studies.token_decode.config import Gate
+from moe.lm.config import Gate
 
 EPS = tl.constexpr(1e-6)
 

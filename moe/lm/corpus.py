@@ -20,7 +20,7 @@ from agents.files import write_file
 from moe.errors import DataCorruptError
 from moe.files import read_json
 from studies.tasks import StudyError
-from studies.token_decode.config import Size
+from moe.lm.config import Size
 
 END, END_ID = "<|end|>", 0
 DOMAINS = ("python", "docs", "c")

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from studies.token_decode import decode_ops
-from studies.token_decode.decode import DecodeEngine
-from studies.token_decode.lm import LanguageModel, initialise
-from studies.token_decode.routing import RoutingKnobs, allowed_experts, choose, experts_read
+from moe.lm.engine import ops
+from moe.lm.engine.engine import DecodeEngine
+from moe.lm.model import LanguageModel, initialise
+from moe.lm.routing import RoutingKnobs, allowed_experts, choose, experts_read
 from tests.studies.plain_decoder import (
     TINY,
     make_model,
@@ -164,7 +164,7 @@ def test_the_captured_kernels_give_every_token_the_loss_of_a_plain_decoder(
 
 @pytest.mark.gpu
 def test_the_training_kernels_give_the_gradients_and_steps_of_torch_operators() -> None:
-    from studies.token_decode import train_kernels
+    from moe.lm import train_kernels
 
     generator = torch.Generator("cuda").manual_seed(12)
     grad, buffer, parameter = (torch.randn(3, 70, 50, device="cuda", generator=generator) for _ in range(3))

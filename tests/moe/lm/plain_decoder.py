@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from studies.token_decode.config import LmConfig
-from studies.token_decode.lm import EPS, LanguageModel, initialise
+from moe.lm.config import LmConfig
+from moe.lm.model import EPS, LanguageModel, initialise
 
 TINY = LmConfig(
     vocabulary=512, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, n_experts=8,

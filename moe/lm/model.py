@@ -1,4 +1,4 @@
-"""A standard fine-grained Mixture-of-Experts language model, and its dense twin, for training and prefill.
+"""A standard fine-grained Mixture-of-Experts language model, and its dense twin, whole sequences at once.
 
 Pre-norm, rotary positions, grouped-query attention with normed queries and keys, SwiGLU experts chosen by a
 linear router. Masters are float32; matrices are cast to the activations' type where they are used.
@@ -11,8 +11,7 @@ tokens, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -21,17 +20,49 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
 
+from moe.lm.config import LmConfig
 from moe.model.dispatch import Dispatch, gather_rows, make_dispatch
 from moe.model.kernels import copy_rows, mix_rows
-from studies.token_decode.config import LmConfig
-from studies.token_decode.routing import RoutingDecision, RoutingKnobs, choose, normalised
 
 EPS = 1e-6
-AUX_WEIGHT, Z_WEIGHT = 0.01, 1e-3
-"""Of the load balance (as in Switch) and of the router's z-loss."""
-MAX_POSITIONS = 4096
-Cache = Sequence[tuple[Tensor, Tensor]]
-"""Per layer the keys and the values, [B, G, at least S, Dh] each."""
+BALANCE_WEIGHT = 0.01
+"""Of the load balance loss, as in Switch (arXiv 2101.03961, equation 4)."""
+
+
+@dataclass(frozen=True)
+class RoutingDecision:
+    """What one layer decided.
+
+    Attributes:
+        logits: Float32.  # [T, E]
+        experts: int64.  # [T, K]
+        dispatch: Where the rows of each expert are.
+    """
+
+    logits: Tensor
+    experts: Tensor
+    dispatch: Dispatch
+
+
+def mixing_weights(chosen: Tensor, logits: Tensor, trained_top_k: int) -> Tensor:
+    """Weights of chosen experts.
+
+    Gates are sigmoids, as in DeepSeek-V3 (arXiv 2412.19437, equation 15). In training those of the chosen are
+    divided by their sum. Where fewer are chosen, or others than the token's best, they are divided by the
+    root of that sum times the sum in training: half way between weights that sum to one and weights kept as
+    they are, and better than both.
+
+    Args:
+        chosen: Router logits of the chosen, float32.  # [..., K]
+        logits: Of all experts.  # [..., E]
+        trained_top_k: Experts per token in training.
+
+    Returns:
+        Float32.  # [..., K]
+    """
+    gates = chosen.sigmoid()
+    trained = logits.topk(trained_top_k, dim=-1).values.sigmoid().sum(dim=-1, keepdim=True)
+    return gates / (gates.sum(dim=-1, keepdim=True) * trained).sqrt()
 
 
 class _WeightedSwiGlu(Function):
@@ -46,7 +77,7 @@ class _WeightedSwiGlu(Function):
         ctx.save_for_backward(gate_up, weights)
         ctx.dispatch = dispatch  # pyright: ignore[reportAttributeAccessIssue]
         if gate_up.is_cuda:
-            from studies.token_decode import train_kernels
+            from moe.lm import train_kernels
 
             return train_kernels.weighted_swiglu(gate_up, weights, dispatch)
         gate, up = gate_up.chunk(2, dim=-1)  # [R + 1, F] each
@@ -58,7 +89,7 @@ class _WeightedSwiGlu(Function):
         dispatch: Dispatch = ctx.dispatch  # pyright: ignore[reportAttributeAccessIssue]
         (grad,) = grads
         if gate_up.is_cuda:
-            from studies.token_decode import train_kernels
+            from moe.lm import train_kernels
 
             return *train_kernels.weighted_swiglu_backward(grad, gate_up, weights, dispatch), None
         gate, up = gate_up.chunk(2, dim=-1)
@@ -128,15 +159,15 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(*shape, d, 2 * f))  # [E, D, 2F]
         self.down = nn.Parameter(torch.empty(*shape, f, d))  # [E, F, D]
 
-    def forward(self, x: Tensor, knobs: RoutingKnobs | None) -> tuple[Tensor, RoutingDecision | None]:
-        """Return what is added to the stream, [B, S, D], and the decisions; without knobs as in training."""
+    def forward(self, x: Tensor, top_k: int) -> tuple[Tensor, RoutingDecision | None]:
+        """Return what is added to the stream, [B, S, D], and the decisions."""
         if self.router is None:
             gate, up = (x @ self.gate_up.to(x.dtype)).chunk(2, dim=-1)
             return (F.silu(gate) * up) @ self.down.to(x.dtype), None
         tokens = x.flatten(0, 1)  # [T, D]
         logits = F.linear(tokens.float(), self.router.float())  # [T, E]
-        knobs = knobs or RoutingKnobs(self.config.top_k)
-        experts, weights = choose(logits.view(*x.shape[:2], -1), knobs, self.config)  # [T, K] each
+        chosen, experts = logits.topk(top_k, dim=-1)  # [T, K] each
+        weights = mixing_weights(chosen, logits, self.config.top_k)
         dispatch = make_dispatch(experts, logits.shape[-1])
         rows = gather_rows(tokens, dispatch, logits.shape[-1])  # [R + 1, D]
         ends = dispatch.expert_ends
@@ -144,7 +175,7 @@ class Experts(nn.Module):
         hidden = cast(Tensor, _WeightedSwiGlu.apply(gate_up, weights, dispatch))  # [R + 1, F]
         out = F.grouped_mm(hidden, self.down.to(x.dtype), offs=ends)  # [R + 1, D]
         mixed = cast(Tensor, _SumRows.apply(out, dispatch))
-        return mixed.view_as(x), RoutingDecision(logits, experts, weights, dispatch)
+        return mixed.view_as(x), RoutingDecision(logits, experts, dispatch)
 
 
 class Attention(nn.Module):
@@ -158,8 +189,8 @@ class Attention(nn.Module):
         self.qkv = Linear(config.d_model, inner + 2 * config.n_kv_heads * config.head_dim)
         self.out = Linear(inner, config.d_model)
 
-    def forward(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what is added to the stream, [B, S, D], and keys and values for a cache, [B, G, S, Dh]."""
+    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
+        """Return what is added to the stream, [B, S, D]."""
         c = self.config
         heads = self.qkv(x).unflatten(-1, (-1, c.head_dim))  # [B, S, H + 2G, Dh]
         n_turned = c.n_heads + c.n_kv_heads
@@ -167,7 +198,7 @@ class Attention(nn.Module):
         q, k = turned.transpose(1, 2).split([c.n_heads, c.n_kv_heads], dim=1)
         v = heads[:, :, n_turned:].transpose(1, 2)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # [B, H, S, Dh]
-        return self.out(mixed.transpose(1, 2).flatten(2)), k, v
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 def turn_table(length: int, head_dim: int) -> Tensor:
@@ -212,34 +243,27 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RmsNorm(config.d_model)
         self.head = None if config.tied else Linear(config.d_model, config.vocabulary)
-        self.register_buffer("turn", turn_table(MAX_POSITIONS, config.head_dim), persistent=False)
+        self.register_buffer("turn", turn_table(config.context, config.head_dim), persistent=False)
 
     def layers(self) -> list[Block]:
         """The layers, first to last."""
         return [cast(Block, block) for block in self.blocks]
 
-    def forward(
-        self, tokens: Tensor, knobs: RoutingKnobs | None = None, cache: Cache | None = None
-    ) -> tuple[Tensor, list[RoutingDecision]]:
+    def forward(self, tokens: Tensor, top_k: int | None = None) -> tuple[Tensor, list[RoutingDecision]]:
         """Run whole sequences.
 
         Args:
             tokens: int64.  # [B, S]
-            knobs: How tokens are routed; None as in training.
-            cache: Where keys and values go, if given.
+            top_k: Experts per token; None means those of the training.
 
         Returns:
             The normed stream, [B, S, D], and the decisions of each layer, none of a dense one.
         """
         x = F.embedding(tokens, self.embed).to(self.dtype)
         decisions = []
-        for number, block in enumerate(self.layers()):
-            update, k, v = block.attention(block.attention_norm(x), self.turn)
-            if cache is not None:
-                cache[number][0][:, :, : k.shape[2]].copy_(k)
-                cache[number][1][:, :, : v.shape[2]].copy_(v)
-            x = x + update
-            update, decision = block.moe(block.moe_norm(x), knobs)
+        for block in self.layers():
+            x = x + block.attention(block.attention_norm(x), self.turn)
+            update, decision = block.moe(block.moe_norm(x), top_k or self.config.top_k)
             x = x + update
             if decision is not None:
                 decisions.append(decision)
@@ -256,11 +280,9 @@ class LanguageModel(nn.Module):
         total = answer
         for decision in decisions:
             share = decision.dispatch.tokens_per_expert / decision.experts.numel()  # [E]
-            p = normalised(decision.logits, self.config.gate).mean(dim=0)  # [E]
-            total = total + AUX_WEIGHT / len(decisions) * len(p) * (share * p).sum()
-            if self.config.gate == "softmax":  # it would push sigmoids to where they are exponentials
-                z = decision.logits.logsumexp(dim=-1).square().mean()
-                total = total + Z_WEIGHT / len(decisions) * z
+            gates = decision.logits.sigmoid()
+            p = (gates / gates.sum(dim=-1, keepdim=True)).mean(dim=0)  # [E]
+            total = total + BALANCE_WEIGHT / len(decisions) * len(p) * (share * p).sum()
         return answer, total
 
     def serve(self) -> LanguageModel:

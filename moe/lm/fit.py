@@ -14,12 +14,10 @@ from torch import Tensor
 from tqdm import trange
 
 from moe.device.torch_device import serving_dtype
-from moe.files import read_array
 from moe.training.fit import TrainingDiverged
-from studies.token_decode.config import LmConfig, Recipe
-from studies.token_decode.corpus import REMEDY
-from studies.token_decode.lm import LanguageModel, describe, initialise
-from studies.token_decode.muon import Optimiser
+from moe.lm.config import LmConfig, Recipe
+from moe.lm.model import LanguageModel, describe, initialise
+from moe.lm.muon import Optimiser
 
 _UNTIMED = 5
 """First steps, which load kernels and count in no rate."""
@@ -67,7 +65,7 @@ def train(
     with device:
         model = LanguageModel(config, serving_dtype(device))
     initialise(model, torch.Generator(device).manual_seed(seed))
-    ids = torch.from_numpy(read_array(folder / "train.npy", REMEDY).astype(np.int32)).to(device)
+    ids = torch.from_numpy(np.load(folder / "train.npy").astype(np.int32)).to(device)
     batches = windows(ids, recipe.batch, recipe.context + 1, torch.Generator().manual_seed(seed + 1))
     optimiser = Optimiser(model, recipe)
     losses: list[tuple[int, float, float]] = []

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from studies.token_decode.config import Recipe
-from studies.token_decode.lm import LanguageModel
+from moe.lm.config import Recipe
+from moe.lm.model import LanguageModel
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of Keller Jordan's quintic, which moves singular values towards 1."""
@@ -52,7 +52,7 @@ class Optimiser:
         for name, p in model.named_parameters():
             if name.endswith("router"):
                 routers.append(p)
-            elif recipe.muon and p.ndim > 1 and not name.endswith(("embed", "head.weight")):
+            elif p.ndim > 1 and not name.endswith(("embed", "head.weight")):
                 matrices.append((name, p))
             elif name != "embed":
                 rest.append(p)
@@ -101,7 +101,7 @@ class Optimiser:
     def _look_ahead(self, grad: Tensor, buffer: Tensor, momentum: float) -> Tensor:
         """Update the momentum and return Nesterov's look ahead, bfloat16."""
         if self.cuda:
-            from studies.token_decode import train_kernels
+            from moe.lm import train_kernels
 
             return train_kernels.momentum_step(grad, buffer, momentum)
         buffer.lerp_(grad, 1 - momentum)
@@ -110,7 +110,7 @@ class Optimiser:
     def _add(self, parameter: Tensor, x: Tensor, keep: float, rate: float) -> None:
         """Parameter = keep * parameter + rate * x."""
         if self.cuda:
-            from studies.token_decode import train_kernels
+            from moe.lm import train_kernels
 
             train_kernels.scaled_add(parameter, x, keep, rate)
         else:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from studies.token_decode.config import Gate
-from studies.token_decode.lm import EPS
-from studies.token_decode.routing import normalised
+from moe.lm.config import Gate
+from moe.lm.model import EPS
+from moe.lm.routing import normalised
 
 
 def _norm(x: Tensor, gain: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def embed_norm(tokens: Tensor, pos: Tensor, embed: Tensor, gain: Tensor) -> tupl
         The stream and its norm.  # [B, D] each
     """
     if embed.is_cuda:
-        from studies.token_decode import stream_kernels
+        from moe.lm.engine import row_kernels
 
         return stream_kernels.embed_norm(tokens, pos, embed, gain)
     x = embed[tokens.gather(1, pos[:, None].long())[:, 0].long()]
@@ -44,7 +44,7 @@ def embed_norm(tokens: Tensor, pos: Tensor, embed: Tensor, gain: Tensor) -> tupl
 def add_norm(x: Tensor, delta: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """Add to the stream, in place; return the norm, also in float32 for the router, [B, D] each."""
     if x.is_cuda:
-        from studies.token_decode import stream_kernels
+        from moe.lm.engine import row_kernels
 
         return stream_kernels.add_norm(x, delta, gain)
     x += delta
@@ -69,7 +69,7 @@ def rope_cache(
         Queries.  # [B, H, Dh]
     """
     if qkv.is_cuda:
-        from studies.token_decode import stream_kernels
+        from moe.lm.engine import row_kernels
 
         return stream_kernels.rope_cache(qkv, pos, turn, k_cache, v_cache, n_heads)
     b, g, _, dh = k_cache.shape
@@ -87,7 +87,7 @@ def rope_cache(
 def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor) -> Tensor:
     """Attend from one position of each sequence to all up to it.  # [B, H, Dh] -> [B, H Dh]."""
     if q.is_cuda:
-        from studies.token_decode import stream_kernels
+        from moe.lm.engine import row_kernels
 
         return stream_kernels.attend(q, k_cache, v_cache, pos)
     seen = torch.arange(k_cache.shape[2], device=q.device) <= pos[:, None]  # [B, S]
@@ -108,7 +108,7 @@ def demand_of(logits: Tensor, top_k: Tensor, demand: Tensor, slots: int, gate: G
         gate: Of the model.
     """
     if logits.is_cuda:
-        from studies.token_decode import expert_kernels
+        from moe.lm.engine import expert_kernels
 
         return expert_kernels.demand_of(logits, top_k, demand, slots, gate)
     top = logits.topk(int(top_k), dim=-1).indices
@@ -142,7 +142,7 @@ def select(
         Weights, renormalised over the chosen, 0 in unused slots; float32.  # [B, K]
     """
     if logits.is_cuda:
-        from studies.token_decode import expert_kernels
+        from moe.lm.engine import expert_kernels
 
         return expert_kernels.select(logits, demand, top_k, budget, counts, table, slots, gate)
     allowed = torch.zeros_like(demand, dtype=torch.bool)
@@ -172,7 +172,7 @@ def experts(
         Of pair `token * K + slot`; those of unused slots are not to be read.  # [B K, D]
     """
     if h.is_cuda:
-        from studies.token_decode import expert_kernels
+        from moe.lm.engine import expert_kernels
 
         return expert_kernels.experts(h, gate_up, down, counts, table, weights)
     slots = weights.shape[1]
@@ -211,7 +211,7 @@ def mix_norm(
         The norm.  # [B, D]
     """
     if x.is_cuda:
-        from studies.token_decode import expert_kernels
+        from moe.lm.engine import expert_kernels
 
         return expert_kernels.mix_norm(x, out, top_k, gain, counts, demand, used, slots)
     x += out.view(len(x), slots, -1)[:, : int(top_k)].float().sum(dim=1).to(x.dtype)
@@ -236,7 +236,7 @@ def score(
         last: Position behind the last one that is decoded.
     """
     if logits.is_cuda:
-        from studies.token_decode import stream_kernels
+        from moe.lm.engine import row_kernels
 
         return stream_kernels.score(logits, tokens, pos, right, nll, first, last)
     target = tokens.gather(1, pos[:, None].long() + 1)[:, 0].long()

@@ -1,0 +1,1 @@
+"""Language models with fine-grained experts: text, training, and the engine that decodes."""

@@ -1,1 +1,0 @@
-"""One fine-grained Mixture-of-Experts language model: quality and joules of token decoding, together."""
