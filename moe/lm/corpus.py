@@ -17,10 +17,8 @@ from typing import Any
 import numpy as np
 
 from agents.files import write_file
-from moe.errors import DataCorruptError
-from moe.files import read_json
-from studies.tasks import StudyError
 from moe.lm.config import Size
+from studies.tasks import StudyError
 
 END, END_ID = "<|end|>", 0
 DOMAINS = ("python", "docs", "c")
@@ -36,8 +34,6 @@ MIN_LETTERS = 0.45
 """Share of ASCII letters: below is a table of numbers."""
 _TOGETHER = 500
 """Files encoded in one call, on all cores."""
-REMEDY = "delete its folder and run the part corpus again"
-"""Of a damaged file of a corpus."""
 
 
 def build_corpus(folder: Path, roots: Sequence[Path], size: Size) -> dict[str, Any]:
@@ -57,7 +53,7 @@ def build_corpus(folder: Path, roots: Sequence[Path], size: Size) -> dict[str, A
     """
     record_path = folder / "corpus.json"
     if record_path.exists():
-        return read_json(record_path, REMEDY, ("vocabulary", "files", "bytes", "tokens"))
+        return json.loads(record_path.read_text(encoding="utf-8"))
     files, duplicates = unique_files(roots, size.max_bytes)
     splits: dict[str, list[str]] = {"train": [], "held_out": []}
     for path in sorted(files):
@@ -202,11 +198,7 @@ def encode_files(tokenizer: Any, paths: Sequence[str]) -> tuple[np.ndarray, np.n
 
 def bytes_per_token(folder: Path) -> np.ndarray:
     """How many bytes of text each token stands for, none for the end token.  # [V]."""
-    path = folder / "tokenizer.json"
-    try:
-        vocabulary = dict(read_json(path, REMEDY, ("model",))["model"]["vocab"])
-    except (KeyError, TypeError) as error:
-        raise DataCorruptError(f"{path} holds no vocabulary: {REMEDY}") from error
+    vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     sizes = np.zeros(len(vocabulary), np.int64)
     for token, number in vocabulary.items():
         sizes[number] = 0 if number == END_ID else len(token)  # byte-level: a character stands for a byte

@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import trange
 
 from moe.device.torch_device import serving_dtype
-from moe.training.fit import TrainingDiverged
 from moe.lm.config import LmConfig, Recipe
 from moe.lm.model import LanguageModel, describe, initialise
 from moe.lm.muon import Optimiser
+from moe.training.fit import TrainingDiverged
 
 _UNTIMED = 5
 """First steps, which load kernels and count in no rate."""

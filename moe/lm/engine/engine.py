@@ -1,160 +1,304 @@
-"""Teacher-forced decode of held-out text: one step of all running sequences, on CUDA as one graph.
+"""Steps of running sequences: token rows through the model, on CUDA as one captured graph per number of rows.
 
-The graph holds its own text: it reads each sequence's token at the sequence's position, scores the next one
-and moves on, so that a replay needs nothing from the host. A sequence that reaches the end of its window
-starts again behind its prompt, where it writes the same keys and values as before under the same knobs: the
-load is stationary, on real text and real routing.
+A decode row is the last token of an answer so far; a prompt goes in as rows too, a chunk at a time, beside
+the rows of the others. The text is given (teacher forcing): the work is that of sampling, and each token can
+be scored. Everything that changes from step to step is copied to the device in one piece, and what a step
+found comes back in one; in between the host waits for nothing.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.lm.engine import ops as ops
+from moe.lm.engine import ops
+from moe.lm.engine.blocks import Blocks, blocks_for
+from moe.lm.engine.ops import BLOCK, StepInput
 from moe.lm.model import LanguageModel
 
-WARM_UPS = 3
-_TOGETHER = 32
-"""Windows prefilled at once."""
-Skip = Literal["", "experts", "moe"]
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Numbers of rows that have a graph."""
+AHEAD = 4
+"""Most steps that are launched before the first of them is done."""
+_WARM_UPS = 2
 
 
-class DecodeEngine:
-    """All sequences that run together.
+def readable_experts(routing_bias: float, n_experts: int, top_k: int) -> int:
+    """Experts of a layer that one step may read: all without bias, a quarter at a bias of 1.
+
+    Sets are nested: experts are ranked by the step's demand, so more bias never reads another one.
+    """
+    return max(top_k, math.ceil(n_experts * (1 - 0.75 * routing_bias)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The token rows of a step; those of one slot are neighbours, in order of position.
 
     Attributes:
-        tokens: Their text, int32.  # [B, S + 1]
-        first: Length of the prompt.
-        last: S; positions `first` to S - 1 are decoded.
-        top_k: Experts per token, 0-dim int32.
-        budget: Experts that a layer may read in a step, 0-dim int32.
-        pos: Position of each sequence, int32.  # [B]
-        right: Right tokens since `clear`, int32.  # [B]
-        nll: Loss since `clear` in nats, float32.  # [B]
-        used: Experts read, summed over layers and steps since `clear`, 0-dim int64.
+        slot: Slot of each row's sequence, int32.  # [T]
+        position: Of each row, int32.  # [T]
+        document: Whose text it is, int32.  # [T]
     """
 
-    def __init__(self, model: LanguageModel, tokens: Tensor, first: int, skip: Skip = "") -> None:
-        """Prefill the windows and stand ready, staggered so that the mean context is the same in every step.
+    slot: np.ndarray
+    position: np.ndarray
+    document: np.ndarray
+
+
+class Step:
+    """A step under way on a CUDA device, or done on a CPU."""
+
+    def __init__(self, answers: Tensor, started: Any, ended: Any) -> None:
+        """Take in a step.
 
         Args:
-            model: In serving types, with experts.
-            tokens: Held-out text, int32.  # [B, S + 1]
-            first: Length of the prompt.
-            skip: To time a share: "experts" leaves out the expert products, "moe" the routing as well.
+            answers: See `answers`; on CUDA on its way to the host.  # [2, T]
+            started: Mark of its begin: a CUDA event, or a clock reading.
+            ended: Mark of its end.
         """
-        c = model.config
-        self.model, self.tokens = model, tokens.contiguous()
-        self.first, self.last = first, tokens.shape[1] - 1
-        self.skip: Skip = skip
-        self.slots = c.top_k
-        device, b = tokens.device, len(tokens)
-        self.cache = torch.empty(
-            c.n_layers, 2, b, c.n_kv_heads, self.last, c.head_dim, dtype=model.dtype, device=device
-        )  # [L, 2, B, G, S, Dh]
-        self.top_k = torch.tensor(c.top_k, dtype=torch.int32, device=device)
-        self.budget = torch.tensor(c.n_experts, dtype=torch.int32, device=device)
-        spread = torch.arange(b) * (self.last - first) // b
-        self.start = (first + spread).to(torch.int32).to(device)
-        self.pos = self.start.clone()
-        self.right = torch.zeros(b, dtype=torch.int32, device=device)
-        self.nll = torch.zeros(b, device=device)
-        self.used = torch.zeros((), dtype=torch.int64, device=device)
-        self.demand = torch.zeros(c.n_experts, device=device)
-        self.counts = torch.zeros(c.n_experts, dtype=torch.int32, device=device)
-        self.table = torch.zeros(c.n_experts, b, dtype=torch.int32, device=device)
-        self.blank = torch.zeros(b * c.top_k if skip else 0, c.d_model, dtype=model.dtype, device=device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.prefill()
+        self._answers, self._started, self._ended = answers, started, ended
+        self._found: np.ndarray | None = None
 
-    @torch.no_grad()
-    def prefill(self) -> None:
-        """Fill the cache with the whole windows, served as in training."""
-        for start in range(0, len(self.tokens), _TOGETHER):
-            some = slice(start, start + _TOGETHER)
-            cache = [(layer[0, some], layer[1, some]) for layer in self.cache]
-            self.model(self.tokens[some, :-1].long(), cache=cache)
+    def done(self) -> bool:
+        """Whether its answers are there."""
+        return isinstance(self._ended, float) or self._ended.query()
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Decode one token of every sequence."""
-        model, c = self.model, self.model.config
-        blocks = model.layers()
-        gains = [block.attention_norm.weight for block in blocks[1:]] + [model.norm.weight]
-        x, h = ops.embed_norm(self.tokens, self.pos, model.embed, blocks[0].attention_norm.weight)
-        for block, (k_cache, v_cache), gain in zip(blocks, self.cache, gains, strict=True):
-            qkv = block.attention.qkv(h)  # [B, (H + 2G) Dh]
-            q = ops.rope_cache(qkv, self.pos, model.turn, k_cache, v_cache, c.n_heads)  # [B, H, Dh]
-            mixed = ops.attend(q, k_cache, v_cache, self.pos)  # [B, H Dh]
-            h, h32 = ops.add_norm(x, block.attention.out(mixed), block.moe_norm.weight)
-            out = self.blank
-            if self.skip != "moe":
-                weights = self._route(h32, block.moe.router)
-                if not self.skip:
-                    moe = block.moe
-                    out = ops.experts(h, moe.gate_up, moe.down, self.counts, self.table, weights)  # [B K, D]
-            h = ops.mix_norm(x, out, self.top_k, gain, self.counts, self.demand, self.used, self.slots)
-        ops.score(model.logits(h), self.tokens, self.pos, self.right, self.nll, self.first, self.last)
+    def answers(self) -> np.ndarray:
+        """Wait for the likeliest token behind each row and the loss of the text's own in nats.  # [2, T]."""
+        if self._found is None:
+            if not isinstance(self._ended, float):
+                self._ended.synchronize()
+            self._found = self._answers.numpy().copy()
+        return self._found
 
-    def _route(self, h: Tensor, router: Tensor | None) -> Tensor:
-        """Choose experts for the normed stream, float32, [B, D]; weights [B, K], choices in `table`."""
-        if router is None:
-            raise ValueError("a dense model has no experts to decode with")
-        gate = self.model.config.gate
-        logits = F.linear(h, router)  # [B, E]
-        ops.demand_of(logits, self.top_k, self.demand, self.slots, gate)
-        return ops.select(
-            logits, self.demand, self.top_k, self.budget, self.counts, self.table, self.slots, gate
-        )
+    def seconds_since(self, mark: Any) -> float:
+        """Time of the device from a mark (see `Engine.mark`) to the end of this step, which is done."""
+        return self._ended - mark if isinstance(mark, float) else mark.elapsed_time(self._ended) / 1e3
 
-    def capture(self) -> DecodeEngine:
-        """Record the step as a CUDA graph; on a CPU nothing changes."""
-        if self.tokens.is_cuda:
-            self.graph = captured(self.step, WARM_UPS)
-            self.clear()
-        return self
+    @property
+    def duration_s(self) -> float:
+        """Time of the device that it took, once it is done."""
+        return self.seconds_since(self._started)
 
-    def replay(self) -> None:
-        """Do one step, captured or not."""
-        if self.graph is None:
-            self.step()
-        else:
-            self.graph.replay()
 
-    def set(self, top_k: int, budget: int) -> None:
-        """Turn the knobs; the next step sees them.
+@dataclass(frozen=True)
+class _Graph:
+    """A captured step and what it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    control: Tensor
+    lists: Tensor
+    answers: Tensor
+    logits: Tensor
+
+
+class Engine:
+    """A model, its cache, and the text of its requests, on one device.
+
+    Attributes:
+        model: In serving types, with experts.
+        documents: Text, int32.  # [N, S + 1]
+        blocks: Who has which part of the cache.
+        penalty: Taken off the experts' demand before they are ranked, float32, in tokens' worth of gates; a
+            number per expert, of any layer.  # [E]
+        max_rows: Most rows of a step.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        documents: np.ndarray,
+        *,
+        slots: int = 512,
+        max_rows: int = 1024,
+        cache_positions: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Allocate the cache; call `capture` before the first step on CUDA.
+
+        Args:
+            model: In serving types, on the device that is to serve.
+            documents: Text of at most the model's context and one token, integers.  # [N, S + 1]
+            slots: Most sequences that run together.
+            max_rows: Most rows of a step: decode rows and the chunk of prompts beside them.
+            cache_positions: Positions whose keys and values there is room for; None: enough for all slots.
+            clock: Of a CPU's marks.
 
         Raises:
-            ValueError: not 1 <= top_k <= K, or not top_k <= budget <= E.
+            ValueError: a dense model, text of more positions or other tokens than the model has, or a cache
+                too small for one sequence.
         """
-        if not 1 <= top_k <= self.slots:
-            raise ValueError(f"top_k must be 1 to {self.slots}, the training's, got {top_k}")
-        if not top_k <= budget <= self.model.config.n_experts:
-            raise ValueError(f"budget must be {top_k} to {self.model.config.n_experts} experts, got {budget}")
-        self.top_k.fill_(top_k)
-        self.budget.fill_(budget)
+        c = model.config
+        if not c.n_experts:
+            raise ValueError("a dense model has no experts to serve with: give one that has")
+        if documents.shape[1] > c.context + 1 or not 0 <= documents.min() <= documents.max() < c.vocabulary:
+            raise ValueError(
+                f"documents of {documents.shape[1]} tokens from {documents.min()} to {documents.max()} are "
+                f"not for a model of {c.vocabulary} tokens and {c.context} positions: use its own tokenizer"
+            )
+        self.model, self.max_rows, self._clock = model, max_rows, clock
+        device = model.embed.device
+        self._cuda = device.type == "cuda"
+        self.documents = torch.tensor(documents, dtype=torch.int32, device=device)
+        if cache_positions is None:
+            cache_positions = slots * blocks_for(c.context) * BLOCK
+        self.blocks = Blocks(slots, documents.shape[1] - 1, cache_positions // BLOCK)
+        self._table = torch.from_numpy(self.blocks.table).to(device, copy=True)  # [slots + 1, M]
+        self._cache = torch.zeros(
+            c.n_layers, 2, self.blocks.n_blocks + 1, c.n_kv_heads, BLOCK, c.head_dim,
+            dtype=model.dtype, device=device,
+        )  # [L, 2, blocks, G, BLOCK, Dh]  # fmt: skip
+        self.penalty = torch.zeros(c.n_experts, device=device)
+        self._demand = torch.zeros(c.n_experts, device=device)
+        self._counts = torch.zeros(c.n_experts, dtype=torch.int32, device=device)
+        self._usage = torch.zeros(c.n_layers, 2, c.n_experts, dtype=torch.int64, device=device)
+        self._graphs: dict[int, _Graph] = {}
+        self._ring: list[Step | None] = [None] * AHEAD
+        pinned = {"pin_memory": self._cuda}
+        self._sent = torch.zeros(AHEAD, 3 + 3 * max_rows, dtype=torch.int32, **pinned)
+        self._received = torch.zeros(AHEAD, 2, max_rows, **pinned)
+        self._launched = 0
 
-    def clear(self) -> None:
-        """Forget the scores and go back to the starting positions."""
-        self.pos.copy_(self.start)
-        for total in (self.right, self.nll, self.used, self.counts, self.demand):
-            total.zero_()
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Record a graph per number of rows, the largest first; on a CPU there is nothing to do."""
+        if not self._cuda:
+            return
+        pool = None
+        for n in sorted({n for n in BUCKETS if n < self.max_rows} | {self.max_rows}, reverse=True):
+            control = torch.zeros(3 + 3 * n, dtype=torch.int32, device=self._table.device)
+            control[:3] = torch.tensor([0, 1, self.model.config.n_experts])
+            control[3 : 3 + n] = len(self.blocks.table) - 1  # the spare slot
+            answers = torch.zeros(2, n, device=control.device)
+            lists = torch.zeros(len(self.penalty), n, dtype=torch.int32, device=control.device)
+            graph, logits = _captured(partial(self._step, control, lists, answers), pool)
+            pool = graph.pool()
+            self._graphs[n] = _Graph(graph, control, lists, answers, logits)
+        self._usage.zero_()
+
+    def reserve(self, positions: int) -> int:
+        """Give a slot and blocks to a sequence; returns the slot (see `Blocks.reserve`)."""
+        slot = self.blocks.reserve(positions)
+        row = torch.from_numpy(self.blocks.table[slot].copy())
+        self._table[slot].copy_(row, non_blocking=True)  # in the order of the steps: earlier ones see the old
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Take a slot and its blocks back; steps that were launched may still read them."""
+        self.blocks.release(slot)
+
+    def launch(self, rows: Rows, top_k: int, readable: int) -> Step:
+        """Start a step; waits only for the one `AHEAD` steps before it.
+
+        Args:
+            rows: At least one, at most `max_rows`.
+            top_k: Experts per token.
+            readable: Experts of a layer that may be read.
+
+        Raises:
+            ValueError: too many rows, or not 1 <= top_k <= the training's, or not top_k <= readable <= E.
+        """
+        n, c = len(rows.slot), self.model.config
+        if not 1 <= n <= self.max_rows:
+            raise ValueError(f"a step has 1 to {self.max_rows} rows, got {n}")
+        if not 1 <= top_k <= c.top_k:
+            raise ValueError(f"top_k must be 1 to {c.top_k}, the training's, got {top_k}")
+        if not top_k <= readable <= c.n_experts:
+            raise ValueError(f"readable must be {top_k} to {c.n_experts} experts, got {readable}")
+        place = self._launched % AHEAD
+        self._launched += 1
+        before = self._ring[place]
+        if before is not None:
+            before.answers()  # frees its place of the ring
+        size = n if not self._cuda else next(b for b in sorted(self._graphs) if b >= n)
+        sent = self._sent[place, : 3 + 3 * size]
+        host = sent.numpy()
+        host[:3] = n, top_k, readable
+        for part, values, spare in zip(
+            host[3:].reshape(3, size), (rows.slot, rows.position, rows.document),
+            (len(self.blocks.table) - 1, 0, 0), strict=True,
+        ):  # fmt: skip
+            part[:n], part[n:] = values, spare
+        received = self._received[place].view(-1)[: 2 * size].view(2, size)
+        started = self.mark()
+        if self._cuda:
+            captured = self._graphs[size]
+            captured.control.copy_(sent, non_blocking=True)
+            captured.graph.replay()
+            received.copy_(captured.answers, non_blocking=True)
+        else:
+            lists = torch.zeros(c.n_experts, n, dtype=torch.int32)
+            self._step(sent, lists, received)
+        step = Step(received[:, :n], started, self.mark())
+        self._ring[place] = step
+        return step
+
+    def mark(self) -> Any:
+        """A mark of now: an event behind all that was launched, or a CPU's clock reading."""
+        if not self._cuda:
+            return self._clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def synchronize(self) -> None:
+        """Wait until all steps are done."""
+        if self._cuda:
+            torch.cuda.synchronize()
+
+    def usage(self) -> tuple[np.ndarray, np.ndarray]:
+        """Wait for all steps; return what they did to experts since the last call.
+
+        Returns:
+            Tokens per expert and steps that read it, int64.  # [L, E] each
+        """
+        tokens, reads = self._usage.to("cpu", copy=True).numpy().swapaxes(0, 1)
+        self._usage.zero_()
+        return tokens, reads
+
+    @torch.no_grad()
+    def _step(self, control: Tensor, lists: Tensor, answers: Tensor) -> Tensor:
+        """Run rows through the model; returns the logits behind them.  # [T, V]."""
+        model, step = self.model, StepInput.of(control)
+        c, blocks = model.config, model.layers()
+        gains = [block.attention_norm.weight for block in blocks[1:]] + [model.norm.weight]
+        x, h = ops.embed_norm(step, self.documents, model.embed, blocks[0].attention_norm.weight)
+        for block, (keys, values), usage, gain in zip(blocks, self._cache, self._usage, gains, strict=True):
+            qkv = block.attention.qkv(h)  # [T, (H + 2G) Dh]
+            q = ops.rope_cache(qkv, step, self._table, model.turn, keys, values, c.n_heads)  # [T, H, Dh]
+            mixed = ops.attend(q, step, self._table, keys, values)  # [T, H Dh]
+            h, h32 = ops.add_norm(x, block.attention.out(mixed), block.moe_norm.weight)
+            moe = block.moe
+            assert moe.router is not None
+            logits = F.linear(h32, moe.router)  # [T, E]
+            ops.demand_of(logits, step, self._demand, c.top_k)
+            weights = ops.select(logits, step, self._demand, self.penalty, self._counts, lists, c.top_k)
+            out = ops.experts(h, moe.gate_up, moe.down, self._counts, lists, weights)  # [T K, D]
+            h = ops.mix_norm(x, out, step, gain, self._counts, self._demand, usage, c.top_k)
+        logits = model.logits(h)
+        ops.score(logits, step, self.documents, answers)
+        return logits
 
 
-def captured(run: Callable[[], None], warm_ups: int) -> torch.cuda.CUDAGraph:
-    """Record `run()` as a CUDA graph, after some calls on a stream of their own."""
+def _captured(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Record `run()` as a CUDA graph, after some calls on a stream of their own; returns what it returned."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(warm_ups):
+        for _ in range(_WARM_UPS):
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
+    with torch.cuda.graph(graph, pool=pool):
+        out = run()
+    return graph, out

@@ -13,7 +13,7 @@ from moe.lm.model import EPS, LanguageModel, initialise
 
 TINY = LmConfig(
     vocabulary=512, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, n_experts=8,
-    expert_width=32, top_k=4,
+    expert_width=32, top_k=4, context=160,
 )  # fmt: skip
 
 
@@ -50,27 +50,25 @@ def plain_turn(x: Tensor, position: int) -> Tensor:
     return out
 
 
-def plain_wanted(logits: Tensor, gate: str) -> list[float]:
-    """How strongly each expert is wanted, summing to one."""
-    wanted = [1 / (1 + math.exp(-v)) if gate == "sigmoid" else math.exp(v) for v in logits.tolist()]
-    return [w / sum(wanted) for w in wanted]
+def plain_gates(logits: Tensor) -> list[float]:
+    return [1 / (1 + math.exp(-v)) for v in logits.tolist()]
 
 
 def plain_top(values: list[float], n: int) -> list[int]:
     return sorted(range(len(values)), key=lambda i: (-values[i], i))[:n]
 
 
-def plain_allowed(logits: Tensor, top_k: int, budget: int, gate: str) -> list[int]:
-    """Experts in most demand among the tokens of one step, [B, E]."""
+def plain_readable(logits: Tensor, top_k: int, readable: int) -> list[int]:
+    """Experts in most demand among the tokens of one step, [T, E]."""
     demand = [0.0] * logits.shape[1]
     for row in logits:
-        wanted = plain_wanted(row, gate)
+        gates = plain_gates(row)
         for expert in plain_top(row.tolist(), top_k):
-            demand[expert] += wanted[expert]
-    return plain_top(demand, budget)
+            demand[expert] += gates[expert] / sum(gates)
+    return plain_top(demand, readable)
 
 
-def plain_losses(model: LanguageModel, tokens: Tensor, first: int, top_k: int, budget: int) -> Tensor:
+def plain_losses(model: LanguageModel, tokens: Tensor, first: int, top_k: int, readable: int) -> Tensor:
     """Losses of all positions, [B, S]: the prompt before `first` as in training, then under knobs."""
     c = model.config
     group = c.n_heads // c.n_kv_heads
@@ -78,7 +76,7 @@ def plain_losses(model: LanguageModel, tokens: Tensor, first: int, top_k: int, b
     losses = torch.zeros(len(tokens), tokens.shape[1] - 1)
     for position in range(tokens.shape[1] - 1):
         stream = [model.embed[int(row[position])] for row in tokens]
-        k, allowed_count = (c.top_k, c.n_experts) if position < first else (top_k, budget)
+        k, limit = (c.top_k, c.n_experts) if position < first else (top_k, readable)
         for block, seen in zip(model.layers(), memory, strict=True):
             for b, x in enumerate(stream):
                 qkv = block.attention.qkv.weight @ plain_norm(x, block.attention_norm.weight)
@@ -100,14 +98,15 @@ def plain_losses(model: LanguageModel, tokens: Tensor, first: int, top_k: int, b
             normed = [plain_norm(x, block.moe_norm.weight) for x in stream]
             assert block.moe.router is not None
             logits = torch.stack([block.moe.router @ h for h in normed])
-            allowed = plain_allowed(logits, k, allowed_count, c.gate)
+            allowed = plain_readable(logits, k, limit)
             for b, h in enumerate(normed):
-                wanted = plain_wanted(logits[b], c.gate)
-                chosen = sorted(allowed, key=lambda e: (-wanted[e], e))[:k]
-                total = sum(wanted[e] for e in chosen)
+                gates = plain_gates(logits[b])
+                chosen = sorted(allowed, key=lambda e: (-gates[e], e))[:k]
+                trained = sum(sorted(gates)[-c.top_k :])
+                total = math.sqrt(sum(gates[e] for e in chosen) * trained)
                 for e in chosen:
                     gate, up = (h @ block.moe.gate_up[e]).chunk(2)
-                    stream[b] = stream[b] + wanted[e] / total * ((F.silu(gate) * up) @ block.moe.down[e])
+                    stream[b] = stream[b] + gates[e] / total * ((F.silu(gate) * up) @ block.moe.down[e])
         for b, x in enumerate(stream):
             answers = (model.embed if model.head is None else model.head.weight) @ plain_norm(
                 x, model.norm.weight

@@ -1,0 +1,73 @@
+"""Which blocks of keys and values belong to which running sequence."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moe.lm.engine.ops import BLOCK
+
+
+def blocks_for(positions: int) -> int:
+    """Blocks that hold the keys and values of so many positions."""
+    return -(-positions // BLOCK)
+
+
+class Blocks:
+    """A pool of blocks, given to slots whole: a sequence that runs never waits for memory.
+
+    Block 0 is spare: rows that fill up a captured graph write there, from the slot behind the last.
+
+    Attributes:
+        table: Blocks of each slot, 0 where it has none.  # [slots + 1, M]
+        n_blocks: Blocks without the spare one.
+    """
+
+    def __init__(self, slots: int, context: int, n_blocks: int) -> None:
+        """Start with everything free.
+
+        Raises:
+            ValueError: a sequence of the longest context would never find room.
+        """
+        most = blocks_for(context)
+        if n_blocks < most:
+            raise ValueError(
+                f"{n_blocks} blocks of {BLOCK} positions hold no sequence of {context} positions: give the "
+                f"cache at least {most * BLOCK} positions"
+            )
+        self.n_blocks = n_blocks
+        self.table = np.zeros((slots + 1, most), np.int32)
+        self._free_blocks = list(range(n_blocks, 0, -1))
+        self._free_slots = list(range(slots - 1, -1, -1))
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that nobody has."""
+        return len(self._free_blocks)
+
+    @property
+    def free_slots(self) -> int:
+        """Slots in which no sequence runs."""
+        return len(self._free_slots)
+
+    def has_room(self, positions: int) -> bool:
+        """Whether a sequence of so many positions finds a slot and blocks."""
+        return bool(self._free_slots) and blocks_for(positions) <= len(self._free_blocks)
+
+    def reserve(self, positions: int) -> int:
+        """Give a slot and blocks to a sequence; returns the slot.
+
+        Raises:
+            RuntimeError: no room; ask `has_room` first.
+        """
+        if not self.has_room(positions):
+            raise RuntimeError(f"no room for a sequence of {positions} positions")
+        slot, n = self._free_slots.pop(), blocks_for(positions)
+        self.table[slot, :n] = [self._free_blocks.pop() for _ in range(n)]
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Take a sequence's slot and blocks back."""
+        row = self.table[slot]
+        self._free_blocks += row[row > 0].tolist()
+        self._free_slots.append(slot)
+        row[:] = 0
