@@ -43,6 +43,12 @@ class Knobs:
     """Cap on the busy fraction of the device: after each batch it idles to keep below it."""
     sm_clock: _Throttle = 1.0
     """SM clock as a fraction of the device's maximum."""
+    admission: Share = 1.0
+    """Share of the places of `batch_size` that deferrable requests may take, 0 to 1."""
+
+
+class KnobRefusedError(ValueError):
+    """The live service cannot apply a knob's value; the message names the remedy."""
 
 
 KNOBS: dict[str, tuple[str, str]] = {
@@ -52,6 +58,7 @@ KNOBS: dict[str, tuple[str, str]] = {
     "ttt_steps": ("steps", "adaptation steps after each micro-batch"),
     "pace": ("1", "cap on the device's busy fraction (idle injection, needs no privilege)"),
     "sm_clock": ("1", "SM clock over its maximum (modelled in the twin; needs privilege live)"),
+    "admission": ("1", "share of the places that deferrable requests may take (token service)"),
 }
 """Name -> (unit, meaning)."""
 
@@ -80,7 +87,8 @@ class WorkStats:
     oldest_s: PerClass = NONE_OF_ANY_CLASS
     """Age of the oldest request that is not launched yet; 0 when there is none."""
     correct: float = 0.0
-    """Answers that were right: counted live, expected value in a profiled workload."""
+    """Answers that were right: counted live, expected value in a profiled workload. An answer of many tokens
+    is right in the part of them that is."""
     good: float = 0.0
     batches: float = 0.0
     batch_fill: float = 0.0
@@ -105,6 +113,18 @@ class WorkStats:
     """Mean entropy of the answers over its maximum, 0 to 1."""
     load_imbalance: float = 0.0
     """Coefficient of variation of tokens per expert, mean over layers."""
+    prefill_tokens: float = 0.0
+    """Tokens of prompts that were read. These and the next are of a service of tokens."""
+    output_tokens: float = 0.0
+    """Tokens of answers that were given, of requests still under way too."""
+    right_tokens: float = 0.0
+    """Output tokens that were the text's own."""
+    reference_tokens: float = 0.0
+    """Output tokens that the standard service has right: of `right_tokens` at its knobs."""
+    good_tokens: float = 0.0
+    """Right tokens of the requests that were answered in time."""
+    cache_share: float = 0.0
+    """Part of the cache of keys and values that is in use at the end."""
     sm_clock: float = 1.0
     """SM clock over its maximum under which the interval ran, where the workload is modelled."""
     shift_id: float = 0.0
@@ -114,6 +134,10 @@ class WorkStats:
         default_factory=lambda: np.zeros(len(LATENCY_EDGES_S) + 1, np.int64)
     )
     """Answered requests by latency: below the first edge, between edges, above the last."""
+    ttft_histogram: np.ndarray | None = None
+    """Answered requests of a service of tokens by time to first token, as `latency_histogram`."""
+    tpot_histogram: np.ndarray | None = None
+    """The same by time per output token."""
     tokens_per_expert: np.ndarray | None = None
     """[layers, experts] tokens routed in the interval."""
     slot_energy_j: np.ndarray | None = None

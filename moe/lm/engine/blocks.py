@@ -19,6 +19,7 @@ class Blocks:
 
     Attributes:
         table: Blocks of each slot, 0 where it has none.  # [slots + 1, M]
+        slots: Most sequences at once.
         n_blocks: Blocks without the spare one.
     """
 
@@ -34,10 +35,15 @@ class Blocks:
                 f"{n_blocks} blocks of {BLOCK} positions hold no sequence of {context} positions: give the "
                 f"cache at least {most * BLOCK} positions"
             )
-        self.n_blocks = n_blocks
+        self.slots, self.n_blocks = slots, n_blocks
         self.table = np.zeros((slots + 1, most), np.int32)
-        self._free_blocks = list(range(n_blocks, 0, -1))
-        self._free_slots = list(range(slots - 1, -1, -1))
+        self.clear()
+
+    def clear(self) -> None:
+        """Take everything back."""
+        self.table[:] = 0
+        self._free_blocks = list(range(self.n_blocks, 0, -1))
+        self._free_slots = list(range(self.slots - 1, -1, -1))
 
     @property
     def free_blocks(self) -> int:

@@ -62,7 +62,7 @@ class Step:
         """Take in a step.
 
         Args:
-            answers: See `answers`; on CUDA on its way to the host.  # [2, T]
+            answers: See `answers`; on CUDA on its way to the host.  # [4, T]
             started: Mark of its begin: a CUDA event, or a clock reading.
             ended: Mark of its end.
         """
@@ -74,7 +74,7 @@ class Step:
         return isinstance(self._ended, float) or self._ended.query()
 
     def answers(self) -> np.ndarray:
-        """Wait for the likeliest token behind each row and the loss of the text's own in nats.  # [2, T]."""
+        """Wait for what `ops.score` found behind each row: token, confidence, entropy, loss.  # [4, T]."""
         if self._found is None:
             if not isinstance(self._ended, float):
                 self._ended.synchronize()
@@ -166,7 +166,7 @@ class Engine:
         self._ring: list[Step | None] = [None] * AHEAD
         pinned = {"pin_memory": self._cuda}
         self._sent = torch.zeros(AHEAD, 3 + 3 * max_rows, dtype=torch.int32, **pinned)
-        self._received = torch.zeros(AHEAD, 2, max_rows, **pinned)
+        self._received = torch.zeros(AHEAD, 4, max_rows, **pinned)
         self._launched = 0
 
     @torch.no_grad()
@@ -179,7 +179,7 @@ class Engine:
             control = torch.zeros(3 + 3 * n, dtype=torch.int32, device=self._table.device)
             control[:3] = torch.tensor([0, 1, self.model.config.n_experts])
             control[3 : 3 + n] = len(self.blocks.table) - 1  # the spare slot
-            answers = torch.zeros(2, n, device=control.device)
+            answers = torch.zeros(4, n, device=control.device)
             lists = torch.zeros(len(self.penalty), n, dtype=torch.int32, device=control.device)
             graph, logits = _captured(partial(self._step, control, lists, answers), pool)
             pool = graph.pool()
@@ -229,7 +229,7 @@ class Engine:
             (len(self.blocks.table) - 1, 0, 0), strict=True,
         ):  # fmt: skip
             part[:n], part[n:] = values, spare
-        received = self._received[place].view(-1)[: 2 * size].view(2, size)
+        received = self._received[place].view(-1)[: 4 * size].view(4, size)
         started = self.mark()
         if self._cuda:
             captured = self._graphs[size]
@@ -250,6 +250,12 @@ class Engine:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+    def reset(self) -> None:
+        """Wait for all steps, and take all slots and blocks back."""
+        self.synchronize()
+        self.blocks.clear()
+        self.usage()
 
     def synchronize(self) -> None:
         """Wait until all steps are done."""

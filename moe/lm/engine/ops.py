@@ -11,6 +11,7 @@ token (the training's top_k), M blocks of a slot, N documents, S positions, V to
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -282,12 +283,16 @@ def score(logits: Tensor, step: StepInput, documents: Tensor, answers: Tensor) -
         logits: Of the token behind each row.  # [T, V]
         step: Its rows.
         documents: Text, int32.  # [N, S + 1]
-        answers: Set to the likeliest token, and to the loss of the text's own in nats, float32.  # [2, T]
+        answers: Set to the likeliest token, its probability, the entropy of the next token over its maximum,
+            and the loss of the text's own in nats; float32.  # [4, T]
     """
     if logits.is_cuda:
         from moe.lm.engine import row_kernels
 
         return row_kernels.score(logits, step, documents, answers)
     target = documents[step.document, step.position + 1].long()
-    answers[0] = logits.argmax(dim=-1)
-    answers[1] = F.cross_entropy(logits.float(), target, reduction="none")
+    log_p = logits.float().log_softmax(dim=-1)
+    best = log_p.max(dim=-1)
+    answers[0], answers[1] = best.indices, best.values.exp()
+    answers[2] = -(log_p.exp() * log_p).sum(dim=-1) / math.log(log_p.shape[1])
+    answers[3] = -log_p.gather(1, target[:, None])[:, 0]

@@ -8,6 +8,8 @@ Shapes: T rows, D model, H query heads, G key/value heads, Dh head, M blocks of 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -139,25 +141,34 @@ def _join(partial, total, mixed, DH: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _score(logits, document, position, documents, answers, L, T, V: tl.constexpr, BLOCK: tl.constexpr):
+def _score(
+    logits, document, position, documents, answers, L, T, LOG_V, V: tl.constexpr, BLOCK: tl.constexpr
+):
     """Compare one row's logits with the text."""
     row = tl.program_id(0)
     target = tl.load(documents + tl.load(document + row).to(tl.int64) * L + tl.load(position + row) + 1)
     col = tl.arange(0, BLOCK)
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK,), tl.float32)
+    moment = tl.zeros((BLOCK,), tl.float32)
     place = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, V, BLOCK):
         value = tl.load(logits + row * V + start + col).to(tl.float32)
         new = tl.maximum(top, value)
         place = tl.where(value > top, start + col, place)
-        mass = mass * tl.exp(top - new) + tl.exp(value - new)
+        shrink, p = tl.exp(top - new), tl.exp(value - new)
+        mass = mass * shrink + p
+        moment = moment * shrink + p * value
         top = new
     best = tl.max(top, axis=0)
     answer = tl.min(tl.where(top == best, place, V), axis=0)
-    log = best + tl.log(tl.sum(mass * tl.exp(top - best), axis=0))
+    total = tl.sum(mass * tl.exp(top - best), axis=0)
+    log = best + tl.log(total)
+    entropy = log - tl.sum(moment * tl.exp(top - best), axis=0) / total
     tl.store(answers + row, answer.to(tl.float32))
-    tl.store(answers + T + row, log - tl.load(logits + row * V + target).to(tl.float32))
+    tl.store(answers + T + row, 1.0 / total)
+    tl.store(answers + 2 * T + row, entropy / LOG_V)
+    tl.store(answers + 3 * T + row, log - tl.load(logits + row * V + target).to(tl.float32))
 
 
 def embed_norm(step: StepInput, documents: Tensor, embed: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,6 +234,6 @@ def score(logits: Tensor, step: StepInput, documents: Tensor, answers: Tensor) -
     """See `ops.score`."""
     t, v = logits.shape
     _score[(t,)](
-        logits, step.document, step.position, documents, answers, documents.shape[1], t,
+        logits, step.document, step.position, documents, answers, documents.shape[1], t, math.log(v),
         V=v, BLOCK=min(1024, v), num_warps=4,
     )  # fmt: skip

@@ -34,16 +34,12 @@ from moe.service.queueing import (
 from moe.service.score.runner import Runner
 from moe.service.score.tally import InFlight, Tally
 from moe.service.traffic import RequestStream, TrafficConfig, draw_stream
-from moe.workload import Knobs, WorkStats
+from moe.workload import KnobRefusedError, Knobs, WorkStats
 
 POLL_S = 2e-4
 """Time between looks at a device at work."""
 LAUNCH_AHEAD_S = 10e-3
 """A full batch is launched this long before the running one should end: launching takes milliseconds."""
-
-
-class KnobRefusedError(ValueError):
-    """The live service cannot apply a knob's value; the message names the remedy."""
 
 
 class Service(Protocol):

@@ -20,7 +20,8 @@ from moe.profiles import ProfileError, load_profile
 from moe.profiling import command as profile_command
 from moe.profiling import expert_cost
 from moe.profiling.expert_cost import measure_alike_experts
-from moe.service.score.live import KnobRefusedError, LiveWorkload
+from moe.service.score.live import LiveWorkload
+from moe.workload import KnobRefusedError
 from moe.service.traffic import TrafficConfig
 from moe.training.weights import check_profile
 from moe.workload import Knobs

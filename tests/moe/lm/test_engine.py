@@ -57,10 +57,10 @@ def losses(engine: Engine, tokens: Tensor, prompt: int, chunk: int, top_k: int, 
         for first in range(0, prompt, chunk):
             last = min(prompt, first + chunk)
             step = engine.launch(rows((slot, document, first, last)), TINY.top_k, ALL)
-            found[document, first:last] = step.answers()[1]
+            found[document, first:last] = step.answers()[3]
     for position in range(prompt, length):
         spans = [(slot, document, position, position + 1) for document, slot in enumerate(slots)]
-        found[:, position] = engine.launch(rows(*spans), top_k, readable).answers()[1]
+        found[:, position] = engine.launch(rows(*spans), top_k, readable).answers()[3]
     for slot in slots:
         engine.release(slot)
     return found
@@ -98,7 +98,7 @@ def test_prompts_ride_beside_decode_rows_and_disturb_nobody() -> None:
         start = 2 * (position - 40)
         step = engine.launch(rows((first, 2, position, position + 1), (second, 0, start, start + 2)), 4, ALL)
         np.testing.assert_allclose(
-            step.answers()[1], [alone[2, position], *alone[0, start : start + 2]], rtol=1e-4, atol=1e-4
+            step.answers()[3], [alone[2, position], *alone[0, start : start + 2]], rtol=1e-4, atol=1e-4
         )
 
 
@@ -138,11 +138,11 @@ def test_the_mix_between_two_expert_counts_is_what_each_had_at_its_steps() -> No
     engine = make_engine(tokens)
     slot = engine.reserve(24)
     engine.launch(rows((slot, 0, 0, 8)), 4, ALL)
-    half = [engine.launch(rows((slot, 0, p, p + 1)), 2, ALL).answers()[1, 0] for p in range(8, 16)]
+    half = [engine.launch(rows((slot, 0, p, p + 1)), 2, ALL).answers()[3, 0] for p in range(8, 16)]
     with torch.no_grad():
         expected = plain_losses(engine.model, tokens, 8, 2, ALL)[0, 8:16]
     np.testing.assert_allclose(half, expected, rtol=1e-4, atol=1e-4)
-    whole = [engine.launch(rows((slot, 0, p, p + 1)), 4, ALL).answers()[1, 0] for p in range(8, 16)]
+    whole = [engine.launch(rows((slot, 0, p, p + 1)), 4, ALL).answers()[3, 0] for p in range(8, 16)]
     np.testing.assert_allclose(whole, losses(engine, tokens, 24, 24, 4, ALL)[0, 8:16], rtol=1e-4, atol=1e-4)
 
 
@@ -270,4 +270,4 @@ def test_launching_a_step_never_makes_the_host_wait() -> None:
     with no_host_wait():
         slot = engine.reserve(60)
         step = engine.launch(rows((0, 0, 40, 41), (slot, 1, 0, 30)), 2, 5)
-    assert step.answers().shape == (2, 31)
+    assert step.answers().shape == (4, 31)

@@ -18,7 +18,8 @@ from moe.model.config import ModelConfig
 from moe.model.router import Routing
 from moe.model.transformer import ModelOutput, MoEModel, initialise
 from moe.service.queueing import SLOT_S
-from moe.service.score.live import KnobRefusedError, LiveWorkload
+from moe.service.score.live import LiveWorkload
+from moe.workload import KnobRefusedError
 from moe.service.score.runner import BatchResult, NonFiniteAnswersError, Runner
 from moe.service.traffic import TrafficConfig
 from moe.workload import Knobs

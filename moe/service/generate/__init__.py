@@ -1,0 +1,1 @@
+"""Requests of many tokens: prompts and answers, run together step by step."""
