@@ -19,15 +19,13 @@ TINY = LmConfig(
 
 def make_model(config: LmConfig, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LanguageModel:
     """Random weights with a router that decides and a head that answers."""
-    with torch.device(device):
-        model = LanguageModel(config, dtype)
-    initialise(model, torch.Generator(device).manual_seed(1))
+    model = initialise(LanguageModel(config, dtype), torch.Generator().manual_seed(1))
     for name, parameter in model.named_parameters():
         if name.endswith("router"):
             parameter.data.mul_(30)
         if name == "head.weight":
-            parameter.data.normal_(std=0.05, generator=torch.Generator(device).manual_seed(2))
-    return model.serve()
+            parameter.data.normal_(std=0.05, generator=torch.Generator().manual_seed(2))
+    return model.to(device).serve()
 
 
 def make_tokens(b: int, length: int, device: str = "cpu") -> Tensor:

@@ -240,7 +240,7 @@ def test_captured_kernels_give_each_token_the_loss_of_a_plain_decoder(top_k: int
     tokens = make_tokens(3, 13)
     engine = make_engine(tokens, "cuda")
     with torch.no_grad():
-        expected = plain_losses(engine.model, tokens, 8, top_k, readable)
+        expected = plain_losses(make_model(TINY), tokens, 8, top_k, readable)
     found = losses(engine, tokens, 8, 3, top_k, readable)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
