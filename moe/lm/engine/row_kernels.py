@@ -141,9 +141,7 @@ def _join(partial, total, mixed, DH: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _score(
-    logits, document, position, documents, answers, L, T, LOG_V, V: tl.constexpr, BLOCK: tl.constexpr
-):
+def _score(logits, document, position, documents, answers, L, T, LOG_V, V: tl.constexpr, BLOCK: tl.constexpr):
     """Compare one row's logits with the text."""
     row = tl.program_id(0)
     target = tl.load(documents + tl.load(document + row).to(tl.int64) * L + tl.load(position + row) + 1)

@@ -1,0 +1,209 @@
+"""Time and energy of a step, cell by cell, at the service's own cadence.
+
+Rows stay where they are and are launched over and over, a few steps ahead of the device, as the service does.
+Decode rows lie at a context each; prompt rows are the chunk that ends there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from statistics import mean, pstdev
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from moe.device.meter import EnergyMeter
+from moe.lm.engine.engine import Engine, Rows
+from moe.token_profile import CostCell
+
+WINDOW_S, WARM_S, BURST_S = 0.3, 0.05, 0.008
+VISITS = 2
+COPY_BYTES = 4 * 2**30
+CPU_STEPS = 3
+
+
+class Place(NamedTuple):
+    """Where a cell is measured."""
+
+    decode_rows: int
+    prefill_rows: int
+    context: int
+    top_k: int
+    readable: int
+    held_out: bool = False
+
+
+def places(engine: Engine, *, thorough: bool) -> list[Place]:
+    """The cells of a device, those of a fit and some to judge it; `thorough` takes a finer grid."""
+    c = engine.model.config
+    cuda = engine.documents.is_cuda
+    running = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if cuda else (1, 4, 16, 48)
+    chunks = (64, 256, 512) if cuda else (16, 64)
+    contexts = (256, 640) if cuda else (128, 512)
+    shares = (1.0, 0.75, 0.5, 0.25) if thorough else (1.0, 0.5, 0.25)
+    top_ks = tuple(k for k in (8, 4, 2, 1) if k <= c.top_k)
+    last = engine.documents.shape[1] - 2
+    fitted: list[Place] = []
+    for n, context in itertools.product(running, contexts if thorough else contexts[-1:]):
+        fitted += [
+            Place(n, 0, min(context, last), k, max(k, round(share * c.n_experts)))
+            for k, share in itertools.product(top_ks, shares if n > 1 else (1.0,))
+        ]
+    for n in running[1::2]:  # how the context counts
+        fitted.append(Place(n, 0, min(contexts[0], last), c.top_k, c.n_experts))
+    for chunk, k in itertools.product(chunks, top_ks):
+        fitted += [Place(n, chunk, min(chunk, last), k, c.n_experts) for n in (0, running[-3])]
+    held_out = [
+        Place(n, chunk, min(context, last), k, max(k, round(share * c.n_experts)), True)
+        for n, chunk, context, k, share in (
+            ((3, 0, 400, 8, 1.0), (24, 0, 400, 4, 0.6), (48, 0, 300, 8, 0.4), (96, 0, 500, 2, 1.0),
+             (192, 0, 300, 8, 0.3), (384, 0, 500, 4, 0.8), (48, 128, 300, 8, 1.0), (200, 384, 400, 4, 1.0))
+            if cuda
+            else ((8, 0, 200, 4, 1.0), (24, 0, 300, 2, 0.5), (8, 32, 100, 4, 1.0))
+        )
+        if k <= c.top_k
+    ]  # fmt: skip
+    wanted = list(dict.fromkeys([*fitted, *held_out]))
+    most = min(engine.max_rows, engine.blocks.slots)
+    return [p for p in wanted if p.decode_rows + p.prefill_rows <= engine.max_rows and p.decode_rows <= most]
+
+
+def measure_places(
+    engine: Engine, wanted: Sequence[Place], meter: EnergyMeter | None, idle_w: float | None, seed: int,
+    kept: dict[Place, CostCell], save: Callable[[], None], *, window_s: float = WINDOW_S,
+) -> None:  # fmt: skip
+    """Measure what is not measured yet, in random order, each cell `VISITS` times in a row.
+
+    Args:
+        engine: captured and empty.
+        wanted: cells.
+        meter: of the card; None measures time alone.
+        idle_w: power that is taken off.
+        seed: of the order.
+        kept: cells by place; what is there already is not measured again.
+        save: called after each cell.
+        window_s: length of a visit.
+    """
+    missing = [place for place in wanted if place not in kept]
+    order = np.random.default_rng(seed).permutation(len(missing))
+    for number in tqdm(order, desc="cost", unit="cell", delay=2.0):
+        place = missing[number]
+        kept[place] = measure_place(engine, place, meter, idle_w, window_s)
+        save()
+
+
+def measure_place(
+    engine: Engine, place: Place, meter: EnergyMeter | None, idle_w: float | None, window_s: float = WINDOW_S
+) -> CostCell:
+    """Measure one cell.
+
+    Raises:
+        GpuLostError: the device stopped answering.
+        ReadingError: its counter says what cannot be.
+    """
+    rows, slots = rows_of(engine, place)
+    launched = 0
+
+    def launch() -> None:
+        """Launch for a while: between readings of the counter, which cost about what is launched ahead."""
+        nonlocal launched
+        end = time.perf_counter() + BURST_S
+        while launched == 0 or time.perf_counter() < end:
+            engine.launch(rows, place.top_k, place.readable)
+            launched += 1
+
+    try:
+        _for_s(launch, WARM_S)
+        engine.usage()
+        launched = 0
+        visits = [_visit(engine, launch, lambda: launched, meter, window_s) for _ in range(VISITS)]
+        _, reads = engine.usage()
+    finally:
+        for slot in slots:
+            engine.release(slot)
+    step_s = [visit[0] for visit in visits]
+    energy_j = [(power - (idle_w or 0.0)) * seconds for seconds, power in visits if power is not None]
+    return CostCell(
+        **place._asdict(),
+        experts_read=float(reads.sum()) / launched / len(reads),
+        step_s=mean(step_s), step_spread=pstdev(step_s) / mean(step_s),
+        energy_j=mean(energy_j) if energy_j else None,
+        energy_spread=pstdev(energy_j) / abs(mean(energy_j)) if energy_j else None,
+    )  # fmt: skip
+
+
+def rows_of(engine: Engine, place: Place) -> tuple[Rows, list[int]]:
+    """Rows of a cell on the documents, and the slots that hold their sequences."""
+    documents = len(engine.documents)
+    longest = engine.documents.shape[1] - 1
+    slots = [engine.reserve(longest) for _ in range(place.decode_rows)]
+    slot, position, document = (
+        [*slots],
+        [place.context] * len(slots),
+        [n % documents for n in range(len(slots))],
+    )
+    left, number = place.prefill_rows, 0
+    while left:
+        taken = min(left, place.context)
+        slots.append(engine.reserve(longest))
+        slot += [slots[-1]] * taken
+        position += range(place.context - taken, place.context)
+        document += [(place.decode_rows + number) % documents] * taken
+        left, number = left - taken, number + 1
+    return Rows(*(np.array(values, np.int32) for values in (slot, position, document))), slots
+
+
+def copy_bytes_per_s(device: torch.device) -> float | None:
+    """Bytes read and written per second by a large copy on a card; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    x = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    x.random_(generator=torch.Generator(device).manual_seed(0))
+    y = torch.empty_like(x)
+    y.copy_(x)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(20):
+        y.copy_(x)
+    end.record()
+    torch.cuda.synchronize()
+    return 20 * 2 * COPY_BYTES / (start.elapsed_time(end) / 1e3)
+
+
+def idle_power_w(meter: EnergyMeter | None) -> float | None:
+    """Power over a second without load."""
+    if meter is None:
+        return None
+    first, last = meter.window(lambda: time.sleep(0.01), 1.0)
+    return (last.energy_j - first.energy_j) / (last.time_s - first.time_s)
+
+
+def _visit(
+    engine: Engine, launch: Callable[[], None], launched: Callable[[], int], meter: EnergyMeter | None,
+    window_s: float,
+) -> tuple[float, float | None]:  # fmt: skip
+    """Time of a step, and power."""
+    if meter is None:
+        engine.synchronize()
+        first, begin = launched(), time.perf_counter()
+        while time.perf_counter() - begin < window_s or launched() - first < CPU_STEPS:
+            launch()
+        engine.synchronize()
+        return (time.perf_counter() - begin) / (launched() - first), None
+    start = meter.next_tick(launch)
+    first = launched()
+    # As many steps are under way at either tick, so their number cancels.
+    end = meter.next_tick(launch, start.time_s + window_s - 0.05)
+    elapsed_s = end.time_s - start.time_s
+    return elapsed_s / (launched() - first), (end.energy_j - start.energy_j) / elapsed_s
+
+
+def _for_s(run: Callable[[], None], seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    run()
+    while time.perf_counter() < end:
+        run()

@@ -1,0 +1,113 @@
+"""How good answers are under knobs: every document's second half, decoded by the engine that serves.
+
+Documents decode together in groups of so many running sequences, all at one position, since what a step may
+read depends on who runs. Each token is compared with its own entry under the trained knobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from moe.lm.engine.engine import Engine, Rows, readable_experts
+from moe.service.generate.sequences import Texts
+from moe.token_profile import QualityCell
+
+BIASES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def measure_token_quality(
+    engine: Engine, texts: Texts, domain: np.ndarray, names: Sequence[str], plan: dict[int, int], tokens: int
+) -> tuple[QualityCell, ...]:
+    """Measure the grid of (running sequences, experts per token, routing bias).
+
+    Args:
+        engine: captured and empty, over the documents of `texts`.
+        texts: what is answered, and what the standard service has right.
+        domain: of each document.  # [N]
+        names: of the domains.
+        plan: documents to score by running sequences; those of a group are of all domains. With one
+            sequence a bias has no effect and is not measured.
+        tokens: output tokens of each document that are scored, from its middle on.
+    """
+    c = engine.model.config
+    top_ks = [k for k in (8, 4, 2, 1) if k <= c.top_k]
+    cells = [(n, k) for n in sorted(plan) for k in top_ks]
+    found: list[QualityCell] = []
+    for running, top_k in tqdm(cells, desc="quality", unit="setting", delay=2.0):
+        # Evenly from all domains, which lie one behind the other.
+        chosen = np.linspace(0, len(domain) - 1, plan[running]).round().astype(np.int32)
+        limits: dict[int, float] = {}
+        for bias in BIASES if running > 1 else (0.0,):
+            limits.setdefault(readable_experts(bias, c.n_experts, top_k), bias)
+        rows = _score(engine, texts, chosen, running, top_k, tuple(limits), tokens)  # [limits, 4, N', tokens]
+        reference = _reference(texts, chosen, tokens)  # [N', tokens]
+        for bias, (right, confidence, entropy) in zip(limits.values(), rows, strict=True):
+            gap = right.mean(axis=1) - reference.mean(axis=1)  # [N']
+            by_domain = {
+                name: float(right[domain[chosen] == d].mean())
+                for d, name in enumerate(names)
+                if (domain[chosen] == d).any()
+            }
+            found.append(
+                QualityCell(
+                    running=running, top_k=top_k, routing_bias=bias, tokens=right.size,
+                    accuracy=float(right.mean()), minus_standard=float(gap.mean()),
+                    standard_error=float(gap.std(ddof=1) / len(gap) ** 0.5), confidence=float(confidence),
+                    entropy=float(entropy), by_domain=by_domain,
+                )
+            )  # fmt: skip
+    return tuple(found)
+
+
+def _span(texts: Texts, tokens: int) -> tuple[int, int]:
+    """Positions whose next token is scored."""
+    first = texts.reference.shape[1] // 2
+    return first, min(first + tokens, texts.reference.shape[1])
+
+
+def _reference(texts: Texts, chosen: np.ndarray, tokens: int) -> np.ndarray:
+    return texts.reference[chosen, slice(*_span(texts, tokens))]
+
+
+def _score(
+    engine: Engine,
+    texts: Texts,
+    chosen: np.ndarray,
+    running: int,
+    top_k: int,
+    limits: tuple[int, ...],
+    tokens: int,
+) -> list[tuple[np.ndarray, float, float]]:
+    """Right tokens, bool, [N', tokens], mean confidence and entropy, for each number of readable experts."""
+    first, last = _span(texts, tokens)
+    right = np.zeros((len(limits), len(chosen), last - first), bool)
+    sums = np.zeros((len(limits), 2))
+    for start in range(0, len(chosen), running):
+        group = chosen[start : start + running]
+        slots = np.array([engine.reserve(last) for _ in group], np.int32)
+        _read_prompts(engine, slots, group, first, top_k)
+        for number, limit in enumerate(limits):  # answers overwrite the keys and values of those before
+            for position in range(first, last):
+                at = np.full(len(group), position, np.int32)
+                answers = engine.launch(Rows(slots, at, group), top_k, max(limit, top_k)).answers()
+                place = slice(start, start + len(group))
+                right[number, place, position - first] = answers[0] == texts.tokens[group, position + 1]
+                sums[number] += answers[1:3].sum(axis=1)
+        for slot in slots.tolist():
+            engine.release(slot)
+    mean = sums / right[0].size
+    return [(right[n], float(mean[n, 0]), float(mean[n, 1])) for n in range(len(limits))]
+
+
+def _read_prompts(engine: Engine, slots: np.ndarray, documents: np.ndarray, length: int, top_k: int) -> None:
+    """Read the first `length` positions of each document, in as few steps as there is room for."""
+    slot, document = slots.repeat(length), documents.repeat(length)
+    position = np.tile(np.arange(length, dtype=np.int32), len(slots))
+    for start in range(0, len(slot), engine.max_rows):
+        part = slice(start, start + engine.max_rows)
+        rows = Rows(slot[part], position[part], document[part])
+        engine.launch(rows, top_k, engine.model.config.n_experts)
+    engine.synchronize()
