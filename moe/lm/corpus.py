@@ -1,8 +1,6 @@
-"""Text of the machine as tokens: collect, drop duplicates, split by file, learn a BPE, encode.
+"""Text of the machine as tokens to train on: collect, drop copies, encode with the shipped tokenizer.
 
-All that later parts need lies in one folder: `tokenizer.json`, `train.npy` and `held_out.npy` (uint16, files
-joined by the end token), `held_out_domain.npy` (uint8 per token), and what was read in `corpus.json`, written
-last.
+What is held out are the shipped documents: a file that shares text with them is not learned from.
 """
 
 from __future__ import annotations
@@ -10,132 +8,147 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from agents.files import write_file
-from moe.lm.config import Size
-from studies.tasks import StudyError
+from moe.errors import DataMissingError
+from moe.lm.text import END_ID, documents, documents_sha256, tokenizer, tokenizer_sha256
 
-END, END_ID = "<|end|>", 0
-DOMAINS = ("python", "docs", "c")
-DOMAIN_OF_SUFFIX = {
-    ".py": 0, ".pyi": 0, ".md": 1, ".rst": 1, ".txt": 1,
-    ".h": 2, ".hpp": 2, ".cuh": 2, ".c": 2, ".cc": 2, ".cpp": 2, ".cu": 2, ".inl": 2,
-}  # fmt: skip
+SUFFIXES = frozenset(
+    (".py", ".pyi", ".md", ".rst", ".txt", ".h", ".hpp", ".cuh", ".c", ".cc", ".cpp", ".cu", ".inl")
+)
+"""Of what is learned from. No .log and no .csv: those domains stand for text unlike that of the training."""
+MAX_TEXT_BYTES = 400_000_000
+"""Of all files."""
 MIN_BYTES, MAX_BYTES = 200, 500_000
 """Size of a file: below is noise, above are tables and generated code."""
 MAX_LINE = 200
 """Mean bytes per line: above is minified or data."""
 MIN_LETTERS = 0.45
 """Share of ASCII letters: below is a table of numbers."""
+LONG_LINE = 40
+"""Bytes from which a line tells where it comes from."""
+SHARED_LINES = 8
+"""Long lines in common with the documents from which a file counts as a copy, such as another version."""
+_EDGES = b" \t\r'\"\\n,"
+"""Dropped from lines that are compared: indents, and the quotes of text inside a program."""
 _TOGETHER = 500
 """Files encoded in one call, on all cores."""
 
 
-def build_corpus(folder: Path, roots: Sequence[Path], size: Size) -> dict[str, Any]:
-    """Build the corpus in a folder, unless it is there.
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Text to train on.
+
+    Attributes:
+        tokens: The files one after another, each closed by the end token, uint16.  # [N]
+        record: Files and bytes learned from, equal copies, near copies of the documents, tokens, and the
+            text's digest.
+    """
+
+    tokens: np.ndarray
+    record: dict[str, Any]
+
+
+def default_roots() -> tuple[Path, ...]:
+    """Where text is found if nobody says: installed software, this Python's library and packages."""
+    roots = {Path("/opt"), Path("/usr"), *(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))}
+    return tuple(sorted({root.resolve() for root in roots if root.is_dir()}))
+
+
+def build_corpus(folder: Path, roots: Sequence[Path]) -> Corpus:
+    """Encode the text of folders, or read it from the cache; text that changed since is not noticed.
 
     Args:
-        folder: of the corpus.
+        folder: of the cache, which holds one pair of files for these roots and this tokenizer.
         roots: folders whose text is read; links are not followed.
-        size: how much text and how many tokens are wanted.
-
-    Returns:
-        What `corpus.json` holds: the vocabulary, files, bytes and tokens per split, and the text's digest.
 
     Raises:
-        StudyError: too little text for the size.
-        ImportError: no `tokenizers`.
+        DataMissingError: A root is no folder, or there is no text.
+        ImportError: The package `tokenizers` is not installed.
     """
-    record_path = folder / "corpus.json"
-    if record_path.exists():
-        return json.loads(record_path.read_text(encoding="utf-8"))
-    files, duplicates = unique_files(roots, size.max_bytes)
-    splits: dict[str, list[str]] = {"train": [], "held_out": []}
-    for path in sorted(files):
-        splits["held_out" if is_held_out(path, size.held_out_percent) else "train"].append(path)
-    shown = ", ".join(map(str, roots))
-    if not splits["train"]:
-        raise StudyError(f"{shown} holds no text to train on (*.py, *.md, *.c and such); name more: --text")
-    tokenizer = learn_bpe(splits["train"], size.vocabulary, size.sample_bytes)
-    write_file(folder / "tokenizer.json", tokenizer.to_str())
-    recipe = size.models[size.standard][1]
-    least = {  # one batch of windows at any offset; held-out windows that do not overlap
-        "train": (recipe.batch + 1) * (recipe.context + 1),
-        "held_out": size.held_out_windows * recipe.context + 1,
-    }
-    tokens = {}
-    for split, paths in splits.items():
-        ids, domains = encode_files(tokenizer, paths)
-        if len(ids) < least[split]:
-            raise StudyError(
-                f"{shown}: {len(ids):,} tokens of text in the split {split!r}, at least {least[split]:,} are "
-                "needed; name more folders: --text"
-            )
-        np.save(folder / f"{split}.npy", ids)
-        tokens[split] = len(ids)
-        if split == "held_out":
-            np.save(folder / "held_out_domain.npy", domains)
-    by_domain = dict.fromkeys(DOMAINS, 0)
-    for path, (n_bytes, _) in files.items():
-        by_domain[DOMAINS[domain_of(path)]] += n_bytes
-    record = {
-        "vocabulary": tokenizer.get_vocab_size(),
-        "files": {split: len(paths) for split, paths in splits.items()} | {"duplicates": duplicates},
-        "bytes": {split: sum(files[path][0] for path in paths) for split, paths in splits.items()},
-        "bytes_by_domain": by_domain,
-        "tokens": tokens,
-        "sha256": hashlib.sha256(b"".join(files[path][1] for path in sorted(files))).hexdigest(),
-        "roots": [str(root) for root in roots],
-    }
-    write_file(record_path, json.dumps(record, indent=1) + "\n")
-    return record
-
-
-def unique_files(roots: Sequence[Path], max_bytes: int) -> tuple[dict[str, tuple[int, bytes]], int]:
-    """Find usable files; of equal ones the first path stays.
-
-    Returns:
-        Size and digest by path, at most `max_bytes` in all, and the number of duplicates. What is left out is
-        chosen by digest, so that a limit takes an even share of everything.
-    """
-    by_digest: dict[bytes, tuple[str, int]] = {}
-    duplicates = 0
-    for path in list_files(roots):
-        if (text := read_text(path)) is not None:
-            digest = hashlib.sha256(text).digest()
-            duplicates += digest in by_digest
-            by_digest.setdefault(digest, (path, len(text)))
-    files, total = {}, 0
-    for digest, (path, n_bytes) in sorted(by_digest.items()):
-        if total + n_bytes <= max_bytes:
-            files[path] = (n_bytes, digest)
-            total += n_bytes
-    return files, duplicates
-
-
-def list_files(roots: Sequence[Path]) -> list[str]:
-    """Paths of all candidate files, sorted.
-
-    Raises:
-        StudyError: a root is no folder.
-    """
-    found: set[str] = set()
     for root in roots:
         if not root.is_dir():
-            raise StudyError(f"--text {root} is no folder")
-        for folder, _, names in os.walk(root):
-            found |= {f"{folder}/{name}" for name in names if os.path.splitext(name)[1] in DOMAIN_OF_SUFFIX}
-    return sorted(found)
+            raise DataMissingError(f"--text {root} is no folder; name one that holds text")
+    resolved = sorted({str(root.resolve()) for root in roots})
+    settings = [resolved, tokenizer_sha256(), documents_sha256(), MAX_TEXT_BYTES]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
+    tokens_path, record_path = folder / f"text-{key}.npy", folder / f"text-{key}.json"
+    if record_path.exists():  # written last
+        return Corpus(np.load(tokens_path), json.loads(record_path.read_text(encoding="utf-8")))
+    files, left_out = find_files([Path(root) for root in resolved], held_out_lines())
+    if not files:
+        shown = ", ".join(resolved)
+        raise DataMissingError(
+            f"no text to train on (*.py, *.md, *.c ...) in {shown}; name more folders: --text"
+        )
+    tokens = np.concatenate(list(_encoded(sorted(files))))
+    record = {
+        "files": len(files),
+        "bytes": sum(n_bytes for n_bytes, _ in files.values()),
+        "equal_copies": left_out["equal"],
+        "near_copies_of_documents": left_out["near"],
+        "tokens": len(tokens),
+        "sha256": hashlib.sha256(b"".join(files[path][1] for path in sorted(files))).hexdigest(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(tokens_path, tokens)
+    part = record_path.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    part.replace(record_path)
+    return Corpus(tokens, record)
 
 
-def domain_of(path: str) -> int:
-    """Index in `DOMAINS`."""
-    return DOMAIN_OF_SUFFIX[os.path.splitext(path)[1]]
+def held_out_lines() -> frozenset[bytes]:
+    """The long lines of the documents."""
+    texts = tokenizer().decode_batch(documents().tokens.tolist())
+    return frozenset().union(*(long_lines(text.encode()) for text in texts))
+
+
+def long_lines(text: bytes) -> set[bytes]:
+    """Lines that tell where they come from, without their edges."""
+    return {line for line in _lines(text) if len(line) >= LONG_LINE}
+
+
+def find_files(
+    roots: Sequence[Path], held_out: frozenset[bytes]
+) -> tuple[dict[str, tuple[int, bytes]], Counter[str]]:
+    """Find files to learn from.
+
+    Args:
+        roots: folders.
+        held_out: long lines, `SHARED_LINES` of which make a file a near copy.
+
+    Returns:
+        Size and digest by path, at most `MAX_TEXT_BYTES` in all; what is left out for that is chosen by
+        digest, so that it is an even share of everything. And the numbers of equal copies, of which the first
+        path stays, and of near copies.
+    """
+    by_digest: dict[bytes, tuple[str, int]] = {}
+    left_out: Counter[str] = Counter()
+    for path in tqdm(_candidates(roots), desc="reading text", unit="file", delay=2.0):
+        if (text := read_text(path)) is None:
+            continue
+        digest = hashlib.sha256(text).digest()
+        if digest in by_digest:
+            left_out["equal"] += 1
+        elif len(held_out.intersection(_lines(text))) >= SHARED_LINES:
+            left_out["near"] += 1
+        else:
+            by_digest[digest] = (path, len(text))
+    files, total = {}, 0
+    for digest, (path, n_bytes) in sorted(by_digest.items()):
+        if total + n_bytes <= MAX_TEXT_BYTES:
+            files[path] = (n_bytes, digest)
+            total += n_bytes
+    return files, left_out
 
 
 def read_text(path: str) -> bytes | None:
@@ -153,57 +166,23 @@ def read_text(path: str) -> bytes | None:
     return text if ((letters >= 97) & (letters <= 122)).mean() >= MIN_LETTERS else None
 
 
-def is_held_out(path: str, percent: int) -> bool:
-    """Decide by the path, not by its order, so that a new package moves no file between the splits."""
-    return _hash(path) % 100 < percent
+def _lines(text: bytes) -> Iterator[bytes]:
+    return (line.strip(_EDGES) for line in text.split(b"\n"))
 
 
-def learn_bpe(paths: Sequence[str], vocabulary: int, sample_bytes: int) -> Any:
-    """Learn a byte-level BPE (a `tokenizers.Tokenizer`) on the first files, by hash of their paths."""
-    try:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError as error:
-        raise ImportError("the study needs the package tokenizers: pip install '.[hf]'") from error
-    sample, n_bytes = [], 0
-    for path in sorted(paths, key=_hash):
-        if n_bytes >= sample_bytes:
-            break
-        sample.append(Path(path).read_bytes().decode())
-        n_bytes += len(sample[-1])
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sample, trainer)
-    return tokenizer
+def _candidates(roots: Sequence[Path]) -> list[str]:
+    """Paths of all files with a suffix of text, sorted."""
+    found: set[str] = set()
+    for root in roots:
+        for folder, _, names in os.walk(root):
+            found |= {f"{folder}/{name}" for name in names if os.path.splitext(name)[1] in SUFFIXES}
+    return sorted(found)
 
 
-def encode_files(tokenizer: Any, paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of files, each closed by the end token, uint16, and the domain of each token, uint8."""
-    ids, domains = [np.empty(0, np.uint16)], [np.empty(0, np.uint8)]
-    for start in range(0, len(paths), _TOGETHER):
-        some = paths[start : start + _TOGETHER]
-        for path, encoding in zip(
-            some, tokenizer.encode_batch([Path(path).read_bytes().decode() for path in some]), strict=True
-        ):
-            ids.append(np.array([*encoding.ids, END_ID], np.uint16))
-            domains.append(np.full(len(ids[-1]), domain_of(path), np.uint8))
-    return np.concatenate(ids), np.concatenate(domains)
-
-
-def bytes_per_token(folder: Path) -> np.ndarray:
-    """How many bytes of text each token stands for, none for the end token.  # [V]."""
-    vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    sizes = np.zeros(len(vocabulary), np.int64)
-    for token, number in vocabulary.items():
-        sizes[number] = 0 if number == END_ID else len(token)  # byte-level: a character stands for a byte
-    return sizes
-
-
-def _hash(path: str) -> int:
-    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
+def _encoded(paths: Sequence[str]) -> Iterator[np.ndarray]:
+    """Tokens of each file and the end token, uint16."""
+    encode = tokenizer().encode_batch
+    for start in tqdm(range(0, len(paths), _TOGETHER), desc="encoding text", unit="batch", delay=2.0):
+        texts = [Path(path).read_bytes().decode() for path in paths[start : start + _TOGETHER]]
+        for encoding in encode(texts):
+            yield np.array([*encoding.ids, END_ID], np.uint16)

@@ -1,28 +1,28 @@
-"""Train one language model on the corpus."""
+"""Train one language model on text."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import trange
+from tqdm import tqdm
 
 from moe.device.torch_device import serving_dtype
+from moe.errors import DataMissingError
 from moe.lm.config import LmConfig, Recipe
-from moe.lm.model import LanguageModel, describe, initialise
+from moe.lm.model import LanguageModel, initialise
 from moe.lm.muon import Optimiser
 from moe.training.fit import TrainingDiverged
 
 _UNTIMED = 5
 """First steps, which load kernels and count in no rate."""
 _EVERY = 50
-"""Steps between losses that are kept."""
+"""Steps between looks at the loss: each one makes the host wait for the device."""
 
 
 def windows(tokens: Tensor, batch: int, length: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -45,57 +45,73 @@ def windows(tokens: Tensor, batch: int, length: int, generator: torch.Generator)
 
 
 def train(
-    config: LmConfig, recipe: Recipe, folder: Path, device: torch.device, seed: int
+    config: LmConfig,
+    recipe: Recipe,
+    text: np.ndarray,
+    device: torch.device,
+    seed: int = 0,
+    limit_s: float = math.inf,
+    name: str = "training",
 ) -> tuple[LanguageModel, dict[str, Any]]:
     """Train a model from scratch.
 
     Args:
         config: its shape.
         recipe: how.
-        folder: of the corpus.
+        text: tokens, uint16.  # [N]
         device: where.
         seed: of the weights and of the order of the text.
+        limit_s: where this much time passes sooner than the recipe's steps, the schedule runs by the clock
+            and ends then.
+        name: shown beside the progress.
 
     Returns:
-        The model in serving types, and the record of its training: losses as (step, nats per token, seconds).
+        The model in serving types, and the record of its training: steps, tokens, seconds, epochs, tokens/s
+        and losses as (step, nats per token, seconds).
 
     Raises:
-        TrainingDiverged: the loss is NaN or infinite.
+        DataMissingError: The text is shorter than a batch.
+        TrainingDiverged: The loss is NaN or infinite.
     """
+    length = config.context + 1
+    if len(text) < (least := (recipe.batch + 1) * length):
+        raise DataMissingError(
+            f"{len(text):,} tokens of text, a batch needs at least {least:,}; name more folders: --text"
+        )
     with device:
         model = LanguageModel(config, serving_dtype(device))
     initialise(model, torch.Generator(device).manual_seed(seed))
-    ids = torch.from_numpy(np.load(folder / "train.npy").astype(np.int32)).to(device)
-    batches = windows(ids, recipe.batch, recipe.context + 1, torch.Generator().manual_seed(seed + 1))
+    ids = torch.from_numpy(text.view(np.int16)).to(device)  # the vocabulary fits
+    batches = windows(ids, recipe.batch, length, torch.Generator().manual_seed(seed + 1))
     optimiser = Optimiser(model, recipe)
     losses: list[tuple[int, float, float]] = []
     start = time.perf_counter()
-    untimed_s = 0.0
-    for step in trange(recipe.steps, desc="training", unit="step", delay=2.0):
-        factor = min(1.0, (step + 1) / recipe.warmup, (1 - step / recipe.steps) / recipe.decay_share)
-        answer, total = model.loss(next(batches))
-        total.backward()
-        optimiser.step(factor, momentum=min(0.95, 0.85 + step * 0.001))
-        done = step + 1
-        if done == _UNTIMED or done % _EVERY == 0 or done == recipe.steps:
-            loss = answer.item()  # waits for the device
-            if not np.isfinite(loss):
-                raise TrainingDiverged(f"the loss is {loss} at step {done}: lower the learning rates")
-            elapsed_s = time.perf_counter() - start
-            untimed_s = elapsed_s if done == _UNTIMED else untimed_s
-            losses.append((done, round(loss, 4), round(elapsed_s, 2)))
+    step, share, untimed_s = 0, 0.0, 0.0
+    with tqdm(total=recipe.steps, desc=name, unit="step", delay=2.0) as bar:
+        while share < 1.0:
+            factor = min(1.0, (step + 1) / recipe.warmup, (1.0 - share) / recipe.decay_share)
+            answer, total = model.loss(next(batches))
+            total.backward()
+            optimiser.step(factor, momentum=min(0.95, 0.85 + step * 0.001))
+            step += 1
+            bar.update()
+            share = max(step / recipe.steps, (time.perf_counter() - start) / limit_s)
+            if step == _UNTIMED or step % _EVERY == 0 or share >= 1.0:
+                loss = answer.item()  # waits for the device
+                if not math.isfinite(loss):
+                    raise TrainingDiverged(f"the loss is {loss} at step {step}: lower the learning rates")
+                bar.set_postfix(loss=f"{loss:.3f}")
+                elapsed_s = time.perf_counter() - start
+                untimed_s = elapsed_s if step == _UNTIMED else untimed_s
+                losses.append((step, round(loss, 4), round(elapsed_s, 2)))
     seconds = time.perf_counter() - start
-    tokens_per_step = recipe.batch * recipe.context
-    timed = (recipe.steps - _UNTIMED) * tokens_per_step
+    tokens, timed = recipe.batch * config.context, max(step - _UNTIMED, 0)  # tokens per step
     record = {
-        "recipe": asdict(recipe),
-        "model": describe(model),
-        "steps": recipe.steps,
-        "tokens": recipe.steps * tokens_per_step,
+        "steps": step,
+        "tokens": step * tokens,
         "seconds": round(seconds, 1),
-        "tokens_per_s": round(timed / (seconds - untimed_s)) if timed > 0 else None,
-        "epochs": round(recipe.steps * tokens_per_step / len(ids), 3),
+        "epochs": round(step * tokens / len(ids), 3),
+        "tokens_per_s": round(timed * tokens / (seconds - untimed_s)) if timed else None,
         "losses": losses,
-        "peak_memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1) if ids.is_cuda else None,
     }
     return model.serve(), record

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,12 @@ from moe.model.config import ModelConfig, model_config
 from moe.model.transformer import MoEModel
 from moe.profiles import Profile, ProfileError
 from moe.training.checkpoint import (
+    CACHE_VARIABLE,
     SHIPPED_FOLDER,
     TrainingRecord,
     WeightsError,
+    cache_folder,
+    file_sha256,
     load_checkpoint,
     read_record,
     save_checkpoint,
@@ -33,8 +35,6 @@ __all__ = [
     "CACHE_VARIABLE", "WeightsError", "check_profile", "identity", "load_model", "training_record",
     "weights_path",
 ]  # fmt: skip
-
-CACHE_VARIABLE = "THERMALMOE_CACHE"
 
 _log = logging.getLogger(__name__)
 
@@ -78,9 +78,7 @@ def weights_path(task: str, size: str, cache_dir: Path | None = None) -> Path:
     config = model_config(task, size)
     if size == "tiny":
         return SHIPPED_FOLDER / f"{task}-tiny.safetensors"
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "thermalmoe")
-    return cache_dir / f"{task}-{size}-{_key(config)}.safetensors"
+    return (cache_dir or cache_folder()) / f"{task}-{size}-{_key(config)}.safetensors"
 
 
 def identity(task: str, size: str, cache_dir: Path | None = None) -> dict[str, Any]:
@@ -95,7 +93,7 @@ def identity(task: str, size: str, cache_dir: Path | None = None) -> dict[str, A
         "key": _key(config),
         "config": config.to_dict(),
         "data_sha256": data_digest(config.task),
-        "weights_sha256": _file_sha256(path) if path.exists() else None,
+        "weights_sha256": file_sha256(path) if path.exists() else None,
     }
 
 
@@ -140,11 +138,6 @@ def check_profile(profile: Profile, cache_dir: Path | None = None) -> None:
 
 def _short(digest: str | None) -> str:
     return digest[:12] if digest else "none yet"
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _key(config: ModelConfig) -> str:

@@ -1,0 +1,1 @@
+"""What the package holds for its language models: see the README beside it."""
