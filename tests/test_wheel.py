@@ -63,6 +63,8 @@ def test_wheel_holds_the_data_files_and_nothing_else_of_the_checkout(wheel: Path
     templates = {str(path.relative_to(ROOT)) for path in (ROOT / "agents" / "templates").iterdir()}
     assert configs | templates <= names
     assert {f"moe/data/files/fashion_mnist/{name}" for name in ("train.xz", "test.xz", "LICENSE")} <= names
+    language = {"tokenizer.json", "documents.npz", "small.safetensors", "small.json", "README.md", "LICENSE"}
+    assert {f"moe/lm/shipped/{name}" for name in language} <= names
     top = {name.partition("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"moe", "thermoe_env", "agents"}
 

@@ -37,7 +37,7 @@ class Arguments:
     token; their quality goes to the record."""
     text: tuple[Path, ...] = ()
     """Folders whose text is learned from; none given: /opt, /usr, this Python's library and packages."""
-    limit_s: float = 300.0
+    limit_s: float = 280.0
     """Longest training of a model: where the recipe's steps take longer, its schedule runs by the clock."""
     seed: int = 0
     """Of the weights and of the order of the text."""

@@ -50,7 +50,7 @@ def documents(folder: Path = SHIPPED_FOLDER) -> Documents:
     """
     path = folder / "documents.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             tokens, domain, made_with = file["tokens"], file["domain"], str(file["tokenizer_sha256"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataCorruptError(f"{path} cannot be read: {error}. {_REMEDY}") from error
