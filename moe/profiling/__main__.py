@@ -2,7 +2,7 @@
 
 import sys
 
-from moe.profiling.command import cli
+from moe.profiling.cli import cli
 
 sys.argv[0] = "python -m moe.profiling"  # what its help calls it
 cli()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import datetime
 import platform
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,14 +20,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 
 from moe.data import datasets as data
 from moe.data.pools import DEFAULT_SHIFTS, SamplePool
 from moe.device.meter import EnergyMeter, open_meter
 from moe.device.torch_device import device_name
-from moe.errors import one_line_errors
-from moe.files import refuse_unwritable
 from moe.hf.runner import SIZE as HF_SIZE
 from moe.hf.runner import HfRunner, checkpoint_identity, load_runner
 from moe.model.config import TTT_METHODS, Group, Method, Size, Task
@@ -369,13 +365,7 @@ def summary(profile: Profile) -> str:
 
 def main(options: Options) -> None:
     """Measure, save and say where."""
-    refuse_unwritable(options.out)
+    options.out.parent.mkdir(parents=True, exist_ok=True)  # better refused now than after minutes
     profile = measure(options)
     save_profile(profile, options.out)
     print(f"{summary(profile)}\nwrote {options.out}")
-
-
-def cli() -> None:
-    """Run the command line."""
-    with one_line_errors(interrupted="interrupted; nothing was written"):
-        main(tyro.cli(Options, prog=Path(sys.argv[0]).name, description=__doc__))

@@ -1,0 +1,218 @@
+"""Measure the service of tokens here: ``python -m moe.profiling tokens --size small --device cpu --out PATH``.
+
+Quality comes first and warms the device up, then the cost of steps in random order. Cells that are measured
+are kept beside the profile until it is whole: an interrupted run continues.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from moe.device.meter import EnergyMeter, open_meter
+from moe.device.torch_device import device_name
+from moe.lm.config import Size
+from moe.lm.engine.engine import Engine
+from moe.lm.text import DOMAINS, documents
+from moe.lm.weights import identity, load_model, reference
+from moe.profiles import ProfileError
+from moe.profiling.token_cost import (
+    WINDOW_S,
+    Place,
+    copy_bytes_per_s,
+    idle_power_w,
+    measure_places,
+    places,
+)
+from moe.profiling.token_quality import measure_token_quality
+from moe.service.generate.sequences import Texts
+from moe.token_profile import CostCell, TokenCost, TokenProfile, TokenQuality, save_token_profile
+
+PLAN: dict[str, dict[int, int]] = {"cuda": {1: 16, 8: 64, 32: 128, 128: 256}, "cpu": {1: 6, 8: 48, 24: 72}}
+"""Documents that are scored, by device and running sequences."""
+SCORED_TOKENS = {"cuda": 512, "cpu": 96}
+"""Of each document, from its middle on."""
+ENGINE: dict[str, dict[str, int]] = {
+    "cuda": {"slots": 544, "max_rows": 1024},
+    "cpu": {"slots": 64, "max_rows": 128},
+}
+"""Room of the engine that is measured and served with; slots are freed a few steps behind the last token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenOptions:
+    """Measure what serving tokens costs here, and how good the answers are."""
+
+    size: Size
+    device: Literal["cpu", "cuda"]
+    out: Path
+    """Profile to write, such as configs/profiles/h200-generate.json."""
+    thorough: bool = False
+    """A finer grid of readable experts and contexts."""
+    window_s: float = WINDOW_S
+    """Time under load per visit of a cell."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what measures nothing."""
+        if not 0.0 < self.window_s <= 60.0:
+            raise ValueError(f"--window-s must lie in (0, 60], got {self.window_s}")
+
+
+def open_engine(size: Size, device: torch.device) -> tuple[Engine, Texts]:
+    """The engine of a size, captured, over the shipped documents.
+
+    Raises:
+        WeightsError: no such weights; names the command that makes them.
+    """
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # matrices this small leave threads waiting for each other
+    texts = Texts(documents().tokens.astype(np.int32), reference(size))
+    engine = Engine(load_model(size, device), texts.tokens, **ENGINE[device.type])
+    engine.capture()
+    return engine, texts
+
+
+def measure(options: TokenOptions) -> TokenProfile:
+    """Measure a profile, or what is missing of one.
+
+    Raises:
+        ProfileError: what is kept of an earlier run is damaged, or of another run.
+        GpuUnavailableError: CUDA is used and NVML does not read the card.
+        WeightsError: no weights of this size.
+    """
+    device = torch.device(options.device)
+    meter = open_meter(device)
+    began = time.monotonic()
+    idle_w = idle_power_w(meter)
+    engine, texts = open_engine(options.size, device)
+    kept = _Kept(options, idle_w)
+    quality = kept.quality or measure_quality(options.size, engine, texts)
+    kept.quality = quality
+    kept.save()
+    measure_places(
+        engine, places(engine, thorough=options.thorough), meter, kept.idle_w, options.seed, kept.cells,
+        kept.save, window_s=options.window_s,
+    )  # fmt: skip
+    cost = TokenCost(
+        device=device_name(device),
+        config=asdict(engine.model.config),
+        cells=tuple(kept.cells.values()),
+        idle_power_w=kept.idle_w,
+        copy_bytes_per_s=copy_bytes_per_s(device),
+        provenance=provenance(device, meter)
+        | {"seed": options.seed, "window_s": options.window_s, "seconds": round(time.monotonic() - began, 1)},
+    )
+    return TokenProfile(cost=cost, quality=quality)
+
+
+def measure_quality(size: Size, engine: Engine, texts: Texts) -> TokenQuality:
+    """Measure how good the answers of an engine's weights are."""
+    device = engine.documents.device
+    cells = measure_token_quality(
+        engine, texts, documents().domain, DOMAINS, PLAN[device.type], SCORED_TOKENS[device.type]
+    )
+    here = identity(size)
+    return TokenQuality(
+        size=size, weights_sha256=here["weights_sha256"], documents_sha256=here["data_sha256"],
+        top_k=engine.model.config.top_k, cells=cells, provenance=provenance(device, None),
+    )  # fmt: skip
+
+
+def provenance(device: torch.device, meter: EnergyMeter | None) -> dict[str, Any]:
+    """Where, when and with what something is measured."""
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "device": device_name(device),
+        "driver": meter.gpu.driver if meter else None,
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _kept_path(options: TokenOptions) -> Path:
+    return options.out.with_suffix(".partial.json")
+
+
+class _Kept:
+    """What an interrupted run measured, in a file beside the profile."""
+
+    def __init__(self, options: TokenOptions, idle_w: float | None) -> None:
+        self.path = _kept_path(options)
+        self.run = {"size": options.size, "device": options.device, "thorough": options.thorough,
+                    "window_s": options.window_s, "seed": options.seed,
+                    "weights_sha256": identity(options.size)["weights_sha256"]}  # fmt: skip
+        self.idle_w = idle_w
+        self.cells: dict[Place, CostCell] = {}
+        self.quality: TokenQuality | None = None
+        if self.path.exists():
+            self._read()
+
+    def save(self) -> None:
+        """Write all that is measured."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        quality = None if self.quality is None else asdict(self.quality)
+        document = {"run": self.run, "idle_w": self.idle_w, "quality": quality,
+                    "cells": [asdict(cell) for cell in self.cells.values()]}  # fmt: skip
+        part.write_text(json.dumps(document), encoding="utf-8")
+        part.replace(self.path)
+
+    def _read(self) -> None:
+        try:
+            document = json.loads(self.path.read_text(encoding="utf-8"))
+            run, self.idle_w = document["run"], document["idle_w"]
+            for values in document["cells"]:
+                cell = CostCell(**values)
+                self.cells[Place(*(getattr(cell, name) for name in Place._fields))] = cell
+            if document["quality"] is not None:
+                cells = document["quality"].pop("cells")
+                self.quality = TokenQuality(**document["quality"], cells=tuple(cells))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ProfileError(
+                f"{self.path}: kept by an interrupted run, and damaged ({error}): delete it to measure anew"
+            ) from error
+        if differing := sorted(key for key, value in self.run.items() if run.get(key) != value):
+            raise ProfileError(
+                f"{self.path}: kept by an interrupted run with another {', '.join(differing)}: repeat that "
+                "one, or delete the file to measure anew"
+            )
+
+
+def main(options: TokenOptions) -> None:
+    """Measure, save and say what came out."""
+    options.out.parent.mkdir(parents=True, exist_ok=True)  # better refused now than after minutes
+    profile = measure(options)
+    save_token_profile(profile, options.out)
+    _kept_path(options).unlink(missing_ok=True)
+    print(summary(profile))
+    print(f"wrote {options.out}")
+
+
+def summary(profile: TokenProfile) -> str:
+    """A few lines of what a profile says."""
+    cost, quality, tables = profile.cost, profile.quality, profile.summary()
+    spread = sorted(cell.step_spread for cell in cost.cells)
+    lines = [
+        f"{cost.device}, {quality.size}: {len(cost.cells)} steps measured, spread of their time "
+        f"{spread[len(spread) // 2]:.1%} (median), {spread[-1]:.1%} (max)",
+        "accuracy by experts per token: "
+        + ", ".join(f"{k}: {accuracy:.3f}" for k, accuracy in tables["quality_by_k"].items()),
+    ]
+    for running, by_bias in tables["quality_by_bias"].items():
+        if len(by_bias) > 1:
+            shown = ", ".join(f"{bias:g}: {accuracy:.3f}" for bias, accuracy in by_bias.items())
+            lines.append(f"accuracy by routing bias, {running} sequences: {shown}")
+    for running, by_bias in tables["energy_per_token_by_bias"].items():
+        if None not in by_bias.values():
+            shown = ", ".join(f"{bias:g}: {1e3 * joules:.2f}" for bias, joules in sorted(by_bias.items()))
+            lines.append(f"mJ per token by routing bias, {running} sequences: {shown}")
+    return "\n".join(lines)
