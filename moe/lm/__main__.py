@@ -19,9 +19,7 @@ from moe.lm.model import LanguageModel, describe
 from moe.lm.quality import measure_quality
 from moe.lm.text import documents, documents_sha256, tokenizer_sha256
 from moe.lm.weights import LmRecord, save_model, stored_tensors, weights_path
-from moe.terminal import plain_terminal
-from moe.training.checkpoint import WeightsError, cache_folder
-from moe.training.fit import TrainingDiverged
+from moe.training.checkpoint import cache_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +27,7 @@ class Arguments:
     """Train a language model, score it on the shipped documents, and write its weights."""
 
     size: Size = "base"
-    """`base` for a data-centre GPU; `small` for CPUs, which is shipped."""
+    """`base` for a data-centre GPU; `small` for CPUs, which is shipped. To train either wants a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when there is one."""
     compare: bool = False
@@ -66,6 +64,7 @@ def main(arguments: Arguments) -> None:
         raise GpuUnavailableError(
             "--size base needs an NVIDIA GPU and a CUDA build of torch; small is shipped and runs on a CPU"
         )
+    arguments.path.parent.mkdir(parents=True, exist_ok=True)  # before minutes are spent
     corpus = build_corpus(cache_folder(), arguments.text or default_roots())
     record = make(
         *SIZES[arguments.size], corpus, device, arguments.path, arguments.seed, arguments.limit_s,
@@ -136,10 +135,7 @@ def _print_card(record: LmRecord) -> None:
 
 def cli() -> None:
     """Run the command line."""
-    plain_terminal()
-    with one_line_errors(
-        WeightsError, TrainingDiverged, interrupted="interrupted: no weights were written; read text is kept"
-    ):
+    with one_line_errors(interrupted="interrupted: no weights were written; read text is kept"):
         main(tyro.cli(Arguments))
 
 

@@ -66,7 +66,8 @@ def measure_quality(model: LanguageModel, text: Documents) -> tuple[dict[str, An
         each token is right at the training's top_k, bool, [N, S].
     """
     trained = model.config.top_k
-    top_ks = sorted({*TOP_KS, trained}) if model.config.n_experts else (trained,)
+    n = model.config.n_experts
+    top_ks = sorted(k for k in {*TOP_KS, trained} if k <= n) if n else (trained,)
     by_top_k, by_domain = {}, {}
     reference = np.empty(0, bool)
     for top_k in top_ks:

@@ -13,10 +13,7 @@ from tyro.conf import FlagCreatePairsOff, Positional
 from moe.errors import one_line_errors
 from moe.profiles import ProfileError, load_profile
 from moe.profiling import command, tokens
-from moe.profiling.load import LoadTooLargeError
-from moe.terminal import plain_terminal
 from moe.token_profile import load_token_profile
-from moe.training.checkpoint import WeightsError
 
 
 @dataclass(frozen=True)
@@ -53,9 +50,8 @@ def _is_of_tokens(path: Path) -> bool:
 
 def cli() -> None:
     """Run the command line."""
-    plain_terminal()
     prog, first = Path(sys.argv[0]).name, sys.argv[1] if len(sys.argv) > 1 else ""
-    with one_line_errors(WeightsError, LoadTooLargeError, interrupted="interrupted; no profile was written"):
+    with one_line_errors(interrupted="interrupted; no profile was written"):
         if first == "tokens":
             options = tyro.cli(
                 tokens.TokenOptions, args=sys.argv[2:], prog=f"{prog} tokens", config=(FlagCreatePairsOff,)

@@ -25,6 +25,7 @@ from moe.data import datasets as data
 from moe.data.pools import DEFAULT_SHIFTS, SamplePool
 from moe.device.meter import EnergyMeter, open_meter
 from moe.device.torch_device import device_name
+from moe.files import refuse_unwritable
 from moe.hf.runner import SIZE as HF_SIZE
 from moe.hf.runner import HfRunner, checkpoint_identity, load_runner
 from moe.model.config import TTT_METHODS, Group, Method, Size, Task
@@ -365,7 +366,7 @@ def summary(profile: Profile) -> str:
 
 def main(options: Options) -> None:
     """Measure, save and say where."""
-    options.out.parent.mkdir(parents=True, exist_ok=True)  # better refused now than after minutes
+    refuse_unwritable(options.out)
     profile = measure(options)
     save_profile(profile, options.out)
     print(f"{summary(profile)}\nwrote {options.out}")

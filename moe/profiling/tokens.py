@@ -1,4 +1,4 @@
-"""Measure the service of tokens here: ``python -m moe.profiling tokens --size small --device cpu --out PATH``.
+"""Measure the service of tokens: ``python -m moe.profiling tokens --size small --device cpu --out PATH``.
 
 Quality comes first and warms the device up, then the cost of steps in random order. Cells that are measured
 are kept beside the profile until it is whole: an interrupted run continues.
@@ -19,6 +19,7 @@ import torch
 
 from moe.device.meter import EnergyMeter, open_meter
 from moe.device.torch_device import device_name
+from moe.files import refuse_unwritable
 from moe.lm.config import Size
 from moe.lm.engine.engine import Engine
 from moe.lm.text import DOMAINS, documents
@@ -189,7 +190,7 @@ class _Kept:
 
 def main(options: TokenOptions) -> None:
     """Measure, save and say what came out."""
-    options.out.parent.mkdir(parents=True, exist_ok=True)  # better refused now than after minutes
+    refuse_unwritable(options.out)
     profile = measure(options)
     save_token_profile(profile, options.out)
     _kept_path(options).unlink(missing_ok=True)

@@ -21,10 +21,9 @@ from moe.profiling import command as profile_command
 from moe.profiling import expert_cost
 from moe.profiling.expert_cost import measure_alike_experts
 from moe.service.score.live import LiveWorkload
-from moe.workload import KnobRefusedError
 from moe.service.traffic import TrafficConfig
 from moe.training.weights import check_profile
-from moe.workload import Knobs
+from moe.workload import KnobRefusedError, Knobs
 from tests.moe.conftest import made_up
 from tests.moe.hf.hf_models import COST, VOCAB, E, build, every_family, gates_of, save_checkpoint
 from tests.moe.service.test_live import Clock, Service, assert_conserved

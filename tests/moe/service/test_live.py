@@ -19,10 +19,9 @@ from moe.model.router import Routing
 from moe.model.transformer import ModelOutput, MoEModel, initialise
 from moe.service.queueing import SLOT_S
 from moe.service.score.live import LiveWorkload
-from moe.workload import KnobRefusedError
 from moe.service.score.runner import BatchResult, NonFiniteAnswersError, Runner
 from moe.service.traffic import TrafficConfig
-from moe.workload import Knobs
+from moe.workload import KnobRefusedError, Knobs
 from tests.conftest import no_host_wait
 
 EXPERTS, LAYERS, POOL = 4, 2, 101
