@@ -58,7 +58,6 @@ KNOBS: dict[str, tuple[str, str]] = {
     "ttt_steps": ("steps", "adaptation steps after each micro-batch"),
     "pace": ("1", "cap on the device's busy fraction (idle injection, needs no privilege)"),
     "sm_clock": ("1", "SM clock over its maximum (modelled in the twin; needs privilege live)"),
-    "admission": ("1", "share of the places that deferrable requests may take (token service)"),
 }
 """Name -> (unit, meaning)."""
 

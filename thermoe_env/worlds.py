@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from moe.profiles import load_profile
 from moe.workload import Workload
-from thermoe_env.configs import config_path
 from thermoe_env.device.telemetry import Telemetry
 from thermoe_env.errors import GpuUnavailableError, ScenarioError
-from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.problem import Problem, profile_of
 from thermoe_env.problem.scenario import Scenario
 from thermoe_env.twin.heat import TwinTelemetry
 from thermoe_env.twin.workload import TwinWorkload
 
 if TYPE_CHECKING:
+    import torch
+
     from moe.service.score.runner import Runner
 
 WORLDS = ("auto", "twin", "live")
@@ -159,7 +160,7 @@ def _live_problem(scenario: Scenario, on_gpu: bool, checkpoint: Checkpoint | Non
         return Problem.of(replace(scenario, static=static), profile)
     if on_gpu:
         return Problem.of(scenario)
-    return Problem.of(scenario, load_profile(config_path("profiles", f"cpu-{scenario.task}", ".json")))
+    return Problem.of(scenario, profile_of(scenario, f"cpu-{scenario.task}"))
 
 
 def _runner(problem: Problem, device: str, checkpoint: Checkpoint | None) -> Runner:
@@ -200,6 +201,7 @@ def _live(scenario: Scenario, checkpoint: Checkpoint | None) -> World:
     from thermoe_env.twin.shadow import Shadow
 
     on_gpu = torch.cuda.is_available()
+    name = "live" if on_gpu else "live-cpu"
     problem = _live_problem(scenario, on_gpu, checkpoint)
     if not on_gpu:
         _LOG.warning(
@@ -209,6 +211,9 @@ def _live(scenario: Scenario, checkpoint: Checkpoint | None) -> World:
     if isinstance(telemetry, NvmlTelemetry):
         warn_of_another_card(telemetry.gpu.name, problem)
     try:
+        if scenario.generate is not None:
+            tokens = _token_service(problem, torch.device("cuda" if on_gpu else "cpu"))
+            return World(name, problem, tokens if on_gpu else Shadow(tokens, problem), telemetry)
         runner = _runner(problem, "cuda" if on_gpu else "cpu", checkpoint)
         live = LiveWorkload(
             runner, scenario.traffic, problem.capacity_rps, scenario.episode_s + 1, scenario.service,
@@ -223,6 +228,34 @@ def _live(scenario: Scenario, checkpoint: Checkpoint | None) -> World:
     except BaseException:
         telemetry.close()
         raise
-    return World(
-        "live" if on_gpu else "live-cpu", problem, live if on_gpu else Shadow(live, problem), telemetry
-    )
+    return World(name, problem, live if on_gpu else Shadow(live, problem), telemetry)
+
+
+@dataclass(frozen=True)
+class _Promises:
+    """Terms of a service of tokens, see `moe.service.generate.live`."""
+
+    ttft_s: tuple[float, float]
+    tpot_s: tuple[float, float]
+    deadline_s: tuple[float, float]
+    expire_after_s: tuple[float, float]
+
+
+def _token_service(problem: Problem, device: torch.device) -> Workload:
+    """What decodes in a live world."""
+    from moe.lm.text import documents
+    from moe.profiling.tokens import open_engine
+    from moe.service.generate.lengths import token_lengths
+    from moe.service.generate.live import GenerateWorkload
+
+    scenario, profile = problem.scenario, problem.profile
+    terms, promised = scenario.service, scenario.generate
+    assert promised is not None
+    engine, texts = open_engine(profile.size, device, promised.cache_positions)
+    workload = GenerateWorkload(
+        engine, texts, documents().domain, token_lengths(promised.lengths, engine.model.config.context),
+        scenario.traffic, problem.capacity_rps, scenario.episode_s + 1,
+        _Promises(promised.ttft_s, promised.tpot_s, terms.deadline_s, terms.expire_after_s),
+    )  # fmt: skip
+    workload.warm_up()
+    return workload

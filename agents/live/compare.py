@@ -13,11 +13,10 @@ import pandas as pd
 from agents.live.episodes import LiveEpisode, LiveEpisodes, policy_of
 from agents.play.metrics import episode_metrics
 from agents.play.rollout import Recording, play_twin
-from moe.profiles import load_profile
-from thermoe_env.configs import config_path, validated
+from thermoe_env.configs import validated
 from thermoe_env.device.parameters import TwinParams
 from thermoe_env.device.physics import sensor_c
-from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.problem import Problem, profile_of
 from thermoe_env.problem.scenario import Randomize, Scenario
 
 NO_SPREAD = {f.name: 0.0 for f in fields(Randomize)}
@@ -42,7 +41,7 @@ def live_problem(scenario: Scenario, world: str) -> Problem:
     """What is played live: on a CPU with that machine's profile."""
     if world != "live-cpu":
         return Problem.of(scenario)
-    return Problem.of(scenario, load_profile(config_path("profiles", f"cpu-{scenario.task}", ".json")))
+    return Problem.of(scenario, profile_of(scenario, f"cpu-{scenario.task}"))
 
 
 def twin_problem(scenario: Scenario, world: str, capacity_rps: float, idle_c: float | None) -> Problem:

@@ -68,8 +68,13 @@ class TokenOptions:
             raise ValueError(f"--window-s must lie in (0, 60], got {self.window_s}")
 
 
-def open_engine(size: Size, device: torch.device) -> tuple[Engine, Texts]:
+def open_engine(size: Size, device: torch.device, cache_positions: int | None = None) -> tuple[Engine, Texts]:
     """The engine of a size, captured, over the shipped documents.
+
+    Args:
+        size: of the model.
+        device: where.
+        cache_positions: room of the cache, see `Engine`.
 
     Raises:
         WeightsError: no such weights; names the command that makes them.
@@ -77,7 +82,8 @@ def open_engine(size: Size, device: torch.device) -> tuple[Engine, Texts]:
     if device.type == "cpu":
         torch.set_num_threads(1)  # matrices this small leave threads waiting for each other
     texts = Texts(documents().tokens.astype(np.int32), reference(size))
-    engine = Engine(load_model(size, device), texts.tokens, **ENGINE[device.type])
+    model, room = load_model(size, device), ENGINE[device.type]
+    engine = Engine(model, texts.tokens, cache_positions=cache_positions, **room)
     engine.capture()
     return engine, texts
 

@@ -12,13 +12,16 @@ from moe.placement import Placement, PlacementError
 from moe.profiles import Profile, ProfileError, level_index, load_profile, refuse_beyond
 from moe.service.adaptation import tabulate
 from moe.service.budget import UNLIMITED, EnergyBudget, StepBudget, open_purse
+from moe.service.generate.lengths import token_lengths
 from moe.service.traffic import traffic_of
+from moe.token_profile import load_token_profile
 from moe.workload import Knobs
 from thermoe_env.configs import config_path, validated
 from thermoe_env.device.parameters import TwinParams, load_twin
 from thermoe_env.errors import ScenarioError
 from thermoe_env.problem.knobs import KnobTable
 from thermoe_env.problem.scenario import Scenario
+from thermoe_env.problem.tokens import request_profile
 
 NODES_PER_OCTAVE = 8
 
@@ -78,7 +81,7 @@ class Problem:
             ValueError: a level that was not measured, or more requests than can be counted.
             TraceError: the trace of requests does not fit the scenario.
         """
-        named = load_profile(config_path("profiles", scenario.profile, ".json"))
+        named = profile_of(scenario, scenario.profile)
         work = profile or named
         for of, task in ((scenario.profile, named.task), (f"of {work.device}", work.task)):
             if task != scenario.task:
@@ -96,6 +99,9 @@ class Problem:
         twin = load_twin(config_path("twin", scenario.twin, ".yaml"))
         _check_spread(scenario, twin)
         if profile is not None and profile is not named:
+            if scenario.task == "generate":  # the standard service runs a model as it was trained
+                own = int(profile.expert_count[profile.own_k])
+                scenario = replace(scenario, static=replace(scenario.static, expert_count=own))
             ratio = float(profile.batch_size[-1] / named.batch_size[-1])
             static = replace(scenario.static, batch_size=max(1, round(scenario.static.batch_size * ratio)))
             scenario = replace(scenario, static=static)
@@ -267,6 +273,20 @@ class Problem:
             p.adapt_rate or 0.0,
             at_bias(imbalance, p.routing_bias, 1),
         )
+
+
+def profile_of(scenario: Scenario, name: str) -> Profile:
+    """A profile by name or path, as the scenario's service reads it.
+
+    Raises:
+        ProfileError: it cannot be used.
+        TraceError: the lengths of requests cannot.
+    """
+    path = config_path("profiles", name, ".json")
+    if scenario.generate is None:
+        return load_profile(path)
+    profile = load_token_profile(path)
+    return request_profile(profile, token_lengths(scenario.generate.lengths, profile.cost.config["context"]))
 
 
 def _check_adaptation(scenario: Scenario, profile: Profile) -> None:

@@ -170,6 +170,21 @@ class AdaptationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class GenerateConfig:
+    """A service of tokens: what its requests are like, and what is promised besides `service`."""
+
+    lengths: Name
+    """Prompt and output tokens: a name in configs/traces/requests or the path of a trace with token counts.
+    One factor brings them down so that 99% of the requests fit the model's context; the rest is cut."""
+    ttft_s: tuple[Seconds, Seconds] = (1.0, 60.0)
+    """Time to first token, from arrival, above which an answer is late."""
+    tpot_s: tuple[Seconds, Seconds] = (0.05, 1.0)
+    """Time per output token above which it is late."""
+    cache_positions: Annotated[Whole, Field(ge=1, le=100_000_000)] | None = None
+    """Positions whose keys and values the service keeps; None: enough for all that may run."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Scenario:
     """One control problem, for the twin and for a live device alike."""
 
@@ -195,8 +210,15 @@ class Scenario:
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     devices: Annotated[tuple[DeviceConfig, ...], Field(max_length=64)] = (DeviceConfig(),)
     """Devices of the calibrated kind among which the experts are placed; the power budget is that of all."""
+    generate: GenerateConfig | None = None
+    """Of task `generate`, which answers requests of many tokens; other tasks answer in one pass."""
 
     def __post_init__(self) -> None:
+        if (self.task == "generate") != (self.generate is not None):
+            raise ValueError(
+                f"the section generate goes with task 'generate', got task {self.task!r} and "
+                f"generate {self.generate}: give both or neither"
+            )
         self._check_devices()
         self._check_adaptation()
         unknown = [name for name in self.knobs if name not in KNOB_NAMES]
@@ -292,7 +314,11 @@ def load_scenario(scenario: str | Path | Scenario = "default", /, **overrides: A
     if traffic.trace is not None:
         trace = found(("traffic", "trace"), "traces/requests", traffic.trace, ".csv")
         traffic = replace(traffic, trace=str(trace))
-    return replace(loaded, traffic=traffic, **files)
+    generate = loaded.generate
+    if generate is not None:
+        lengths = found(("generate", "lengths"), "traces/requests", generate.lengths, ".csv")
+        generate = replace(generate, lengths=str(lengths))
+    return replace(loaded, traffic=traffic, generate=generate, **files)
 
 
 class _Layer(NamedTuple):

@@ -9,7 +9,16 @@ from thermoe_env.twin.service import Service
 
 
 def make_service(problem: Problem) -> Service:
-    """The service that the problem's scenario describes: one pass per request is the only kind so far."""
+    """The service that the problem's scenario describes.
+
+    Raises:
+        ScenarioError: a service of tokens, which has no compiled form.
+    """
+    if problem.scenario.generate is not None:
+        raise ScenarioError(
+            f"scenario {problem.scenario.name!r} serves tokens, which the twin does not play: make "
+            "ThermalMoELive-v0"
+        )
     return score_service(problem)
 
 

@@ -111,6 +111,21 @@ class GenerateWorkload:
         self._clock, self._sleep, self._texts = clock, sleep, texts
         self._stream: RequestStream | None = None
 
+    def warm_up(self) -> None:
+        """Load all compiled functions of the queue and run a step, so that no episode pays for it."""
+        self.reset(0)
+        arrivals = self._arrivals
+        if arrivals[:, -1].any():
+            c = int(arrivals[1, -1] > 0)
+            slot = slot_of(arrivals, c, 0, self._head[c])
+            self._start(c, arrival_time(arrivals, c, 0, slot))
+            self._launch(Knobs(batch_size=1, expert_count=1), Tally(Knobs(), self._promises))
+        for c in range(2):
+            oldest_arrival(arrivals, c, self._next[c], self._head[c], 1.0)
+            expire(arrivals, c, self._next[c], self._head[c], 0.0, self._expire_after_s[c])
+        self.engine.reset()
+        self._stream = None
+
     def reset(self, seed: int) -> None:
         """Start with an empty queue and cache, and the request stream that belongs to `seed`."""
         self.engine.reset()
