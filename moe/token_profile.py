@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from moe.lm.config import Size
 from moe.profiles import ProfileError
 from moe.ranges import STRICT, Count, Number, Share, Whole
 
@@ -94,7 +95,7 @@ class QualityCell:
 class TokenQuality:
     """How good the answers of weights are."""
 
-    size: str
+    size: Size
     weights_sha256: Digest
     documents_sha256: Digest
     top_k: Count

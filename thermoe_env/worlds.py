@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from moe.profiles import load_profile
 from moe.workload import Workload
@@ -17,8 +18,7 @@ from thermoe_env.twin.heat import TwinTelemetry
 from thermoe_env.twin.workload import TwinWorkload
 
 if TYPE_CHECKING:
-    import torch
-
+    from moe.lm.config import Size
     from moe.service.score.runner import Runner
 
 WORLDS = ("auto", "twin", "live")
@@ -202,7 +202,13 @@ def _live(scenario: Scenario, checkpoint: Checkpoint | None) -> World:
 
     on_gpu = torch.cuda.is_available()
     name = "live" if on_gpu else "live-cpu"
-    problem = _live_problem(scenario, on_gpu, checkpoint)
+    tokens: Workload | None = None
+    if scenario.generate is None:
+        problem = _live_problem(scenario, on_gpu, checkpoint)
+    else:
+        from thermoe_env.live_tokens import token_service
+
+        problem, tokens = token_service(scenario, torch.device("cuda" if on_gpu else "cpu"))
     if not on_gpu:
         _LOG.warning(
             "live world on a CPU: work is measured, the device is modelled after %s", problem.twin.gpu
@@ -210,10 +216,9 @@ def _live(scenario: Scenario, checkpoint: Checkpoint | None) -> World:
     telemetry: Telemetry = NvmlTelemetry(uuid_of(torch.device("cuda"))) if on_gpu else TwinTelemetry(problem)
     if isinstance(telemetry, NvmlTelemetry):
         warn_of_another_card(telemetry.gpu.name, problem)
+    if tokens is not None:
+        return World(name, problem, tokens if on_gpu else Shadow(tokens, problem), telemetry)
     try:
-        if scenario.generate is not None:
-            tokens = _token_service(problem, torch.device("cuda" if on_gpu else "cpu"))
-            return World(name, problem, tokens if on_gpu else Shadow(tokens, problem), telemetry)
         runner = _runner(problem, "cuda" if on_gpu else "cpu", checkpoint)
         live = LiveWorkload(
             runner, scenario.traffic, problem.capacity_rps, scenario.episode_s + 1, scenario.service,
@@ -231,31 +236,12 @@ def _live(scenario: Scenario, checkpoint: Checkpoint | None) -> World:
     return World(name, problem, live if on_gpu else Shadow(live, problem), telemetry)
 
 
-@dataclass(frozen=True)
-class _Promises:
-    """Terms of a service of tokens, see `moe.service.generate.live`."""
+def weights_file(problem: Problem) -> Path:
+    """Where the weights of a problem's own model are on this machine."""
+    from moe.lm import weights as of_tokens
+    from moe.training import weights
 
-    ttft_s: tuple[float, float]
-    tpot_s: tuple[float, float]
-    deadline_s: tuple[float, float]
-    expire_after_s: tuple[float, float]
-
-
-def _token_service(problem: Problem, device: torch.device) -> Workload:
-    """What decodes in a live world."""
-    from moe.lm.text import documents
-    from moe.profiling.tokens import open_engine
-    from moe.service.generate.lengths import token_lengths
-    from moe.service.generate.live import GenerateWorkload
-
-    scenario, profile = problem.scenario, problem.profile
-    terms, promised = scenario.service, scenario.generate
-    assert promised is not None
-    engine, texts = open_engine(profile.size, device, promised.cache_positions)
-    workload = GenerateWorkload(
-        engine, texts, documents().domain, token_lengths(promised.lengths, engine.model.config.context),
-        scenario.traffic, problem.capacity_rps, scenario.episode_s + 1,
-        _Promises(promised.ttft_s, promised.tpot_s, terms.deadline_s, terms.expire_after_s),
-    )  # fmt: skip
-    workload.warm_up()
-    return workload
+    scenario, size = problem.scenario, problem.profile.size
+    if scenario.generate is None:
+        return weights.weights_path(scenario.task, size)
+    return of_tokens.weights_path(cast("Size", size))

@@ -19,6 +19,7 @@ from agents.live.segments import Segments
 from agents.play.rollout import COOL_WITHIN_C, cool_down, device_name, play_live
 from agents.policies.policy import Policy, for_episodes
 from thermoe_env.env import ThermalMoEEnv
+from thermoe_env.worlds import weights_file
 
 PER_EPISODE_S = 3.0
 """Time set aside beside each episode's own length and its cool-down: the service's clock stands still
@@ -170,8 +171,6 @@ def machine_of(env: ThermalMoEEnv) -> dict[str, str]:
     """What plays: device, which card of that kind, driver, versions, weights."""
     import torch
 
-    from moe.training.weights import weights_path
-
     driver = card = "-"
     if env.world == "live":
         from moe.device.nvml import Gpu
@@ -180,7 +179,6 @@ def machine_of(env: ThermalMoEEnv) -> dict[str, str]:
         gpu = Gpu(uuid_of(torch.device("cuda")))
         driver, card = gpu.driver, hashlib.sha256(gpu.uuid.encode()).hexdigest()[:8]
         gpu.close()
-    weights = weights_path(env.problem.scenario.task, env.problem.profile.size)
     return {
         "device": device_name(env),
         "card": card,
@@ -188,5 +186,5 @@ def machine_of(env: ThermalMoEEnv) -> dict[str, str]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "-",
         "python": platform.python_version(),
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights_sha256": hashlib.sha256(weights_file(env.problem).read_bytes()).hexdigest(),
     }

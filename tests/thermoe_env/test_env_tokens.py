@@ -105,7 +105,7 @@ def test_small_decodes_for_twenty_seconds_and_loses_nothing() -> None:
         arrived, answered, expired = (np.array(work[name]) for name in ("arrived", "answered", "expired"))
         np.testing.assert_array_equal(arrived + waiting, answered + expired + np.array(work["waiting"]))
         waiting = np.array(work["waiting"])
-        assert np.isfinite(reward)
+        assert np.isfinite(float(reward))
         assert work["right_tokens"] <= work["output_tokens"] and work["good"] <= work["correct"]
         assert 0.0 <= work["cache_share"] <= 1.0
         tokens += work["output_tokens"]

@@ -164,9 +164,8 @@ class Engine:
         self._usage = torch.zeros(c.n_layers, 2, c.n_experts, dtype=torch.int64, device=device)
         self._graphs: dict[int, _Graph] = {}
         self._ring: list[Step | None] = [None] * AHEAD
-        pinned = {"pin_memory": self._cuda}
-        self._sent = torch.zeros(AHEAD, 3 + 3 * max_rows, dtype=torch.int32, **pinned)
-        self._received = torch.zeros(AHEAD, 4, max_rows, **pinned)
+        self._sent = torch.zeros(AHEAD, 3 + 3 * max_rows, dtype=torch.int32, pin_memory=self._cuda)
+        self._received = torch.zeros(AHEAD, 4, max_rows, pin_memory=self._cuda)
         self._launched = 0
 
     @torch.no_grad()

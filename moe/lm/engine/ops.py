@@ -48,7 +48,7 @@ class StepInput:
     def of(cls, control: Tensor) -> StepInput:
         """Cut a tensor, [3 + 3 T]."""
         slot, position, document = control[3:].chunk(3)
-        return cls(*control[:3].unbind(), slot, position, document)
+        return cls(control[0], control[1], control[2], slot, position, document)
 
 
 def _norm(x: Tensor, gain: Tensor) -> Tensor:
