@@ -70,9 +70,7 @@ class Entered(BaseException):
 
 
 def test_there_are_commands() -> None:
-    assert {"train_agent", "moe.profiling", "benchmarks.env_speed", "moe.profiling.cli:cli"} <= {
-        *commands()
-    }
+    assert {"train_agent", "moe.profiling", "benchmarks.env_speed", "moe.profiling.cli:cli"} <= {*commands()}
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")

@@ -17,7 +17,8 @@ import torch
 from tqdm import tqdm
 
 from moe.device.meter import EnergyMeter
-from moe.lm.engine.engine import Engine, Rows
+from moe.lm.engine.engine import Engine
+from moe.lm.engine.rows import Rows
 from moe.token_profile import CostCell
 
 WINDOW_S, WARM_S, BURST_S = 0.3, 0.05, 0.008

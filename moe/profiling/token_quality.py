@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from moe.lm.engine.engine import Engine, Rows, readable_experts
+from moe.lm.engine.engine import Engine, readable_experts
+from moe.lm.engine.rows import Rows
 from moe.service.generate.sequences import Texts
 from moe.token_profile import QualityCell
 

@@ -7,17 +7,17 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
+from studies.token_decode.config import Size
+from studies.token_decode.decode import DecodeEngine, captured
+from studies.token_decode.lm import LanguageModel
+from studies.token_decode.routing import RoutingKnobs
 from torch import Tensor
 from tqdm import tqdm
 
 from moe.device.meter import EnergyMeter, open_meter
 from moe.device.torch_device import device_name
-from studies.token_decode.config import Size
-from studies.token_decode.decode import DecodeEngine, captured
-from studies.token_decode.lm import LanguageModel
 from studies.token_decode.metering import TIMED_S, Load, idle, measure, sustained
 from studies.token_decode.quality import HeldOut
-from studies.token_decode.routing import RoutingKnobs
 
 COPY_BYTES = 4 * 2**30
 PROFILED = (32, 512)

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
-
-from moe.files import read_array
 from studies.token_decode.config import LmConfig
 from studies.token_decode.corpus import DOMAINS, REMEDY, bytes_per_token
 from studies.token_decode.lm import LanguageModel
 from studies.token_decode.routing import RoutingKnobs, experts_read
+from torch import Tensor
+from tqdm import tqdm
+
+from moe.files import read_array
 
 FORMS = (1.0, 0.5, 0.0)
 """Of the weights (`RoutingKnobs.renormalise`): summing to one, divided by the root of the sum, kept."""

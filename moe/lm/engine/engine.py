@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe.lm.engine import ops
 from moe.lm.engine.blocks import Blocks, blocks_for
-from moe.lm.engine.ops import BLOCK, StepInput
+from moe.lm.engine.rows import BLOCK, Rows, StepInput
 from moe.lm.model import LanguageModel
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -38,21 +38,6 @@ def readable_experts(routing_bias: float, n_experts: int, top_k: int) -> int:
     Sets are nested: experts are ranked by the step's demand, so more bias never reads another one.
     """
     return max(top_k, math.ceil(n_experts * (1 - 0.75 * routing_bias)))
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The token rows of a step; those of one slot are neighbours, in order of position.
-
-    Attributes:
-        slot: Slot of each row's sequence, int32.  # [T]
-        position: Of each row, int32.  # [T]
-        document: Whose text it is, int32.  # [T]
-    """
-
-    slot: np.ndarray
-    position: np.ndarray
-    document: np.ndarray
 
 
 class Step:

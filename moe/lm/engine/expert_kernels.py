@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe.lm.engine.ops import StepInput
+from moe.lm.engine.rows import StepInput
 
 EPS = tl.constexpr(1e-6)
 

@@ -12,43 +12,13 @@ token (the training's top_k), M blocks of a slot, N documents, S positions, V to
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.lm.engine.rows import BLOCK, StepInput
 from moe.lm.model import EPS, mixing_weights
-
-BLOCK = 64
-"""Positions of a block of keys and values."""
-
-
-@dataclass(frozen=True)
-class StepInput:
-    """What a step reads of the host, as views of one tensor, int32.
-
-    Attributes:
-        n_rows: Rows that count, 0-dim.
-        top_k: Experts per token, 0-dim.
-        readable: Experts that a layer may read, 0-dim, at least `top_k`.
-        slot: Of each row's sequence.  # [T]
-        position: Of each row in its sequence.  # [T]
-        document: Of each row's text.  # [T]
-    """
-
-    n_rows: Tensor
-    top_k: Tensor
-    readable: Tensor
-    slot: Tensor
-    position: Tensor
-    document: Tensor
-
-    @classmethod
-    def of(cls, control: Tensor) -> StepInput:
-        """Cut a tensor, [3 + 3 T]."""
-        slot, position, document = control[3:].chunk(3)
-        return cls(control[0], control[1], control[2], slot, position, document)
 
 
 def _norm(x: Tensor, gain: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe.lm.engine.ops import BLOCK, StepInput
+from moe.lm.engine.rows import BLOCK, StepInput
 
 EPS = tl.constexpr(1e-6)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moe.lm.engine.engine import Rows
+from moe.lm.engine.rows import Rows
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from moe.lm.engine import ops
-from moe.lm.engine.engine import Engine, Rows, readable_experts
-from moe.lm.engine.ops import StepInput
+from moe.lm.engine.engine import Engine, readable_experts
+from moe.lm.engine.rows import Rows, StepInput
 from tests.conftest import no_host_wait
 from tests.moe.lm.plain_decoder import (
     TINY,
