@@ -41,16 +41,22 @@ def readable_experts(routing_bias: float, n_experts: int, top_k: int) -> int:
 
 
 class Step:
-    """A step under way on a CUDA device, or done on a CPU."""
+    """A step under way on a CUDA device, or done on a CPU.
 
-    def __init__(self, answers: Tensor, started: Any, ended: Any) -> None:
+    Attributes:
+        logits: Of the token behind each row, on the device; the next launch may overwrite them.  # [T, V]
+    """
+
+    def __init__(self, answers: Tensor, logits: Tensor, started: Any, ended: Any) -> None:
         """Take in a step.
 
         Args:
             answers: See `answers`; on CUDA on its way to the host.  # [4, T]
+            logits: See the attribute.
             started: Mark of its begin: a CUDA event, or a clock reading.
             ended: Mark of its end.
         """
+        self.logits = logits
         self._answers, self._started, self._ended = answers, started, ended
         self._found: np.ndarray | None = None
 
@@ -92,7 +98,7 @@ class Engine:
 
     Attributes:
         model: In serving types, with experts.
-        documents: Text, int32.  # [N, S + 1]
+        documents: Text, int32; on the device, and read by the steps launched after a change.  # [N, S + 1]
         blocks: Who has which part of the cache.
         penalty: Taken off the experts' demand before they are ranked, float32, in tokens' worth of gates; a
             number per expert, of any layer.  # [E]
@@ -171,7 +177,11 @@ class Engine:
         self._usage.zero_()
 
     def reserve(self, positions: int) -> int:
-        """Give a slot and blocks to a sequence; returns the slot (see `Blocks.reserve`)."""
+        """Give a slot and blocks to a sequence of so many positions; returns the slot.
+
+        Raises:
+            RuntimeError: no room; ask `blocks.has_room` first.
+        """
         slot = self.blocks.reserve(positions)
         row = torch.from_numpy(self.blocks.table[slot].copy())
         self._table[slot].copy_(row, non_blocking=True)  # in the order of the steps: earlier ones see the old
@@ -219,11 +229,12 @@ class Engine:
             captured = self._graphs[size]
             captured.control.copy_(sent, non_blocking=True)
             captured.graph.replay()
+            logits = captured.logits
             received.copy_(captured.answers, non_blocking=True)
         else:
             lists = torch.zeros(c.n_experts, n, dtype=torch.int32)
-            self._step(sent, lists, received)
-        step = Step(received[:, :n], started, self.mark())
+            logits = self._step(sent, lists, received)
+        step = Step(received[:, :n], logits[:n], started, self.mark())
         self._ring[place] = step
         return step
 
@@ -260,15 +271,15 @@ class Engine:
     def _step(self, control: Tensor, lists: Tensor, answers: Tensor) -> Tensor:
         """Run rows through the model; returns the logits behind them.  # [T, V]."""
         model, step = self.model, StepInput.of(control)
-        c, blocks = model.config, model.layers()
-        gains = [block.attention_norm.weight for block in blocks[1:]] + [model.norm.weight]
-        x, h = ops.embed_norm(step, self.documents, model.embed, blocks[0].attention_norm.weight)
-        for block, (keys, values), usage, gain in zip(blocks, self._cache, self._usage, gains, strict=True):
-            qkv = block.attention.qkv(h)  # [T, (H + 2G) Dh]
+        c, layers = model.config, model.layers()
+        gains = [layer.attention_norm.weight for layer in layers[1:]] + [model.norm.weight]
+        x, h = ops.embed_norm(step, self.documents, model.embed, layers[0].attention_norm.weight)
+        for layer, (keys, values), usage, gain in zip(layers, self._cache, self._usage, gains, strict=True):
+            qkv = layer.attention.qkv(h)  # [T, (H + 2G) Dh]
             q = ops.rope_cache(qkv, step, self._table, model.turn, keys, values, c.n_heads)  # [T, H, Dh]
             mixed = ops.attend(q, step, self._table, keys, values)  # [T, H Dh]
-            h, h32 = ops.add_norm(x, block.attention.out(mixed), block.moe_norm.weight)
-            moe = block.moe
+            h, h32 = ops.add_norm(x, layer.attention.out(mixed), layer.moe_norm.weight)
+            moe = layer.moe
             assert moe.router is not None
             logits = F.linear(h32, moe.router)  # [T, E]
             ops.demand_of(logits, step, self._demand, c.top_k)
