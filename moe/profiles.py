@@ -186,7 +186,7 @@ def load_profile(path: str | Path) -> Profile:
     """Read and check a profile; anything doubtful raises `ProfileError` naming file and field."""
     path = Path(path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=each_key_once)
     except FileNotFoundError as error:
         raise ProfileError(f"{path}: no such profile; measure one with `python -m moe.profiling`") from error
     except OSError as error:
@@ -227,7 +227,7 @@ def save_profile(profile: Profile, path: str | Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; of a key that is there twice, one value would be lost without a word."""
     keys = [key for key, _ in pairs]
     if len(set(keys)) < len(keys):

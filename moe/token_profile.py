@@ -1,10 +1,10 @@
-"""What serving tokens costs and how good answers are, as measured (`python -m moe.profiling --task tokens`).
+"""What serving tokens costs and how good answers are, as measured (`python -m moe.profiling tokens`).
 
 A profile has two parts. *Cost* belongs to a shape of model and a card, whatever the weights say: time and
 energy of a step by its rows, experts per token and readable experts. *Quality* belongs to weights and text.
 Each part has a digest, so that one can be measured anew without the other.
 
-Energies are per step and above the idle power of the device.
+Energies are in joules per step and above the idle power of the device; times are in seconds.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from moe.lm.config import Size
-from moe.profiles import ProfileError
-from moe.ranges import STRICT, Count, Number, Share, Whole
+from moe.profiles import ProfileError, each_key_once
+from moe.ranges import STRICT, Count, Flag, Number, Share, Whole
 
 Positive = Annotated[Number, Field(gt=0.0)]
 NotNegative = Annotated[Number, Field(ge=0.0)]
@@ -38,7 +37,7 @@ class CostCell:
     prefill_rows: Annotated[Whole, Field(ge=0)]
     """Rows of prompts beside them."""
     context: Count
-    """Mean position of the rows."""
+    """Position of the decode rows, and that before which each chunk of a prompt ends."""
     top_k: Count
     readable: Count
     """Experts of a layer that the step may read."""
@@ -60,8 +59,8 @@ class TokenCost:
 
     device: str
     """Name that its driver gives."""
-    config: dict[str, Any]
-    """Shape of the model, `LmConfig` by field."""
+    config: dict[str, Flag | Whole]
+    """Shape of the model, `moe.lm.config.LmConfig` by field."""
     cells: tuple[CostCell, ...]
     idle_power_w: Positive | None
     copy_bytes_per_s: Positive | None
@@ -113,106 +112,137 @@ class TokenProfile:
     quality: TokenQuality
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of each part."""
+        """SHA-256 of each part as it is written: the same before saving and after loading."""
+        document = _document(self)
         return {
-            part: hashlib.sha256(json.dumps(asdict(getattr(self, part)), sort_keys=True).encode()).hexdigest()
+            part: hashlib.sha256(json.dumps(document[part], sort_keys=True).encode()).hexdigest()
             for part in ("cost", "quality")
         }
 
     def summary(self) -> dict[str, Any]:
-        """Tables that answer the common questions, by measured cells alone.
+        """Tables that answer the common questions, by measured cells alone; all keys ascend.
 
         Returns:
             `quality_by_k` {k: accuracy} at bias 0, with the most sequences; `quality_by_bias`
             {running: {bias: accuracy}} at the trained k; `energy_per_token_by_k` {running: {k: joules}} where
             all experts may be read; `energy_per_token_by_bias` {running: {bias: joules}} at the trained k.
-            Joules are above idle; null without a meter.
+            Joules are above idle, at the middle of the measured contexts (the longer of two); null without a
+            meter.
         """
-        trained = self.quality.top_k
-        n_experts = self.cost.config["n_experts"]
-        most = max(cell.running for cell in self.quality.cells)
+        trained, n_experts = self.quality.top_k, self.cost.config["n_experts"]
+        quality = sorted(self.quality.cells, key=lambda cell: (cell.running, cell.top_k, cell.routing_bias))
+        most = quality[-1].running
         decode = [cell for cell in self.cost.cells if not cell.prefill_rows and not cell.held_out]
         contexts = sorted({cell.context for cell in decode})
         decode = [cell for cell in decode if cell.context == contexts[len(contexts) // 2]]
-        per_token = {
-            (cell.decode_rows, cell.top_k, cell.readable): None
-            if cell.energy_j is None
-            else cell.energy_j / cell.decode_rows
-            for cell in decode
-        }
-        running = sorted({cell.decode_rows for cell in decode})
-        return {
+        tables: dict[str, Any] = {
             "quality_by_k": {
                 cell.top_k: cell.accuracy
-                for cell in self.quality.cells
+                for cell in quality
                 if cell.running == most and cell.routing_bias == 0.0
             },
-            "quality_by_bias": {
-                n: {
-                    cell.routing_bias: cell.accuracy
-                    for cell in self.quality.cells
-                    if cell.running == n and cell.top_k == trained
-                }
-                for n in sorted({cell.running for cell in self.quality.cells})
-            },
-            "energy_per_token_by_k": {
-                n: {k: value for (rows, k, r), value in per_token.items() if rows == n and r == n_experts}
-                for n in running
-            },
-            "energy_per_token_by_bias": {
-                n: {
-                    round((1 - r / n_experts) / 0.75, 4): value
-                    for (rows, k, r), value in per_token.items()
-                    if rows == n and k == trained
-                }
-                for n in running
-            },
+            "quality_by_bias": {},
+            "energy_per_token_by_k": {},
+            "energy_per_token_by_bias": {},
         }
+        for cell in quality:
+            if cell.top_k == trained:
+                by_bias = tables["quality_by_bias"].setdefault(cell.running, {})
+                by_bias[cell.routing_bias] = cell.accuracy
+        for cell in sorted(decode, key=lambda cell: (cell.decode_rows, cell.top_k, -cell.readable)):
+            joules = None if cell.energy_j is None else cell.energy_j / cell.decode_rows
+            if cell.readable == n_experts:
+                tables["energy_per_token_by_k"].setdefault(cell.decode_rows, {})[cell.top_k] = joules
+            if cell.top_k == trained:
+                bias = round((1 - cell.readable / n_experts) / 0.75, 4)  # what reads so many experts
+                tables["energy_per_token_by_bias"].setdefault(cell.decode_rows, {})[bias] = joules
+        return tables
 
 
 def load_token_profile(path: str | Path) -> TokenProfile:
     """Read and check a profile.
 
     Raises:
-        ProfileError: no such file, or one that is no profile of tokens; names file, field and rule.
+        ProfileError: no such file, or one that is no profile of tokens; names file, field, rule and remedy.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProfileError(
-            f"{path}: cannot be read ({error}); measure one with python -m moe.profiling"
-        ) from error
-    try:
-        profile = TypeAdapter(TokenProfile).validate_json(text)
+        raw = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=each_key_once)
+        profile = TypeAdapter(TokenProfile).validate_python(raw)
+    except OSError as error:
+        raise ProfileError(f"{path}: cannot be read ({error.strerror}); {_REMEDY}") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ProfileError(
-            f"{path}: {where}: {first['msg']}; it is no profile of tokens as this version writes them: "
-            "measure it again with python -m moe.profiling --task tokens"
-        ) from error
-    if not profile.cost.cells or not profile.quality.cells:
-        raise ProfileError(f"{path}: holds no cells; measure it again")
+        raise ProfileError(f"{path}: {first_fault(error)}: no profile of tokens; {_REMEDY}") from error
+    except (ValueError, RecursionError) as error:
+        raise ProfileError(f"{path}: not a JSON document ({error}); {_REMEDY}") from error
+    if fault := _fault(profile):
+        raise ProfileError(f"{path}: {fault}; {_REMEDY}")
     return profile
 
 
+def first_fault(error: ValidationError) -> str:
+    """Place and rule of the first value that is refused, one line."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
 def save_token_profile(profile: TokenProfile, path: str | Path) -> None:
-    """Write a profile in one step: the file is whole or absent."""
+    """Write a profile in one step: the file is whole or absent.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path = Path(path)
-    document = _rounded(asdict(profile))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     try:
-        part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(_document(profile), indent=1, allow_nan=False) + "\n", encoding="utf-8")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
+_REMEDY = "measure it again: python -m moe.profiling tokens"
+
+
+def _fault(profile: TokenProfile) -> str | None:
+    """What numbers say that are each in range, but cannot be together."""
+    cost, quality = profile.cost, profile.quality
+    if missing := {"top_k", "n_experts"} - set(cost.config):
+        return f"cost.config: lacks {', '.join(sorted(missing))}"
+    trained, n_experts = cost.config["top_k"], cost.config["n_experts"]
+    if trained != quality.top_k:
+        return f"quality.top_k is {quality.top_k}, cost.config.top_k {trained}: parts of two models"
+    for number, cell in enumerate(cost.cells):
+        if not cell.top_k <= cell.readable <= n_experts or cell.top_k > trained:
+            found = f"top_k {cell.top_k} and readable {cell.readable}"
+            return f"cost.cells.{number}: {found} are not of a model of {trained} of {n_experts} experts"
+        if not cell.decode_rows + cell.prefill_rows:
+            return f"cost.cells.{number}: has no rows"
+    energies = {cell.energy_j is None for cell in cost.cells}
+    if energies == {True, False}:
+        return "cost.cells: energy_j is null in some and a number in others"
+    if not any(cell.decode_rows and not cell.prefill_rows and not cell.held_out for cell in cost.cells):
+        return "cost.cells: none is a decode step that is not held out"
+    if not any(cell.top_k == trained and cell.routing_bias == 0.0 for cell in quality.cells):
+        return f"quality.cells: none is at the trained top_k {trained} and routing bias 0"
+    for part, keys in (
+        ("cost", [(*astuple(cell)[:5], cell.held_out) for cell in cost.cells]),
+        ("quality", [astuple(cell)[:3] for cell in quality.cells]),
+    ):
+        if len(set(keys)) < len(keys):
+            return f"{part}.cells: one is there twice: {max(keys, key=keys.count)}"
+    return None
+
+
+def _document(profile: TokenProfile) -> dict[str, Any]:
+    """A profile as it is written."""
+    return _rounded(asdict(profile))
+
+
 def _rounded(value: Any) -> Any:
-    """Six significant digits for every float."""
+    """The same with six significant digits in every float, and lists for tuples, as JSON has them."""
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_rounded(inner) for inner in value]
-    return float(f"{value:.6g}") if isinstance(value, float | np.floating) else value
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -45,13 +45,16 @@ def _is_of_tokens(path: Path) -> bool:
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("kind") == "generate"
     except (OSError, ValueError, AttributeError) as error:
-        raise ProfileError(f"{path}: is no profile ({error})") from error
+        raise ProfileError(
+            f"{path}: is no profile ({error}); measure one with python -m moe.profiling"
+        ) from error
 
 
 def cli() -> None:
     """Run the command line."""
     prog, first = Path(sys.argv[0]).name, sys.argv[1] if len(sys.argv) > 1 else ""
-    with one_line_errors(interrupted="interrupted; no profile was written"):
+    said = "no profile was written; what was measured of tokens is kept, and the same command goes on"
+    with one_line_errors(interrupted=f"interrupted; {said}"):
         if first == "tokens":
             options = tyro.cli(
                 tokens.TokenOptions, args=sys.argv[2:], prog=f"{prog} tokens", config=(FlagCreatePairsOff,)

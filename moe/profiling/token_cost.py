@@ -7,6 +7,7 @@ Decode rows lie at a context each; prompt rows are the chunk that ends there.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from statistics import mean, pstdev
@@ -17,18 +18,26 @@ import torch
 from tqdm import tqdm
 
 from moe.device.meter import EnergyMeter
-from moe.lm.engine.engine import Engine
+from moe.lm.engine.blocks import blocks_for
+from moe.lm.engine.engine import Engine, readable_experts
 from moe.lm.engine.rows import Rows
 from moe.token_profile import CostCell
 
-WINDOW_S, WARM_S, BURST_S = 0.3, 0.05, 0.008
+WINDOW_S, WARM_S = 0.3, 0.05
+"""Length of a visit of a cell, and of the load before the first."""
+BURST_S = 0.008
+"""Steps are launched for so long between readings of the energy counter."""
 VISITS = 2
-COPY_BYTES = 4 * 2**30
+"""Of each cell, one behind the other."""
 CPU_STEPS = 3
+"""Least steps of a visit on a CPU."""
+COPY_BYTES = 4 * 2**30
+BIASES, MORE_BIASES = (0.0, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Routing biases whose numbers of readable experts are measured; the second in a thorough run."""
 
 
 class Place(NamedTuple):
-    """Where a cell is measured."""
+    """Where a cell is measured; see `CostCell`."""
 
     decode_rows: int
     prefill_rows: int
@@ -39,27 +48,30 @@ class Place(NamedTuple):
 
 
 def places(engine: Engine, *, thorough: bool) -> list[Place]:
-    """The cells of a device, those of a fit and some to judge it; `thorough` takes a finer grid."""
+    """The cells of a device, those of a fit and some to judge it; `thorough` takes a finer grid.
+
+    What the engine has no room for is left out.
+    """
     c = engine.model.config
     cuda = engine.documents.is_cuda
     running = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if cuda else (1, 4, 16, 48)
     chunks = (64, 256, 512) if cuda else (16, 64)
     contexts = (256, 640) if cuda else (128, 512)
-    shares = (1.0, 0.75, 0.5, 0.25) if thorough else (1.0, 0.5, 0.25)
+    biases = MORE_BIASES if thorough else BIASES
     top_ks = tuple(k for k in (8, 4, 2, 1) if k <= c.top_k)
     last = engine.documents.shape[1] - 2
     fitted: list[Place] = []
     for n, context in itertools.product(running, contexts if thorough else contexts[-1:]):
         fitted += [
-            Place(n, 0, min(context, last), k, max(k, round(share * c.n_experts)))
-            for k, share in itertools.product(top_ks, shares if n > 1 else (1.0,))
+            Place(n, 0, min(context, last), k, readable_experts(bias, c.n_experts, k))
+            for k, bias in itertools.product(top_ks, biases if n > 1 else (0.0,))
         ]
     for n in running[1::2]:  # how the context counts
         fitted.append(Place(n, 0, min(contexts[0], last), c.top_k, c.n_experts))
     for chunk, k in itertools.product(chunks, top_ks):
         fitted += [Place(n, chunk, min(chunk, last), k, c.n_experts) for n in (0, running[-3])]
     held_out = [
-        Place(n, chunk, min(context, last), k, max(k, round(share * c.n_experts)), True)
+        Place(n, chunk, min(context, last), k, max(k, round(share * c.n_experts)), held_out=True)
         for n, chunk, context, k, share in (
             ((3, 0, 400, 8, 1.0), (24, 0, 400, 4, 0.6), (48, 0, 300, 8, 0.4), (96, 0, 500, 2, 1.0),
              (192, 0, 300, 8, 0.3), (384, 0, 500, 4, 0.8), (48, 128, 300, 8, 1.0), (200, 384, 400, 4, 1.0))
@@ -68,22 +80,30 @@ def places(engine: Engine, *, thorough: bool) -> list[Place]:
         )
         if k <= c.top_k
     ]  # fmt: skip
-    wanted = list(dict.fromkeys([*fitted, *held_out]))
-    most = min(engine.max_rows, engine.blocks.slots)
-    return [p for p in wanted if p.decode_rows + p.prefill_rows <= engine.max_rows and p.decode_rows <= most]
+    return [place for place in dict.fromkeys([*fitted, *held_out]) if _has_room(engine, place)]
+
+
+def _has_room(engine: Engine, place: Place) -> bool:
+    sequences = place.decode_rows + math.ceil(place.prefill_rows / place.context)
+    blocks = sequences * blocks_for(engine.documents.shape[1] - 1)
+    return (
+        place.decode_rows + place.prefill_rows <= engine.max_rows
+        and sequences <= engine.blocks.slots
+        and blocks <= engine.blocks.n_blocks
+    )
 
 
 def measure_places(
     engine: Engine, wanted: Sequence[Place], meter: EnergyMeter | None, idle_w: float | None, seed: int,
     kept: dict[Place, CostCell], save: Callable[[], None], *, window_s: float = WINDOW_S,
 ) -> None:  # fmt: skip
-    """Measure what is not measured yet, in random order, each cell `VISITS` times in a row.
+    """Measure what is not measured yet, in random order.
 
     Args:
         engine: captured and empty.
         wanted: cells.
         meter: of the card; None measures time alone.
-        idle_w: power that is taken off.
+        idle_w: power that is taken off, in watts; None without a meter.
         seed: of the order.
         kept: cells by place; what is there already is not measured again.
         save: called after each cell.
@@ -100,7 +120,14 @@ def measure_places(
 def measure_place(
     engine: Engine, place: Place, meter: EnergyMeter | None, idle_w: float | None, window_s: float = WINDOW_S
 ) -> CostCell:
-    """Measure one cell.
+    """Measure one cell, `VISITS` times in a row.
+
+    Args:
+        engine: captured and empty; it is empty again afterwards.
+        place: of the cell; the engine has room for it.
+        meter: of the card; None measures time alone.
+        idle_w: power that is taken off, in watts; None without a meter.
+        window_s: length of a visit.
 
     Raises:
         GpuLostError: the device stopped answering.
@@ -142,11 +169,8 @@ def rows_of(engine: Engine, place: Place) -> tuple[Rows, list[int]]:
     documents = len(engine.documents)
     longest = engine.documents.shape[1] - 1
     slots = [engine.reserve(longest) for _ in range(place.decode_rows)]
-    slot, position, document = (
-        [*slots],
-        [place.context] * len(slots),
-        [n % documents for n in range(len(slots))],
-    )
+    slot, position = [*slots], [place.context] * len(slots)
+    document = [n % documents for n in range(len(slots))]
     left, number = place.prefill_rows, 0
     while left:
         taken = min(left, place.context)
@@ -176,7 +200,7 @@ def copy_bytes_per_s(device: torch.device) -> float | None:
 
 
 def idle_power_w(meter: EnergyMeter | None) -> float | None:
-    """Power over a second without load."""
+    """Power in watts over a second without load; None without a meter."""
     if meter is None:
         return None
     first, last = meter.window(lambda: time.sleep(0.01), 1.0)
@@ -187,7 +211,7 @@ def _visit(
     engine: Engine, launch: Callable[[], None], launched: Callable[[], int], meter: EnergyMeter | None,
     window_s: float,
 ) -> tuple[float, float | None]:  # fmt: skip
-    """Time of a step, and power."""
+    """Seconds of a step, and watts."""
     if meter is None:
         engine.synchronize()
         first, begin = launched(), time.perf_counter()

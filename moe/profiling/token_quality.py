@@ -17,6 +17,7 @@ from moe.service.generate.sequences import Texts
 from moe.token_profile import QualityCell
 
 BIASES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Routing biases; of those that allow a step the same number of experts the lowest is measured."""
 
 
 def measure_token_quality(
@@ -29,10 +30,15 @@ def measure_token_quality(
         texts: what is answered, and what the standard service has right.
         domain: of each document.  # [N]
         names: of the domains.
-        plan: documents to score by running sequences; those of a group are of all domains. With one
-            sequence a bias has no effect and is not measured.
+        plan: documents to score by running sequences, of which they are a multiple, at least 2; those of a
+            group are of all domains. With one sequence a bias is not measured: its top k are read anyway.
         tokens: output tokens of each document that are scored, from its middle on.
+
+    Raises:
+        ValueError: documents to score that make no whole groups, or no error over documents.
     """
+    if odd := {n: count for n, count in plan.items() if count % n or count < 2}:
+        raise ValueError(f"documents to score must be a multiple of the running sequences, and 2, got {odd}")
     c = engine.model.config
     top_ks = [k for k in (8, 4, 2, 1) if k <= c.top_k]
     cells = [(n, k) for n in sorted(plan) for k in top_ks]
@@ -43,7 +49,7 @@ def measure_token_quality(
         limits: dict[int, float] = {}
         for bias in BIASES if running > 1 else (0.0,):
             limits.setdefault(readable_experts(bias, c.n_experts, top_k), bias)
-        rows = _score(engine, texts, chosen, running, top_k, tuple(limits), tokens)  # [limits, 4, N', tokens]
+        rows = _score(engine, texts, chosen, running, top_k, tuple(limits), tokens)
         reference = _reference(texts, chosen, tokens)  # [N', tokens]
         for bias, (right, confidence, entropy) in zip(limits.values(), rows, strict=True):
             gap = right.mean(axis=1) - reference.mean(axis=1)  # [N']
@@ -64,7 +70,7 @@ def measure_token_quality(
 
 
 def _span(texts: Texts, tokens: int) -> tuple[int, int]:
-    """Positions whose next token is scored."""
+    """First and last position, exclusive, whose next token is scored."""
     first = texts.reference.shape[1] // 2
     return first, min(first + tokens, texts.reference.shape[1])
 
@@ -82,7 +88,10 @@ def _score(
     limits: tuple[int, ...],
     tokens: int,
 ) -> list[tuple[np.ndarray, float, float]]:
-    """Right tokens, bool, [N', tokens], mean confidence and entropy, for each number of readable experts."""
+    """Right tokens, bool, [N', tokens], mean confidence and entropy, for each of `limits` (readable experts).
+
+    N' documents are chosen, `running` of them decode together.
+    """
     first, last = _span(texts, tokens)
     right = np.zeros((len(limits), len(chosen), last - first), bool)
     sums = np.zeros((len(limits), 2))
@@ -93,7 +102,7 @@ def _score(
         for number, limit in enumerate(limits):  # answers overwrite the keys and values of those before
             for position in range(first, last):
                 at = np.full(len(group), position, np.int32)
-                answers = engine.launch(Rows(slots, at, group), top_k, max(limit, top_k)).answers()
+                answers = engine.launch(Rows(slots, at, group), top_k, limit).answers()
                 place = slice(start, start + len(group))
                 right[number, place, position - first] = answers[0] == texts.tokens[group, position + 1]
                 sums[number] += answers[1:3].sum(axis=1)

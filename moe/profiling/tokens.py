@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from moe.device.meter import EnergyMeter, open_meter
-from moe.device.torch_device import device_name
+from moe.device.torch_device import device_name, pick_device
 from moe.files import refuse_unwritable
 from moe.lm.config import Size
 from moe.lm.engine.engine import Engine
@@ -35,10 +36,17 @@ from moe.profiling.token_cost import (
 )
 from moe.profiling.token_quality import measure_token_quality
 from moe.service.generate.sequences import Texts
-from moe.token_profile import CostCell, TokenCost, TokenProfile, TokenQuality, save_token_profile
+from moe.token_profile import (
+    CostCell,
+    TokenCost,
+    TokenProfile,
+    TokenQuality,
+    first_fault,
+    save_token_profile,
+)
 
 PLAN: dict[str, dict[int, int]] = {"cuda": {1: 16, 8: 64, 32: 128, 128: 256}, "cpu": {1: 6, 8: 48, 24: 72}}
-"""Documents that are scored, by device and running sequences."""
+"""Documents that are scored, by device and running sequences; see `measure_token_quality`."""
 SCORED_TOKENS = {"cuda": 512, "cpu": 96}
 """Of each document, from its middle on."""
 ENGINE: dict[str, dict[str, int]] = {
@@ -59,7 +67,7 @@ class TokenOptions:
     thorough: bool = False
     """A finer grid of readable experts and contexts."""
     window_s: float = WINDOW_S
-    """Time under load per visit of a cell."""
+    """Time under load per visit of a cell, in seconds."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -83,7 +91,9 @@ def open_engine(size: Size, device: torch.device, cache_positions: int | None = 
         torch.set_num_threads(1)  # matrices this small leave threads waiting for each other
     texts = Texts(documents().tokens.astype(np.int32), reference(size))
     model, room = load_model(size, device), ENGINE[device.type]
-    engine = Engine(model, texts.tokens, cache_positions=cache_positions, **room)
+    engine = Engine(
+        model, texts.tokens, slots=room["slots"], max_rows=room["max_rows"], cache_positions=cache_positions
+    )
     engine.capture()
     return engine, texts
 
@@ -93,17 +103,18 @@ def measure(options: TokenOptions) -> TokenProfile:
 
     Raises:
         ProfileError: what is kept of an earlier run is damaged, or of another run.
+        ValueError: CUDA is asked for and absent.
         GpuUnavailableError: CUDA is used and NVML does not read the card.
         WeightsError: no weights of this size.
     """
-    device = torch.device(options.device)
+    device = pick_device(options.device)
     meter = open_meter(device)
     began = time.monotonic()
-    idle_w = idle_power_w(meter)
+    kept = _Kept(options, device)
+    if not kept.path.exists():
+        kept.idle_w = idle_power_w(meter)
     engine, texts = open_engine(options.size, device)
-    kept = _Kept(options, idle_w)
-    quality = kept.quality or measure_quality(options.size, engine, texts)
-    kept.quality = quality
+    kept.quality = quality = kept.quality or measure_quality(options.size, engine, texts)
     kept.save()
     measure_places(
         engine, places(engine, thorough=options.thorough), meter, kept.idle_w, options.seed, kept.cells,
@@ -152,12 +163,14 @@ def _kept_path(options: TokenOptions) -> Path:
 class _Kept:
     """What an interrupted run measured, in a file beside the profile."""
 
-    def __init__(self, options: TokenOptions, idle_w: float | None) -> None:
+    def __init__(self, options: TokenOptions, device: torch.device) -> None:
         self.path = _kept_path(options)
-        self.run = {"size": options.size, "device": options.device, "thorough": options.thorough,
-                    "window_s": options.window_s, "seed": options.seed,
-                    "weights_sha256": identity(options.size)["weights_sha256"]}  # fmt: skip
-        self.idle_w = idle_w
+        here = identity(options.size)
+        self.run = {"size": options.size, "device": device_name(device), "thorough": options.thorough,
+                    "window_s": options.window_s, "seed": options.seed, "torch": torch.__version__,
+                    "weights_sha256": here["weights_sha256"],
+                    "documents_sha256": here["data_sha256"]}  # fmt: skip
+        self.idle_w: float | None = None
         self.cells: dict[Place, CostCell] = {}
         self.quality: TokenQuality | None = None
         if self.path.exists():
@@ -176,16 +189,17 @@ class _Kept:
     def _read(self) -> None:
         try:
             document = json.loads(self.path.read_text(encoding="utf-8"))
-            run, self.idle_w = document["run"], document["idle_w"]
+            run, self.idle_w = dict(document["run"]), document["idle_w"]
             for values in document["cells"]:
                 cell = CostCell(**values)
                 self.cells[Place(*(getattr(cell, name) for name in Place._fields))] = cell
             if document["quality"] is not None:
                 cells = document["quality"].pop("cells")
                 self.quality = TokenQuality(**document["quality"], cells=tuple(cells))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what = first_fault(error) if isinstance(error, ValidationError) else repr(error)
             raise ProfileError(
-                f"{self.path}: kept by an interrupted run, and damaged ({error}): delete it to measure anew"
+                f"{self.path}: kept by an interrupted run, and damaged ({what}): delete it to measure anew"
             ) from error
         if differing := sorted(key for key, value in self.run.items() if run.get(key) != value):
             raise ProfileError(
@@ -195,7 +209,11 @@ class _Kept:
 
 
 def main(options: TokenOptions) -> None:
-    """Measure, save and say what came out."""
+    """Measure, save and say what came out.
+
+    Raises:
+        OSError: the profile cannot be written; refused before the measurement.
+    """
     refuse_unwritable(options.out)
     profile = measure(options)
     save_token_profile(profile, options.out)
@@ -205,7 +223,7 @@ def main(options: TokenOptions) -> None:
 
 
 def summary(profile: TokenProfile) -> str:
-    """A few lines of what a profile says."""
+    """A few lines of what a profile says, without a last line end."""
     cost, quality, tables = profile.cost, profile.quality, profile.summary()
     spread = sorted(cell.step_spread for cell in cost.cells)
     lines = [
@@ -220,6 +238,6 @@ def summary(profile: TokenProfile) -> str:
             lines.append(f"accuracy by routing bias, {running} sequences: {shown}")
     for running, by_bias in tables["energy_per_token_by_bias"].items():
         if None not in by_bias.values():
-            shown = ", ".join(f"{bias:g}: {1e3 * joules:.2f}" for bias, joules in sorted(by_bias.items()))
+            shown = ", ".join(f"{bias:g}: {1e3 * joules:.2f}" for bias, joules in by_bias.items())
             lines.append(f"mJ per token by routing bias, {running} sequences: {shown}")
     return "\n".join(lines)

@@ -56,8 +56,9 @@ class Blocks:
         return len(self._free_slots)
 
     def has_room(self, positions: int) -> bool:
-        """Whether a sequence of so many positions finds a slot and blocks."""
-        return bool(self._free_slots) and blocks_for(positions) <= len(self._free_blocks)
+        """Whether a sequence of so many positions, at most the context, finds a slot and blocks."""
+        most = min(len(self._free_blocks), self.table.shape[1])
+        return bool(self._free_slots) and blocks_for(positions) <= most
 
     def reserve(self, positions: int) -> int:
         """Give a slot and blocks to a sequence; returns the slot.
@@ -66,14 +67,23 @@ class Blocks:
             RuntimeError: no room; ask `has_room` first.
         """
         if not self.has_room(positions):
-            raise RuntimeError(f"no room for a sequence of {positions} positions")
+            raise RuntimeError(
+                f"no room for a sequence of {positions} positions: {self.free_slots} slots and "
+                f"{self.free_blocks} blocks of {BLOCK} are free, one may have {self.table.shape[1]}"
+            )
         slot, n = self._free_slots.pop(), blocks_for(positions)
         self.table[slot, :n] = [self._free_blocks.pop() for _ in range(n)]
         return slot
 
     def release(self, slot: int) -> None:
-        """Take a sequence's slot and blocks back."""
+        """Take a sequence's slot and blocks back.
+
+        Raises:
+            RuntimeError: nobody has the slot.
+        """
         row = self.table[slot]
+        if not row.any():
+            raise RuntimeError(f"slot {slot} is free already")
         self._free_blocks += row[row > 0].tolist()
         self._free_slots.append(slot)
         row[:] = 0

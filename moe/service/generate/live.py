@@ -93,8 +93,8 @@ class GenerateWorkload:
             sleep: waits for seconds of `clock`.
 
         Raises:
-            ValueError: a domain of the traffic has no documents, or a request is longer than a document or
-                than the cache.
+            ValueError: a domain of the traffic has no documents, or a request is longer than a document. So
+                each finds room some time: the engine has cache for at least one whole document.
         """
         self._of_domain = {shift: np.flatnonzero(domain == shift) for shift in set(traffic.shifts)}
         if empty := [shift for shift, documents in self._of_domain.items() if not len(documents)]:
