@@ -226,7 +226,14 @@ def test_a_cache_or_text_that_cannot_serve_is_refused() -> None:
     with pytest.raises(ValueError, match="dense"):
         Engine(make_model(TINY.dense()), make_tokens(1, 9).numpy())
     engine = make_engine(make_tokens(1, 9))
-    assert not engine.blocks.has_room(9 * 64 * 100)
+    assert not engine.blocks.has_room(65)  # one block per slot is all that documents of 8 positions need
+    with pytest.raises(RuntimeError, match="no room for a sequence of 65 positions"):
+        engine.reserve(65)
+    slot = engine.reserve(8)
+    engine.release(slot)
+    with pytest.raises(RuntimeError, match="is free already"):
+        engine.release(slot)
+    assert engine.blocks.free_slots == 8 and engine.blocks.free_blocks == engine.blocks.n_blocks
     with pytest.raises(ValueError, match="1 to 48 rows"):
         engine.launch(rows((0, 0, 0, 0)), 4, ALL)
 

@@ -193,6 +193,55 @@ def test_knobs_that_cannot_be_applied_are_refused(knobs: Knobs, message: str) ->
         Knobs(routing_bias=float("nan"))
 
 
+def with_lengths(prompt: int, output: int, **engine) -> GenerateWorkload:
+    """A service whose requests all have these tokens."""
+    lengths = TokenLengths(
+        prompt=np.array([prompt], np.int32), output=np.array([output], np.int32),
+        factor=1.0, truncated=0, without_output=0,
+    )  # fmt: skip
+    clock = Clock()
+    traffic = TrafficConfig(kind="poisson", low_load=1.0, high_load=1.0, shifts=(0, 1), shift_dwell_s=2.0)
+    return GenerateWorkload(
+        Engine(make_model(TINY), texts().tokens, slots=4, max_rows=32, clock=clock, **engine), texts(),
+        np.arange(DOCUMENTS) % 2, lengths, traffic, 4.0, 6.0, Promises(), clock=clock, sleep=clock.sleep,
+    )  # fmt: skip
+
+
+def test_requests_longer_than_the_documents_and_domains_without_any_are_refused() -> None:
+    with pytest.raises(ValueError, match="requests of 61 tokens do not fit documents of 60"):
+        with_lengths(60, 1)
+    with pytest.raises(ValueError, match="name domains without documents"):
+        GenerateWorkload(
+            Engine(make_model(TINY), texts().tokens, slots=4, max_rows=32), texts(),
+            np.zeros(DOCUMENTS, int), made_up_lengths(), TrafficConfig(shifts=(0, 1)), 4.0, 6.0, Promises(),
+        )  # fmt: skip
+
+
+def test_a_cache_too_small_for_one_request_is_refused_and_one_that_holds_one_serves_them_in_turn() -> None:
+    with pytest.raises(ValueError, match="hold no sequence of 60 positions: give the cache at least 64"):
+        with_lengths(59, 1, cache_positions=63)
+    workload = with_lengths(40, 20, cache_positions=64)
+    workload.reset(0)
+    rows = [workload.run(Knobs(batch_size=4, expert_count=4), 1.0) for _ in range(8)]
+    arrived, answered, expired = (
+        sum(sum(getattr(row, name)) for row in rows) for name in ("arrived", "answered", "expired")
+    )
+    assert answered > 0 and arrived == answered + expired + sum(rows[-1].waiting)
+
+
+@pytest.mark.parametrize(("prompt", "output"), [(1, 1), (1, 59), (59, 1)])
+def test_the_shortest_and_the_longest_requests_are_served_whole(prompt: int, output: int) -> None:
+    workload = with_lengths(prompt, output)
+    workload.reset(0)
+    rows = [workload.run(Knobs(batch_size=4, expert_count=4), 1.0) for _ in range(6)]
+    while sum(rows[-1].waiting):
+        rows.append(workload.run(Knobs(batch_size=4, expert_count=4), 1.0))
+    answered = sum(sum(row.answered) for row in rows)
+    assert answered > 0 and sum(sum(row.arrived) for row in rows) == answered
+    assert sum(row.prefill_tokens for row in rows) == prompt * answered
+    assert sum(row.output_tokens for row in rows) == output * answered
+
+
 def test_a_service_that_was_not_reset_says_so() -> None:
     workload = make_workload()
     with pytest.raises(RuntimeError, match="call reset"):
