@@ -1,7 +1,8 @@
 """Time and energy of a step, cell by cell, at the service's own cadence.
 
 Rows stay where they are and are launched over and over, a few steps ahead of the device, as the service does.
-Decode rows lie at a context each; prompt rows are the chunk that ends there.
+Decode rows lie at a context each; prompt rows are the chunk that ends there. Before the first cell the text
+of every slot is read: rows attend to it and choose the experts that they would choose in service.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def places(engine: Engine, *, thorough: bool) -> list[Place]:
 
 
 def _has_room(engine: Engine, place: Place) -> bool:
-    sequences = place.decode_rows + math.ceil(place.prefill_rows / place.context)
+    sequences = _sequences(place)
     blocks = sequences * blocks_for(engine.documents.shape[1] - 1)
     return (
         place.decode_rows + place.prefill_rows <= engine.max_rows
@@ -100,7 +101,7 @@ def measure_places(
     """Measure what is not measured yet, in random order.
 
     Args:
-        engine: captured and empty.
+        engine: captured; it is emptied.
         wanted: cells.
         meter: of the card; None measures time alone.
         idle_w: power that is taken off, in watts; None without a meter.
@@ -110,6 +111,8 @@ def measure_places(
         window_s: length of a visit.
     """
     missing = [place for place in wanted if place not in kept]
+    if missing:
+        read_texts(engine, max(map(_sequences, missing)), max(place.context for place in missing))
     order = np.random.default_rng(seed).permutation(len(missing))
     for number in tqdm(order, desc="cost", unit="cell", delay=2.0):
         place = missing[number]
@@ -123,7 +126,7 @@ def measure_place(
     """Measure one cell, `VISITS` times in a row.
 
     Args:
-        engine: captured and empty; it is empty again afterwards.
+        engine: captured and empty, its texts read (`read_texts`); it is empty again afterwards.
         place: of the cell; the engine has room for it.
         meter: of the card; None measures time alone.
         idle_w: power that is taken off, in watts; None without a meter.
@@ -133,7 +136,7 @@ def measure_place(
         GpuLostError: the device stopped answering.
         ReadingError: its counter says what cannot be.
     """
-    rows, slots = rows_of(engine, place)
+    rows = rows_of(engine, place)
     launched = 0
 
     def launch() -> None:
@@ -151,8 +154,7 @@ def measure_place(
         visits = [_visit(engine, launch, lambda: launched, meter, window_s) for _ in range(VISITS)]
         _, reads = engine.usage()
     finally:
-        for slot in slots:
-            engine.release(slot)
+        engine.reset()
     step_s = [visit[0] for visit in visits]
     energy_j = [(power - (idle_w or 0.0)) * seconds for seconds, power in visits if power is not None]
     return CostCell(
@@ -164,22 +166,45 @@ def measure_place(
     )  # fmt: skip
 
 
-def rows_of(engine: Engine, place: Place) -> tuple[Rows, list[int]]:
-    """Rows of a cell on the documents, and the slots that hold their sequences."""
-    documents = len(engine.documents)
-    longest = engine.documents.shape[1] - 1
-    slots = [engine.reserve(longest) for _ in range(place.decode_rows)]
-    slot, position = [*slots], [place.context] * len(slots)
-    document = [n % documents for n in range(len(slots))]
-    left, number = place.prefill_rows, 0
-    while left:
+def read_texts(engine: Engine, sequences: int, positions: int) -> None:
+    """Read the first positions of so many sequences' texts into the cache, and empty the engine.
+
+    After a reset slots and blocks are given in the same order, so each cell finds its keys and values there.
+    """
+    engine.reset()
+    slot = _reserve(engine, sequences).repeat(positions)
+    position = np.tile(np.arange(positions, dtype=np.int32), sequences)
+    c = engine.model.config
+    for start in range(0, len(slot), engine.max_rows):
+        part = slice(start, start + engine.max_rows)
+        rows = Rows(slot[part], position[part], slot[part] % len(engine.documents))
+        engine.launch(rows, c.top_k, c.n_experts)
+    engine.reset()
+
+
+def rows_of(engine: Engine, place: Place) -> Rows:
+    """Rows of a cell in an empty engine, whose slots they reserve; slot n has document n."""
+    slots = _reserve(engine, _sequences(place))
+    slot, position = [slots[: place.decode_rows]], [np.full(place.decode_rows, place.context, np.int32)]
+    left = place.prefill_rows
+    for number in slots[place.decode_rows :]:
         taken = min(left, place.context)
-        slots.append(engine.reserve(longest))
-        slot += [slots[-1]] * taken
-        position += range(place.context - taken, place.context)
-        document += [(place.decode_rows + number) % documents] * taken
-        left, number = left - taken, number + 1
-    return Rows(*(np.array(values, np.int32) for values in (slot, position, document))), slots
+        slot.append(np.full(taken, number, np.int32))
+        position.append(np.arange(place.context - taken, place.context, dtype=np.int32))
+        left -= taken
+    of_rows = np.concatenate(slot)
+    return Rows(of_rows, np.concatenate(position), of_rows % len(engine.documents))
+
+
+def _sequences(place: Place) -> int:
+    """Sequences that decode, and those of whose prompts the chunk is."""
+    return place.decode_rows + math.ceil(place.prefill_rows / place.context)
+
+
+def _reserve(engine: Engine, sequences: int) -> np.ndarray:
+    """Slots for whole documents, int32.  # [sequences]."""
+    longest = engine.documents.shape[1] - 1
+    return np.array([engine.reserve(longest) for _ in range(sequences)], np.int32)
 
 
 def copy_bytes_per_s(device: torch.device) -> float | None:

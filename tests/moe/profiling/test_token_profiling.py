@@ -19,7 +19,7 @@ from moe.lm.weights import identity, reference
 from moe.profiles import ProfileError
 from moe.profiling import token_quality, tokens
 from moe.profiling.cli import cli
-from moe.profiling.token_cost import BIASES, MORE_BIASES, Place, measure_place, places, rows_of
+from moe.profiling.token_cost import BIASES, MORE_BIASES, Place, measure_place, places, read_texts, rows_of
 from moe.profiling.token_quality import measure_token_quality
 from moe.profiling.tokens import TokenOptions, measure
 from moe.service.generate.sequences import Texts
@@ -124,27 +124,37 @@ def test_cost_is_measured_at_the_biases_of_quality(thorough: bool, biases: tuple
 
 def test_rows_of_a_cell_are_decode_rows_and_chunks_that_end_at_its_context() -> None:
     engine = make_engine()
-    rows, slots = rows_of(engine, Place(2, 30, 20, 4, 8))
-    assert len(slots) == len(set(slots)) == 4  # two that decode, 20 and 10 rows of two prompts
-    by_slot = [rows.position[rows.slot == slot].tolist() for slot in slots]
+    rows = rows_of(engine, Place(2, 30, 20, 4, 8))
+    assert engine.blocks.free_slots == 8 - 4  # two that decode, 20 and 10 rows of two prompts
+    by_slot = [rows.position[rows.slot == slot].tolist() for slot in range(4)]
     assert by_slot == [[20], [20], [*range(20)], [*range(10, 20)]]
-    assert all(len(set(rows.document[rows.slot == slot].tolist())) == 1 for slot in slots)
+    assert rows.document.tolist() == rows.slot.tolist()
 
 
 def test_a_cell_counts_the_experts_that_its_steps_read_and_leaves_the_engine_empty() -> None:
     engine = make_engine()
+    read_texts(engine, 6, 31)
     for place in (Place(4, 0, 30, 4, 4), Place(6, 0, 30, 1, 8), Place(0, 16, 16, 2, 8)):
         cell = measure_place(engine, place, None, None, window_s=0.01)
         assert Place(*(getattr(cell, name) for name in Place._fields)) == place
-        rows, slots = rows_of(engine, place)
-        engine.usage()
-        engine.launch(rows, place.top_k, place.readable)
-        reads = engine.usage()[1]
-        for slot in slots:
-            engine.release(slot)
-        assert cell.experts_read == reads.sum() / TINY.n_layers <= place.readable
+        engine.launch(rows_of(engine, place), place.top_k, place.readable)
+        assert cell.experts_read == engine.usage()[1].sum() / TINY.n_layers <= place.readable
+        engine.reset()
         assert cell.step_s > 0 and cell.energy_j is None and cell.energy_spread is None
         assert engine.blocks.free_slots == 8 and engine.blocks.free_blocks == engine.blocks.n_blocks
+
+
+def test_rows_of_a_cell_choose_the_experts_that_their_text_chooses() -> None:
+    """As counted in one pass over whole documents, whatever was measured before."""
+    engine, text = make_engine(), torch.from_numpy(texts().tokens)
+    read_texts(engine, DOCUMENTS, 31)
+    _, decisions = engine.model(text[:, :-1].long())
+    for _ in range(2):
+        for n in (1, 3):
+            at_30 = [d.experts.view(DOCUMENTS, LENGTH, -1)[:n, 30] for d in decisions]
+            cell = measure_place(engine, Place(n, 0, 30, 4, 8), None, None, window_s=0.01)
+            assert cell.experts_read == np.mean([len(experts.unique()) for experts in at_30])
+        measure_place(engine, Place(1, 30, 30, 1, 4), None, None, window_s=0.01)
 
 
 # The command
