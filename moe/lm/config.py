@@ -45,7 +45,7 @@ class Recipe:
     """Of AdamW, for the head and the norms."""
     router_lr: float = 4e-4
     """Of AdamW. A router as fast as the rest lets a few experts answer alone: the model is worse, and experts
-    per token have no price (docs/results/token_surface.md)."""
+    per token have no price (docs/results/token_decode.md)."""
     embed_lr: float = 2e-2
     warmup: int = 20
     """Steps."""

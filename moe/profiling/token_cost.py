@@ -22,6 +22,7 @@ from moe.device.meter import EnergyMeter
 from moe.lm.engine.blocks import blocks_for
 from moe.lm.engine.engine import Engine, readable_experts
 from moe.lm.engine.rows import Rows
+from moe.profiling.token_quality import read_prompts
 from moe.token_profile import CostCell
 
 WINDOW_S, WARM_S = 0.3, 0.05
@@ -172,13 +173,8 @@ def read_texts(engine: Engine, sequences: int, positions: int) -> None:
     After a reset slots and blocks are given in the same order, so each cell finds its keys and values there.
     """
     engine.reset()
-    slot = _reserve(engine, sequences).repeat(positions)
-    position = np.tile(np.arange(positions, dtype=np.int32), sequences)
-    c = engine.model.config
-    for start in range(0, len(slot), engine.max_rows):
-        part = slice(start, start + engine.max_rows)
-        rows = Rows(slot[part], position[part], slot[part] % len(engine.documents))
-        engine.launch(rows, c.top_k, c.n_experts)
+    slots = _reserve(engine, sequences)
+    read_prompts(engine, slots, slots % len(engine.documents), positions, engine.model.config.top_k)
     engine.reset()
 
 

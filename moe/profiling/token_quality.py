@@ -98,7 +98,7 @@ def _score(
     for start in range(0, len(chosen), running):
         group = chosen[start : start + running]
         slots = np.array([engine.reserve(last) for _ in group], np.int32)
-        _read_prompts(engine, slots, group, first, top_k)
+        read_prompts(engine, slots, group, first, top_k)
         for number, limit in enumerate(limits):  # answers overwrite the keys and values of those before
             for position in range(first, last):
                 at = np.full(len(group), position, np.int32)
@@ -112,7 +112,7 @@ def _score(
     return [(right[n], float(mean[n, 0]), float(mean[n, 1])) for n in range(len(limits))]
 
 
-def _read_prompts(engine: Engine, slots: np.ndarray, documents: np.ndarray, length: int, top_k: int) -> None:
+def read_prompts(engine: Engine, slots: np.ndarray, documents: np.ndarray, length: int, top_k: int) -> None:
     """Read the first `length` positions of each document, in as few steps as there is room for."""
     slot, document = slots.repeat(length), documents.repeat(length)
     position = np.tile(np.arange(length, dtype=np.int32), len(slots))

@@ -56,7 +56,8 @@ class TrafficConfig:
     traces, of BurstGPT or of Mooncake. Requests per second are those of the trace, scaled so that the load of
     the whole trace has mean (low_load + high_load) / 2; an episode begins at a random second. Stamps coarser
     than a second, as to the minute, give the mean load of their step. A trace of less than one request per
-    second (or per step) is refused: scaled up, single requests would be spikes. Token counts are not used."""
+    second (or per step) is refused: scaled up, single requests would be spikes. Token counts are for
+    services of tokens (`moe.service.generate.lengths`)."""
     shifts: Annotated[tuple[Shift, ...], Field(min_length=1, max_length=1000)] = (0,)
     """Input shifts that take turns (indices into the profile's shifts)."""
     shift_dwell_s: Dwell = 40.0

@@ -139,7 +139,7 @@ def test_shipped_trace_is_replayed_second_by_second():
         axis=None
     )
     counts = table.resample("s", on="TIMESTAMP", origin="start").size().to_numpy()
-    assert len(counts) >= 1800 and counts.sum() == len(table) == 10_079
+    assert len(counts) >= 3500 and counts.sum() == len(table) == 19_366
     capacity = 1e6  # so many that the Poisson noise of the replay is below that of the trace
     config = TrafficConfig(kind="trace", trace=str(path), low_load=0.2, high_load=1.2)
     stretches = sliding_window_view(0.7 * capacity * counts / counts.mean(), 120)  # [begins, seconds]
