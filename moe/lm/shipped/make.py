@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moe.errors import one_line_errors
 from moe.lm.config import LmConfig
 from moe.lm.corpus import SHARED_LINES, find_files, long_lines
 from moe.lm.text import DOCUMENT_TOKENS, DOMAINS, END, SHIPPED_FOLDER
@@ -152,5 +154,11 @@ def _read(folder: Path, paths: Iterator[Path]) -> dict[str, str]:
     }
 
 
+def cli() -> None:
+    """Run the command line."""
+    with one_line_errors():
+        tyro.cli(main)
+
+
 if __name__ == "__main__":
-    main()
+    cli()
