@@ -43,8 +43,6 @@ class Knobs:
     """Cap on the busy fraction of the device: after each batch it idles to keep below it."""
     sm_clock: _Throttle = 1.0
     """SM clock as a fraction of the device's maximum."""
-    admission: Share = 1.0
-    """Share of the places of `batch_size` that deferrable requests may take, 0 to 1."""
 
 
 class KnobRefusedError(ValueError):

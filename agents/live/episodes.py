@@ -17,7 +17,6 @@ from agents.policies.gates import load_gate_config
 from agents.policies.policy import ConstantPolicy, Policy
 from agents.policies.registry import POLICIES, make_policy
 from agents.policies.rules import RuleBased, RuleConfig, load_rule_config
-from moe.workload import KNOB_NAMES
 from thermoe_env.configs import configs_dir
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Scenario
@@ -50,8 +49,7 @@ def recipe_of(spec: str, live: Problem, twin: Problem) -> dict[str, Any]:
         policy = make_policy(spec, twin) if spec == "best_constant" else load_policy(spec, live)
     if isinstance(policy, ConstantPolicy):
         index = live.knobs.indices(policy.action[None], "multi_discrete")[0]
-        knobs = live.knobs.knobs(index)
-        return {"constant": {name: getattr(knobs, name) for name in KNOB_NAMES}}
+        return {"constant": asdict(live.knobs.knobs(index))}
     return {"model": spec, "sha256": _sha256(spec)}
 
 

@@ -139,8 +139,16 @@ class GenerateWorkload:
         self._in_flight: deque[_InFlight] = deque()
         self._time_s = self._end_s = self._pause_s = 0.0
 
-    def run(self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True) -> WorkStats:
+    def run(
+        self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True, *, admission: float = 1.0
+    ) -> WorkStats:
         """Serve in real time until the interval is over and the steps under way are done.
+
+        Args:
+            knobs: of the interval.
+            duration_s: its length.
+            serve_deferrable: False starts no deferrable request; those that run go on.
+            admission: share of the places of `batch_size` that deferrable requests may take, 0 to 1.
 
         Raises:
             KnobRefusedError: a knob cannot be applied here.
@@ -158,7 +166,7 @@ class GenerateWorkload:
         while (now := self._clock() - self._resumed) < self._end_s:
             self._collect(tally, mark, began, wait=False)
             self._expire(now, tally)
-            self._admit(now, knobs, serve_deferrable)
+            self._admit(now, knobs, admission if serve_deferrable else 0.0)
             if self._sequences.has_work:
                 self._launch(knobs, tally)
                 if self._pause_s > LEAST_PAUSE_S:  # only where the pace asks for it
@@ -203,9 +211,9 @@ class GenerateWorkload:
                 for slot in finished.slot.tolist():
                     self.engine.release(slot)
 
-    def _admit(self, now: float, knobs: Knobs, serve_deferrable: bool) -> None:
+    def _admit(self, now: float, knobs: Knobs, admission: float) -> None:
         """Let waiting requests run, interactive ones first, while there is room."""
-        places = math.floor(knobs.admission * knobs.batch_size) if serve_deferrable else 0
+        places = math.floor(admission * knobs.batch_size)
         for c, most in enumerate((knobs.batch_size, places)):
             waiting = arrived_by(self._arrivals, c, now) - int(self._next[c])
             while (

@@ -78,8 +78,8 @@ KNOBS = (
     STANDARD,
     Knobs(batch_size=1, expert_count=1),
     Knobs(batch_size=24, expert_count=2, routing_bias=1.0),
-    Knobs(batch_size=8, expert_count=4, routing_bias=0.5, admission=0.0),
-    Knobs(batch_size=16, expert_count=3, admission=0.5, pace=0.5),
+    Knobs(batch_size=8, expert_count=4, routing_bias=0.5),
+    Knobs(batch_size=16, expert_count=3, pace=0.5),
 )
 
 
@@ -89,7 +89,7 @@ def test_no_request_and_no_token_is_lost_under_any_knobs(load: float) -> None:
     workload.reset(3)
     waiting = np.zeros(2)
     for second in range(10):
-        stats = workload.run(KNOBS[second * 7 % 5], 1.0)
+        stats = workload.run(KNOBS[second * 7 % 5], 1.0, admission=(1.0, 0.0, 0.5)[second % 3])
         arrived, answered, expired = map(np.array, (stats.arrived, stats.answered, stats.expired))
         np.testing.assert_array_equal(arrived + waiting, answered + expired + np.array(stats.waiting))
         waiting = np.array(stats.waiting)
@@ -137,7 +137,7 @@ def test_deferrable_requests_get_the_places_that_admission_leaves_them() -> None
     workload.reset(5)
     for admission, most in ((0.0, 0), (0.5, 8)):
         for _ in range(3):
-            workload.run(Knobs(batch_size=16, expert_count=4, admission=admission), 1.0)
+            workload.run(STANDARD, 1.0, admission=admission)
         assert workload._sequences.n_running[1] <= most
         assert workload._sequences.running <= 16
     held = workload.run(STANDARD, 1.0, serve_deferrable=False)
