@@ -17,6 +17,7 @@ from moe.lm.corpus import Corpus, build_corpus, default_roots
 from moe.lm.fit import train
 from moe.lm.model import LanguageModel, describe
 from moe.lm.quality import measure_quality
+from moe.lm.routing_loss import RoutingLoss
 from moe.lm.text import documents, documents_sha256, tokenizer_sha256
 from moe.lm.weights import LmRecord, save_model, stored_tensors, weights_path
 from moe.training.checkpoint import cache_folder
@@ -39,13 +40,32 @@ class Arguments:
     """Longest training of a model: where the recipe's steps take longer, its schedule runs by the clock."""
     seed: int = 0
     """Of the weights and of the order of the text."""
+    read_weight: float = 0.0
+    """Weight of the experts that a decode step reads, in the loss: the model learns to need fewer."""
+    read_budget: float | None = None
+    """Experts of a layer that a step of 32 sequences may read, in place of a weight."""
+    balance_weight: float = Recipe.balance_weight
+    """Of an even load of the experts."""
     out: Path | None = None
     """Folder for weights and record; none given: where they are looked for, `small` in runs/weights."""
 
     def __post_init__(self) -> None:
-        """Refuse a limit that trains nothing."""
+        """Refuse a limit that trains nothing, and losses that mean nothing."""
         if not self.limit_s > 0:
             raise ValueError(f"--limit-s must be above 0, got {self.limit_s}")
+        RoutingLoss(self.config, self.recipe, torch.device("cpu"))
+
+    @property
+    def config(self) -> LmConfig:
+        """Shape of the model."""
+        return SIZES[self.size][0]
+
+    @property
+    def recipe(self) -> Recipe:
+        """How it is trained."""
+        asked = (self.balance_weight, self.read_weight, self.read_budget)
+        names = ("balance_weight", "read_weight", "read_budget")
+        return replace(SIZES[self.size][1], **dict(zip(names, asked, strict=True)))
 
     @property
     def path(self) -> Path:
@@ -67,7 +87,7 @@ def main(arguments: Arguments) -> None:
     arguments.path.parent.mkdir(parents=True, exist_ok=True)  # before minutes are spent
     corpus = build_corpus(cache_folder(), arguments.text or default_roots())
     record = make(
-        *SIZES[arguments.size], corpus, device, arguments.path, arguments.seed, arguments.limit_s,
+        arguments.config, arguments.recipe, corpus, device, arguments.path, arguments.seed, arguments.limit_s,
         arguments.compare,
     )  # fmt: skip
     _print_card(record)

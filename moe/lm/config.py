@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -51,6 +52,29 @@ class Recipe:
     """Steps."""
     decay_share: float = 0.6
     """Share of the steps in which the rates fall."""
+    balance_weight: float = 0.01
+    """Of the load balance loss, as in Switch (arXiv 2101.03961, equation 4)."""
+    read_weight: float = 0.0
+    """Of the share of the experts that a decode step reads (`moe.lm.routing_loss`); 0 leaves it out."""
+    read_budget: float | None = None
+    """Experts of a layer that a step of 32 sequences may read, mean over layers: it finds its own weight."""
+
+    def __post_init__(self) -> None:
+        """Refuse a term of the loss that means nothing.
+
+        Raises:
+            ValueError: a weight or a budget is out of range, or reads are both weighed and budgeted.
+        """
+        for name in ("balance_weight", "read_weight"):
+            if not (math.isfinite(value := getattr(self, name)) and value >= 0):
+                raise ValueError(f"{name} must be 0 or more, got {value}")
+        if self.read_budget is not None and not (math.isfinite(self.read_budget) and self.read_budget > 0):
+            raise ValueError(f"read_budget must be above 0 experts, got {self.read_budget}")
+        if self.read_budget is not None and self.read_weight:
+            raise ValueError(
+                f"read_weight={self.read_weight} and read_budget={self.read_budget} exclude each other: a "
+                "budget finds its own weight; give one of them"
+            )
 
 
 SIZES: dict[Size, tuple[LmConfig, Recipe]] = {

@@ -17,6 +17,7 @@ from moe.errors import DataMissingError
 from moe.lm.config import LmConfig, Recipe
 from moe.lm.model import LanguageModel, initialise
 from moe.lm.muon import Optimiser
+from moe.lm.routing_loss import RoutingLoss
 from moe.training.fit import TrainingDiverged
 
 _UNTIMED = 5
@@ -83,15 +84,15 @@ def train(
     initialise(model, torch.Generator(device).manual_seed(seed))
     ids = torch.from_numpy(text.view(np.int16)).to(device)  # the vocabulary fits
     batches = windows(ids, recipe.batch, length, torch.Generator().manual_seed(seed + 1))
-    optimiser = Optimiser(model, recipe)
+    optimiser, routing_loss = Optimiser(model, recipe), RoutingLoss(config, recipe, device)
     losses: list[tuple[int, float, float]] = []
     start = time.perf_counter()
     step, share, untimed_s = 0, 0.0, 0.0
     with tqdm(total=recipe.steps, desc=name, unit="step", delay=2.0) as bar:
         while share < 1.0:
             factor = min(1.0, (step + 1) / recipe.warmup, (1.0 - share) / recipe.decay_share)
-            answer, total = model.loss(next(batches))
-            total.backward()
+            answer, decisions = model.loss(next(batches))
+            (answer + routing_loss(decisions, share)).backward()
             optimiser.step(factor, momentum=min(0.95, 0.85 + step * 0.001))
             step += 1
             bar.update()
@@ -113,5 +114,5 @@ def train(
         "epochs": round(step * tokens / len(ids), 3),
         "tokens_per_s": round(timed * tokens / (seconds - untimed_s)) if timed else None,
         "losses": losses,
-    }
+    } | routing_loss.record()
     return model.serve(), record

@@ -25,8 +25,6 @@ from moe.model.dispatch import Dispatch, gather_rows, make_dispatch
 from moe.model.kernels import copy_rows, mix_rows
 
 EPS = 1e-6
-BALANCE_WEIGHT = 0.01
-"""Of the load balance loss, as in Switch (arXiv 2101.03961, equation 4)."""
 
 
 @dataclass(frozen=True)
@@ -273,17 +271,10 @@ class LanguageModel(nn.Module):
         """Logits of the normed stream in its type.  # [..., V]."""
         return F.linear(x, self.embed.to(x.dtype)) if self.head is None else self.head(x)
 
-    def loss(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and total loss of windows, int64, [B, S + 1]; both 0-dim."""
+    def loss(self, tokens: Tensor) -> tuple[Tensor, list[RoutingDecision]]:
+        """Cross-entropy of windows, int64, [B, S + 1], 0-dim; and the decisions, for `RoutingLoss`."""
         x, decisions = self(tokens[:, :-1])
-        answer = F.cross_entropy(self.logits(x).float().flatten(0, 1), tokens[:, 1:].flatten())
-        total = answer
-        for decision in decisions:
-            share = decision.dispatch.tokens_per_expert / decision.experts.numel()  # [E]
-            gates = decision.logits.sigmoid()
-            p = (gates / gates.sum(dim=-1, keepdim=True)).mean(dim=0)  # [E]
-            total = total + BALANCE_WEIGHT / len(decisions) * len(p) * (share * p).sum()
-        return answer, total
+        return F.cross_entropy(self.logits(x).float().flatten(0, 1), tokens[:, 1:].flatten()), decisions
 
     def serve(self) -> LanguageModel:
         """Hold matrices in the activations' type, for serving; routers and norms stay float32."""

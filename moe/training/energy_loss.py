@@ -89,8 +89,7 @@ class EnergyTerm:
             self.step += 1
             budget = max(self.budget, 1 + (self.budget - 1) * min(1, self.step / self.ramp_steps))
             excess = (self._chosen(decisions, balance_biases) - budget) / self.response
-            weight = (self.multiplier + BUDGET_DAMPING * excess).clamp_min(0)
-            self.multiplier = (self.multiplier + BUDGET_RATE * excess).clamp_min(0)
+            weight, self.multiplier = dual_step(self.multiplier, excess)
         return weight * torch.stack(expected).mean()
 
     def record(self) -> dict[str, Any]:
@@ -110,6 +109,20 @@ class EnergyTerm:
         ]
         counts = torch.stack([tokens_per_expert(routing) for routing in chosen])  # [L, E]
         return chosen_energy(counts, self.expert_cost).mean()
+
+
+def dual_step(multiplier: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of damped dual ascent, see `EnergyTerm`; all 0-dim.
+
+    Args:
+        multiplier: Of a term that is held to a budget.
+        excess: Of what is spent over the budget, without gradient, on the scale of the term's response.
+
+    Returns:
+        The term's weight in this step, and the multiplier after it.
+    """
+    weight = (multiplier + BUDGET_DAMPING * excess).clamp_min(0)
+    return weight, (multiplier + BUDGET_RATE * excess).clamp_min(0)
 
 
 def cost_of_experts(config: ModelConfig, expert_cost: Tensor | None = None) -> Tensor:

@@ -1,0 +1,1 @@
+"""Models that learn to read few experts in decode."""

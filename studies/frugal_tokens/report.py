@@ -1,0 +1,152 @@
+"""What trained variants save and lose against the standard training, paired by seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import pandas as pd
+
+from agents.play.metrics import student_interval
+from studies.repeats import summarize
+from studies.rq_figures import Axis, fronts
+from studies.rq_report import Change, Findings
+from studies.tasks import StudyError
+
+QUESTION = "Does training for few experts read make decode frugal?"
+METRICS = ("accuracy", "experts_read", "joules_per_token", "step_s")
+_HEAD = (
+    "running", "served as", "accuracy %", "change", "experts read", "change", "mJ per token", "change", "ms",
+    "change", "seeds",
+)  # fmt: skip
+_SCALES = {"accuracy": (100.0, 2), "experts_read": (1.0, 1), "joules_per_token": (1e3, 2), "step_s": (1e3, 3)}
+"""To the shown unit, and digits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a variant should reach against the standard."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    running: int
+    accuracy_lost: float
+    """At most, relative."""
+    joules_saved: float
+    """At least, relative."""
+
+
+def findings(results: dict[str, dict[str, Any]], standard: str, target: Target) -> Findings:
+    """The answer from the results of trainings.
+
+    Args:
+        results: of tasks, as `studies.frugal_tokens.Training.run` makes them.
+        standard: name of the variant that the others are compared with.
+        target: for the verdicts.
+
+    Raises:
+        StudyError: no result of the standard, or trainings on different texts.
+    """
+    every = list(results.values())
+    if not any(result["settings"]["variant"] == standard for result in every):
+        raise StudyError(f"no result of {standard!r} is there, to compare others with: run --only {standard}")
+    if len({result["text"]["sha256"] for result in every}) > 1:
+        raise StudyError("results were trained on different texts: keep those of one machine, or give --text")
+    cells = cells_table(every)
+    base = cells.loc[(cells.variant == standard) & (cells.top_k_share == 1.0) & (cells.routing_bias == 0.0)]
+    base_policy = str(base.policy.iloc[0])
+    compared = {name: changes_of(cells, base_policy, name) for name in METRICS}
+    metered = bool(cells.joules_per_token.notna().any())
+    cost = "joules_per_token" if metered else "experts_read"
+    shown = cells[cells.running == target.running]
+    notes = [
+        f"Changes are relative, against {base_policy} with as many running sequences. The loss per token "
+        "(`moe.training.energy_loss`) has nothing to save here: experts are equal and their number is fixed."
+    ]
+    if not metered:
+        notes.append("No energy meter on this device: experts read are compared, and no joules are claimed.")
+    dates, machines = (sorted({result[key] for result in every}) for key in ("date", "machine"))
+    where = f"{', '.join(machines)}, {dates[0][:10]} to {dates[-1][:10]}"
+    x = Axis(cost, "energy per token (mJ)", 1e3) if metered else Axis(cost, "experts read per layer and step")
+    groups = {str(name): list(own.policy.unique()) for name, own in shown.groupby("variant", sort=False)}
+    draw = partial(
+        fronts, summarize(shown, ["policy"], METRICS), groups, x,
+        [Axis("accuracy", "accuracy (%)", 100.0, 1)], f"{target.running} running sequences\n{where}",
+    )  # fmt: skip
+    return Findings(
+        QUESTION,
+        [_verdict(variant, compared, cells, cost, target) for variant in groups if variant != standard],
+        f"{where}; {cells.seed.nunique()} seeds, measured",
+        [("Everything served", _rows(cells, compared))],
+        [(f"Accuracy against {x.label}, {target.running} running sequences", "front", draw)],
+        notes,
+    )
+
+
+def cells_table(results: list[dict[str, Any]]) -> pd.DataFrame:
+    """A row per training and cell; `policy` names the variant and how it is served."""
+    rows = []
+    for result in results:
+        settings = result["settings"]
+        for cell in result["cells"]:
+            policy = f"{settings['variant']}, top_k {cell['top_k']}, bias {cell['routing_bias']:g}"
+            rows.append({"variant": settings["variant"], "seed": settings["seed"], "policy": policy, **cell})
+    return pd.DataFrame(rows).astype({"joules_per_token": float})
+
+
+def changes_of(cells: pd.DataFrame, base: str, name: str) -> dict[tuple[int, str], Change]:
+    """Relative change of a metric against a policy, mean of the pairs of a seed, by (running, policy)."""
+    wide = cells.pivot(index=["running", "seed"], columns="policy", values=name)
+    relative = wide.div(wide[base], axis=0) - 1.0
+    return {
+        (running, policy): Change(*student_interval(own[policy].dropna().to_numpy()))
+        for running, own in relative.groupby(level="running")
+        for policy in own
+        if own[policy].notna().any()
+    }  # pyright: ignore[reportReturnType]
+
+
+def _verdict(
+    variant: str,
+    compared: dict[str, dict[tuple[int, str], Change]],
+    cells: pd.DataFrame,
+    cost: str,
+    target: Target,
+) -> str:
+    """What a variant saves as trained, and whether any way to serve it meets the target."""
+    own = cells[(cells.variant == variant) & (cells.running == target.running)]
+    policies = list(own.policy.unique())
+    trained = str(own.policy[(own.top_k_share == 1.0) & (own.routing_bias == 0.0)].iloc[0])
+    met = []
+    for policy in policies:
+        key = (target.running, policy)
+        if key in compared[cost] and key in compared["accuracy"]:
+            saved, lost = compared[cost][key], compared["accuracy"][key]
+            if saved.mean <= -target.joules_saved and saved.high < 0 and lost.mean >= -target.accuracy_lost:
+                met.append(policy)
+    key = (target.running, trained)
+    texts = [f"{label} {compared[name][key].text(100.0, '%')}" for name, label in (
+        ("accuracy", "accuracy"), ("experts_read", "experts read"), ("joules_per_token", "joules per token"),
+    ) if key in compared[name]]  # fmt: skip
+    goal = f"at most {target.accuracy_lost:.0%} of accuracy for at least {target.joules_saved:.0%} of " + (
+        "joules" if cost == "joules_per_token" else "the experts read"
+    )
+    return f"**{variant}**, served as trained at {target.running} sequences: {', '.join(texts)}. {goal}: " + (
+        f"met by {'; '.join(met)}." if met else "not met."
+    )
+
+
+def _rows(cells: pd.DataFrame, compared: dict[str, dict[tuple[int, str], Change]]) -> list[str]:
+    """The table of everything in Markdown."""
+    lines = [f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
+    for (running, policy), own in cells.groupby(["running", "policy"], sort=False):
+        row = [str(running), str(policy)]
+        for name in METRICS:
+            factor, digits = _SCALES[name]
+            change = compared[name].get((running, policy))  # pyright: ignore[reportCallIssue, reportArgumentType]
+            value = own[name].mean()
+            row.append("-" if value != value else f"{factor * value:.{digits}f}")
+            row.append("-" if change is None else change.text(100.0, "%"))
+        lines.append(f"| {' | '.join([*row, str(own.seed.nunique())])} |")
+    return lines
