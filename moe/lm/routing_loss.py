@@ -27,6 +27,8 @@ RUNNING = (8, 32, 128)
 """Sequences that run together; the loss is the mean over these."""
 BUDGET_RUNNING = 32
 """Sequences that a budget is for."""
+DAMPING = 4.0
+"""Of a budget, see `dual_step`; strong, since an expert that is given up hardly comes back."""
 NOISE = 1.0
 """Standard deviation of the noise of a logit, see `pick_probability`."""
 
@@ -128,5 +130,6 @@ class RoutingLoss:
             picked = [d.dispatch.tokens_per_expert / len(d.experts) for d in decisions]  # [E] each
             read = torch.stack([expected_reads(share, BUDGET_RUNNING) for share in picked]).mean()
             allowed = c.n_experts + (budget - c.n_experts) * tightness
-            weight, self.multiplier = dual_step(self.multiplier, (read - allowed) / c.n_experts)
+            excess = (read - allowed) / c.n_experts
+            weight, self.multiplier = dual_step(self.multiplier, excess, DAMPING)
         return weight * torch.stack(reads).mean() / c.n_experts

@@ -111,17 +111,18 @@ class EnergyTerm:
         return chosen_energy(counts, self.expert_cost).mean()
 
 
-def dual_step(multiplier: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
+def dual_step(multiplier: Tensor, excess: Tensor, damping: float = BUDGET_DAMPING) -> tuple[Tensor, Tensor]:
     """One step of damped dual ascent, see `EnergyTerm`; all 0-dim.
 
     Args:
         multiplier: Of a term that is held to a budget.
         excess: Of what is spent over the budget, without gradient, on the scale of the term's response.
+        damping: Weight of the excess beside the multiplier.
 
     Returns:
         The term's weight in this step, and the multiplier after it.
     """
-    weight = (multiplier + BUDGET_DAMPING * excess).clamp_min(0)
+    weight = (multiplier + damping * excess).clamp_min(0)
     return weight, (multiplier + BUDGET_RATE * excess).clamp_min(0)
 
 

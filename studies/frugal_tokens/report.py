@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -9,13 +10,14 @@ from typing import Any, ClassVar
 import pandas as pd
 
 from agents.play.metrics import student_interval
-from studies.repeats import summarize
+from studies.repeats import select, summarize
 from studies.rq_figures import Axis, fronts
 from studies.rq_report import Change, Findings
 from studies.tasks import StudyError
 
 QUESTION = "Does training for few experts read make decode frugal?"
 METRICS = ("accuracy", "experts_read", "joules_per_token", "step_s")
+_LABELS = {"accuracy": "accuracy", "experts_read": "experts read", "joules_per_token": "joules per token"}
 _HEAD = (
     "running", "served as", "accuracy %", "change", "experts read", "change", "mJ per token", "change", "ms",
     "change", "seeds",
@@ -54,12 +56,11 @@ def findings(results: dict[str, dict[str, Any]], standard: str, target: Target) 
     if len({result["text"]["sha256"] for result in every}) > 1:
         raise StudyError("results were trained on different texts: keep those of one machine, or give --text")
     cells = cells_table(every)
-    base = cells.loc[(cells.variant == standard) & (cells.top_k_share == 1.0) & (cells.routing_bias == 0.0)]
-    base_policy = str(base.policy.iloc[0])
+    base_policy = _as_trained(select(cells, variant=standard))
     compared = {name: changes_of(cells, base_policy, name) for name in METRICS}
     metered = bool(cells.joules_per_token.notna().any())
     cost = "joules_per_token" if metered else "experts_read"
-    shown = cells[cells.running == target.running]
+    shown = select(cells, running=target.running)
     notes = [
         f"Changes are relative, against {base_policy} with as many running sequences. The loss per token "
         "(`moe.training.energy_loss`) has nothing to save here: experts are equal and their number is fixed."
@@ -69,14 +70,18 @@ def findings(results: dict[str, dict[str, Any]], standard: str, target: Target) 
     dates, machines = (sorted({result[key] for result in every}) for key in ("date", "machine"))
     where = f"{', '.join(machines)}, {dates[0][:10]} to {dates[-1][:10]}"
     x = Axis(cost, "energy per token (mJ)", 1e3) if metered else Axis(cost, "experts read per layer and step")
-    groups = {str(name): list(own.policy.unique()) for name, own in shown.groupby("variant", sort=False)}
+    groups = {name: list(select(shown, variant=name).policy) for name in dict.fromkeys(shown.variant)}
     draw = partial(
         fronts, summarize(shown, ["policy"], METRICS), groups, x,
         [Axis("accuracy", "accuracy (%)", 100.0, 1)], f"{target.running} running sequences\n{where}",
     )  # fmt: skip
     return Findings(
         QUESTION,
-        [_verdict(variant, compared, cells, cost, target) for variant in groups if variant != standard],
+        [
+            _verdict(name, select(shown, variant=name), compared, cost, target)
+            for name in groups
+            if name != standard
+        ],
         f"{where}; {cells.seed.nunique()} seeds, measured",
         [("Everything served", _rows(cells, compared))],
         [(f"Accuracy against {x.label}, {target.running} running sequences", "front", draw)],
@@ -97,56 +102,57 @@ def cells_table(results: list[dict[str, Any]]) -> pd.DataFrame:
 
 def changes_of(cells: pd.DataFrame, base: str, name: str) -> dict[tuple[int, str], Change]:
     """Relative change of a metric against a policy, mean of the pairs of a seed, by (running, policy)."""
-    wide = cells.pivot(index=["running", "seed"], columns="policy", values=name)
-    relative = wide.div(wide[base], axis=0) - 1.0
-    return {
-        (running, policy): Change(*student_interval(own[policy].dropna().to_numpy()))
-        for running, own in relative.groupby(level="running")
-        for policy in own
-        if own[policy].notna().any()
-    }  # pyright: ignore[reportReturnType]
+    rows = cells.to_dict("records")
+    of_base = {(row["running"], row["seed"]): row[name] for row in rows if row["policy"] == base}
+    pairs: dict[tuple[int, str], list[float]] = {}
+    for row in rows:
+        other = of_base.get((row["running"], row["seed"]), math.nan)
+        change = row[name] / other - 1.0 if other else math.nan
+        if math.isfinite(change):
+            pairs.setdefault((row["running"], row["policy"]), []).append(change)
+    return {key: Change(*student_interval(values)) for key, values in pairs.items()}
+
+
+def _as_trained(cells: pd.DataFrame) -> str:
+    """The policy of a variant's cells that serves it as it was trained."""
+    return str(select(cells, top_k_share=1.0, routing_bias=0.0).policy.iloc[0])
 
 
 def _verdict(
-    variant: str,
-    compared: dict[str, dict[tuple[int, str], Change]],
-    cells: pd.DataFrame,
-    cost: str,
+    variant: str, cells: pd.DataFrame, compared: dict[str, dict[tuple[int, str], Change]], cost: str,
     target: Target,
-) -> str:
-    """What a variant saves as trained, and whether any way to serve it meets the target."""
-    own = cells[(cells.variant == variant) & (cells.running == target.running)]
-    policies = list(own.policy.unique())
-    trained = str(own.policy[(own.top_k_share == 1.0) & (own.routing_bias == 0.0)].iloc[0])
+) -> str:  # fmt: skip
+    """What a variant saves as trained, and which ways to serve it meet the target."""
     met = []
-    for policy in policies:
-        key = (target.running, policy)
-        if key in compared[cost] and key in compared["accuracy"]:
-            saved, lost = compared[cost][key], compared["accuracy"][key]
-            if saved.mean <= -target.joules_saved and saved.high < 0 and lost.mean >= -target.accuracy_lost:
-                met.append(policy)
-    key = (target.running, trained)
-    texts = [f"{label} {compared[name][key].text(100.0, '%')}" for name, label in (
-        ("accuracy", "accuracy"), ("experts_read", "experts read"), ("joules_per_token", "joules per token"),
-    ) if key in compared[name]]  # fmt: skip
-    goal = f"at most {target.accuracy_lost:.0%} of accuracy for at least {target.joules_saved:.0%} of " + (
-        "joules" if cost == "joules_per_token" else "the experts read"
-    )
-    return f"**{variant}**, served as trained at {target.running} sequences: {', '.join(texts)}. {goal}: " + (
-        f"met by {'; '.join(met)}." if met else "not met."
+    for policy in dict.fromkeys(cells.policy):
+        saved, lost = (compared[name].get((target.running, policy)) for name in (cost, "accuracy"))
+        if saved is None or lost is None:
+            continue
+        if saved.mean <= -target.joules_saved and saved.high < 0.0 and lost.mean >= -target.accuracy_lost:
+            met.append(policy)
+    trained = (target.running, _as_trained(cells))
+    texts = [
+        f"{label} {compared[name][trained].text(100.0, '%')}"
+        for name, label in _LABELS.items()
+        if trained in compared[name]
+    ]
+    saving, loss = f"{target.joules_saved:.0%} of {_LABELS[cost]}", f"{target.accuracy_lost:.0%} of accuracy"
+    return (
+        f"**{variant}**, served as trained at {target.running} sequences: {', '.join(texts)}. At least "
+        f"{saving} for at most {loss}: " + (f"met by {'; '.join(met)}." if met else "not met.")
     )
 
 
 def _rows(cells: pd.DataFrame, compared: dict[str, dict[tuple[int, str], Change]]) -> list[str]:
     """The table of everything in Markdown."""
     lines = [f"| {' | '.join(_HEAD)} |", "|---" * len(_HEAD) + "|"]
-    for (running, policy), own in cells.groupby(["running", "policy"], sort=False):
+    for running, policy in dict.fromkeys(zip(cells.running, cells.policy, strict=True)):
+        own = select(cells, running=running, policy=policy)
         row = [str(running), str(policy)]
         for name in METRICS:
             factor, digits = _SCALES[name]
-            change = compared[name].get((running, policy))  # pyright: ignore[reportCallIssue, reportArgumentType]
-            value = own[name].mean()
-            row.append("-" if value != value else f"{factor * value:.{digits}f}")
+            change, value = compared[name].get((running, policy)), own[name].to_numpy().mean()
+            row.append("-" if math.isnan(value) else f"{factor * value:.{digits}f}")
             row.append("-" if change is None else change.text(100.0, "%"))
         lines.append(f"| {' | '.join([*row, str(own.seed.nunique())])} |")
     return lines

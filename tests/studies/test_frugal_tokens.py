@@ -89,7 +89,7 @@ def test_results_that_do_not_compare_are_refused_by_name() -> None:
     other = result("x", 0, 0.5, 40.0, 1.0) | {"text": {"sha256": "b"}}
     with pytest.raises(StudyError, match="trained on different texts"):
         findings({"s": result(STANDARD, 0, 0.5, 60.0, 1.0), "x": other}, STANDARD, TARGET)
-    with pytest.raises(StudyError, match=r"--only heavier: unknown variants; known: standard .* budget"):
+    with pytest.raises(StudyError, match=r"--only heavier: unknown variants; known: standard .* fewer"):
         trainings(load_settings(Study, "studies", "frugal_tokens"), Arguments(only=("heavier",)))
 
 
@@ -103,13 +103,13 @@ def test_the_small_form_runs_continues_and_reports(
     ran = []
     run = Training.run
     monkeypatch.setattr(Training, "run", lambda task: (ran.append(task.name), run(task))[1])
-    main(Arguments(only=(STANDARD, "middle"), **arguments))
-    assert ran == ["standard-seed0", "middle-seed0"]
+    main(Arguments(only=(STANDARD, "light"), **arguments))
+    assert ran == ["standard-seed0", "light-seed0"]
     assert "2 of" in capsys.readouterr().out
     main(Arguments(only=(STANDARD, "budget"), **arguments))
-    assert ran == ["standard-seed0", "middle-seed0", "budget-seed0"]
+    assert ran == ["standard-seed0", "light-seed0", "budget-seed0"]
     main(Arguments(limit_s=1e-9, **arguments))  # begins none
     assert len(ran) == 3
     report = (tmp_path / "smoke" / "report.md").read_text(encoding="utf-8")
-    assert "**middle**" in report and "**budget**" in report and "no joules are claimed" in report
+    assert "**light**" in report and "**budget**" in report and "no joules are claimed" in report
     assert (tmp_path / "smoke" / "front.png").stat().st_size > 0
