@@ -87,7 +87,7 @@ class RoutingLoss:
 
     def __init__(self, config: LmConfig, recipe: Recipe, device: torch.device) -> None:
         self.config, self.recipe = config, recipe
-        self.multiplier = torch.tensor(recipe.read_weight, device=device)
+        self.multiplier = torch.tensor(float(recipe.read_weight), device=device)
         asked = recipe.read_weight > 0 or recipe.read_budget is not None
         self.reads = asked and config.n_experts > 0  # a dense model, to compare with, has none to read
         if self.reads and config.n_experts <= config.top_k:

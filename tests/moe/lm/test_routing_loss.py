@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from moe.lm import fit
-from moe.lm.config import LmConfig, Recipe
+from moe.lm.__main__ import Arguments
+from moe.lm.config import SIZES, LmConfig, Recipe
 from moe.lm.model import RoutingDecision
 from moe.lm.routing_loss import BUDGET_RUNNING, NOISE, RoutingLoss, expected_reads, pick_probability
 from moe.model.dispatch import make_dispatch
@@ -171,3 +172,11 @@ def test_a_dense_model_reads_no_experts_and_one_of_few_has_no_choice() -> None:
     assert "read_weight" not in record
     with pytest.raises(ValueError, match="nothing to choose where each token picks 2 of 2 experts"):
         RoutingLoss(replace(CONFIG, n_experts=2), recipe, CPU)
+
+
+def test_the_command_trains_with_the_terms_it_is_given() -> None:
+    given = Arguments(size="small", read_weight=0.1, balance_weight=0.001)
+    assert given.recipe == replace(SIZES["small"][1], read_weight=0.1, balance_weight=0.001)
+    assert Arguments(size="small").recipe == SIZES["small"][1]
+    with pytest.raises(ValueError, match=r"read_budget=4\.0 means nothing"):
+        Arguments(size="small", read_budget=4.0)
