@@ -25,7 +25,7 @@ from tests.thermoe_env.soundness import LAWS, Episode, broken, play
 from thermoe_env.configs import configs_dir, merged, validated
 from thermoe_env.device.parameters import TwinParams
 from thermoe_env.errors import ScenarioError
-from thermoe_env.problem.scenario import Scenario, StepBudgetConfig, load_scenario
+from thermoe_env.problem.scenario import GenerateConfig, Scenario, StepBudgetConfig, load_scenario
 
 NASTY = (
     math.nan, math.inf, -math.inf, 0, 0.0, -0.0, -1, -1.5, 1, 2, 1e-300, 5e-324, 1e300, 1e-12, 1e6, 2**31,
@@ -56,6 +56,7 @@ def keys_of(kind: Any, at: Key = ()) -> Iterator[Key]:
 
 DEFAULTS = asdict(load_scenario("default", episode_s=20))
 DEFAULTS["adaptation"]["budget"] = asdict(StepBudgetConfig())
+DEFAULTS["generate"] = asdict(GenerateConfig(lengths="azure-conv-2023"))
 DEFAULTS["devices"] = {**DEFAULTS["devices"][0], "experts": tuple(range(8))}
 KEYS = tuple(dict.fromkeys(keys_of(Scenario)))
 TWIN = yaml.safe_load((configs_dir() / "twin" / "h100.yaml").read_text())

@@ -14,7 +14,11 @@ from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 from thermoe_env.twin.core import TwinBatch
 
-SCENARIOS = sorted(path.stem for path in (configs_dir() / "scenarios").glob("*.yaml"))
+SCENARIOS = sorted(
+    path.stem
+    for path in (configs_dir() / "scenarios").glob("*.yaml")
+    if load_scenario(path.stem).generate is None  # the twin plays no tokens
+)
 POWERS = ("power_w", "power_slow_w", "budget_w", "budget_ahead_w")
 
 
