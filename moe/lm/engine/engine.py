@@ -22,6 +22,7 @@ from torch import Tensor
 
 from moe.lm.engine import ops
 from moe.lm.engine.blocks import Blocks, blocks_for
+from moe.lm.engine.parallel import PENALTY, RESERVE, STEP, STOP, USAGE, ExpertGroup
 from moe.lm.engine.rows import BLOCK, Rows, StepInput
 from moe.lm.model import LanguageModel
 
@@ -114,6 +115,7 @@ class Engine:
         max_rows: int = 1024,
         cache_positions: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        group: ExpertGroup | None = None,
     ) -> None:
         """Allocate the cache; call `capture` before the first step on CUDA.
 
@@ -124,6 +126,7 @@ class Engine:
             max_rows: Most rows of a step: decode rows and the chunk of prompts beside them.
             cache_positions: Positions whose keys and values there is room for; None: enough for all slots.
             clock: Of a CPU's marks.
+            group: Devices that share the experts, see `moe.lm.engine.parallel`; all build the same engine.
 
         Raises:
             ValueError: a dense model, text of more positions or other tokens than the model has, or a cache
@@ -150,6 +153,10 @@ class Engine:
             dtype=model.dtype, device=device,
         )  # [L, 2, blocks, G, BLOCK, Dh]  # fmt: skip
         self.penalty = torch.zeros(c.n_experts, device=device)
+        self._group = group
+        everything = torch.ones(c.n_experts, dtype=torch.int32, device=device)
+        self._held = everything if group is None else group.held(device)  # [E]
+        self._message = torch.zeros(5 + 3 * max_rows + self.blocks.table.shape[1], dtype=torch.int32)
         self._demand = torch.zeros(c.n_experts, device=device)
         self._counts = torch.zeros(c.n_experts, dtype=torch.int32, device=device)
         self._usage = torch.zeros(c.n_layers, 2, c.n_experts, dtype=torch.int64, device=device)
@@ -183,9 +190,14 @@ class Engine:
             RuntimeError: no room; ask `blocks.has_room` first.
         """
         slot = self.blocks.reserve(positions)
-        row = torch.from_numpy(self.blocks.table[slot].copy())
-        self._table[slot].copy_(row, non_blocking=True)  # in the order of the steps: earlier ones see the old
+        row = self.blocks.table[slot].copy()
+        self._announce(RESERVE, np.append(np.int32(slot), row))
+        self._enter(slot, row)
         return slot
+
+    def _enter(self, slot: int, row: np.ndarray) -> None:
+        """Give a slot its blocks, in the order of the steps: earlier ones see the old."""
+        self._table[slot].copy_(torch.from_numpy(row), non_blocking=True)
 
     def release(self, slot: int) -> None:
         """Take a slot and its blocks back; steps that were launched may still read them."""
@@ -209,20 +221,31 @@ class Engine:
             raise ValueError(f"top_k must be 1 to {c.top_k}, the training's, got {top_k}")
         if not top_k <= readable <= c.n_experts:
             raise ValueError(f"readable must be {top_k} to {c.n_experts} experts, got {readable}")
-        place = self._launched % AHEAD
-        self._launched += 1
-        before = self._ring[place]
-        if before is not None:
-            before.answers()  # frees its place of the ring
+        place = self._next_place()
         size = n if not self._cuda else next(b for b in sorted(self._graphs) if b >= n)
-        sent = self._sent[place, : 3 + 3 * size]
-        host = sent.numpy()
+        host = self._sent[place, : 3 + 3 * size].numpy()
         host[:3] = n, top_k, readable
         for part, values, spare in zip(
             host[3:].reshape(3, size), (rows.slot, rows.position, rows.document),
             (len(self.blocks.table) - 1, 0, 0), strict=True,
         ):  # fmt: skip
             part[:n], part[n:] = values, spare
+        self._announce(STEP, host)
+        return self._run(place, size)
+
+    def _next_place(self) -> int:
+        """The next place of the ring, free."""
+        place = self._launched % AHEAD
+        self._launched += 1
+        before = self._ring[place]
+        if before is not None:
+            before.answers()
+        return place
+
+    def _run(self, place: int, size: int) -> Step:
+        """Start the step that lies in a place of the ring."""
+        sent = self._sent[place, : 3 + 3 * size]
+        n = int(sent[0])
         received = self._received[place].view(-1)[: 4 * size].view(4, size)
         started = self.mark()
         if self._cuda:
@@ -232,7 +255,7 @@ class Engine:
             logits = captured.logits
             received.copy_(captured.answers, non_blocking=True)
         else:
-            lists = torch.zeros(c.n_experts, n, dtype=torch.int32)
+            lists = torch.zeros(len(self.penalty), n, dtype=torch.int32)
             logits = self._step(sent, lists, received)
         step = Step(received[:, :n], logits[:n], started, self.mark())
         self._ring[place] = step
@@ -252,6 +275,45 @@ class Engine:
         self.blocks.clear()
         self.usage()
 
+    def set_penalty(self, penalty: np.ndarray) -> None:
+        """Set `penalty`, for the steps launched from now on.  # [E]."""
+        values = np.ascontiguousarray(penalty, np.float32)
+        self._announce(PENALTY, values.view(np.int32))
+        self.penalty.copy_(torch.from_numpy(values), non_blocking=True)
+
+    def stop_followers(self) -> None:
+        """Let the other devices of the group end; the engine launches no more steps."""
+        self._announce(STOP)
+
+    def follow(self) -> None:
+        """Do what the leader of the group announces, until it stops.
+
+        Raises:
+            DevicesLostError: it is gone.
+        """
+        while self._follow_once():
+            pass
+
+    def _follow_once(self) -> bool:
+        """Take part in what is announced next; returns whether there is more to come."""
+        assert self._group is not None
+        kind, payload = self._group.listen(self._message)
+        if kind == STEP:
+            place = self._next_place()
+            self._sent[place, : len(payload)] = torch.from_numpy(payload)
+            self._run(place, (len(payload) - 3) // 3)
+        elif kind == RESERVE:
+            self._enter(int(payload[0]), payload[1:].copy())
+        elif kind == PENALTY:
+            self.penalty.copy_(torch.from_numpy(payload.view(np.float32).copy()), non_blocking=True)
+        elif kind == USAGE:
+            self._read_usage()
+        return kind != STOP
+
+    def _announce(self, kind: int, payload: np.ndarray | None = None) -> None:
+        if self._group is not None and self._group.leads:
+            self._group.announce(self._message, kind, payload)
+
     def synchronize(self) -> None:
         """Wait until all steps are done."""
         if self._cuda:
@@ -263,6 +325,12 @@ class Engine:
         Returns:
             Tokens per expert and steps that read it, int64.  # [L, E] each
         """
+        self._announce(USAGE)
+        return self._read_usage()
+
+    def _read_usage(self) -> tuple[np.ndarray, np.ndarray]:
+        if self._group is not None:
+            self._group.add(self._usage)
         tokens, reads = self._usage.to("cpu", copy=True).numpy().swapaxes(0, 1)
         self._usage.zero_()
         return tokens, reads
@@ -283,12 +351,29 @@ class Engine:
             assert moe.router is not None
             logits = F.linear(h32, moe.router)  # [T, E]
             ops.demand_of(logits, step, self._demand, c.top_k)
-            weights = ops.select(logits, step, self._demand, self.penalty, self._counts, lists, c.top_k)
-            out = ops.experts(h, moe.gate_up, moe.down, self._counts, lists, weights)  # [T K, D]
+            if self._group is not None:
+                self._group.agree(self._demand)  # sums of floats in another order may rank otherwise
+            weights = ops.select(
+                logits, step, self._demand, self.penalty, self._held, self._counts, lists, c.top_k
+            )
+            shared = self._group is not None
+            out = ops.experts(h, moe.gate_up, moe.down, self._counts, lists, weights, shared)  # [T K, D]
+            if self._group is not None:
+                out = self._add_up(out, len(x))
             h = ops.mix_norm(x, out, step, gain, self._counts, self._demand, usage, c.top_k)
         logits = model.logits(h)
         ops.score(logits, step, self.documents, answers)
         return logits
+
+    def _add_up(self, out: Tensor, n_rows: int) -> Tensor:
+        """Sums over experts of all devices, in the first slot of each row; the other slots are 0."""
+        assert self._group is not None
+        slots = out.view(n_rows, -1, out.shape[1])  # [T, K, D]
+        total = slots.float().sum(dim=1)
+        self._group.add(total)
+        slots.zero_()
+        slots[:, 0] = total.to(out.dtype)
+        return out
 
 
 def _captured(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:

@@ -41,7 +41,19 @@ def _demand(logits, n_rows, k, demand, E: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def _select(
-    logits, demand, penalty, n_rows, k, readable, counts, lists, weights, T, E: tl.constexpr, K: tl.constexpr
+    logits,
+    demand,
+    penalty,
+    held,
+    n_rows,
+    k,
+    readable,
+    counts,
+    lists,
+    weights,
+    T,
+    E: tl.constexpr,
+    K: tl.constexpr,
 ):
     """Choose one token's experts among those that the step may read, and enter it in their lists."""
     row = tl.program_id(0)
@@ -76,8 +88,9 @@ def _select(
         rest = tl.where(e == best, float("-inf"), rest)
     gate = tl.where(slots < n, gate, 0.0)
     tl.store(weights + row * K + slots, gate / tl.sqrt(tl.sum(gate, axis=0) * trained))
-    place = tl.atomic_add(counts + chosen, tl.full((K,), 1, tl.int32), mask=slots < n)
-    tl.store(lists + chosen * T + place, row * K + slots, mask=slots < n)
+    here = (slots < n) & (tl.load(held + chosen) > 0)
+    place = tl.atomic_add(counts + chosen, tl.full((K,), 1, tl.int32), mask=here)
+    tl.store(lists + chosen * T + place, row * K + slots, mask=here)
 
 
 @triton.jit
@@ -184,6 +197,7 @@ def select(
     step: StepInput,
     demand: Tensor,
     penalty: Tensor,
+    held: Tensor,
     counts: Tensor,
     lists: Tensor,
     slots: int,
@@ -192,16 +206,16 @@ def select(
     t, e = logits.shape
     weights = logits.new_empty(t, slots)
     _select[(t,)](
-        logits, demand, penalty, step.n_rows, step.top_k, step.readable, counts, lists, weights, t,
+        logits, demand, penalty, held, step.n_rows, step.top_k, step.readable, counts, lists, weights, t,
         E=e, K=slots, num_warps=4,
     )  # fmt: skip
     return weights
 
 
 def experts(
-    h: Tensor, gate_up: Tensor, down: Tensor, counts: Tensor, lists: Tensor, weights: Tensor
+    h: Tensor, gate_up: Tensor, down: Tensor, counts: Tensor, lists: Tensor, weights: Tensor, zeroed: bool
 ) -> Tensor:
-    """See `ops.experts`; outputs of unused slots are uninitialised.
+    """See `ops.experts`; outputs of pairs that nobody computes are 0 if `zeroed`, else uninitialised.
 
     Raises:
         ValueError: E is no power of two, or D or F is no multiple of its tile.
@@ -218,7 +232,7 @@ def experts(
         )
     blocks = min(t * slots, e + t * slots // rows)  # never more than one block per pair
     hidden = h.new_empty(blocks * rows, f)
-    out = h.new_empty(t * slots, d)
+    out = (h.new_zeros if zeroed else h.new_empty)(t * slots, d)
     _experts_up[(f // up[0], blocks)](
         h, gate_up, counts, lists, weights, hidden, t,
         D=d, F=f, E=e, K=slots, BM=rows, BN=up[0], BK=up[1], num_warps=4, num_stages=4,

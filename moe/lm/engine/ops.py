@@ -147,6 +147,7 @@ def select(
     step: StepInput,
     demand: Tensor,
     penalty: Tensor,
+    held: Tensor,
     counts: Tensor,
     lists: Tensor,
     slots: int,
@@ -158,6 +159,7 @@ def select(
         step: Its rows and knobs.
         demand: See `demand_of`.  # [E]
         penalty: Taken off the demand before it is ranked; the lower number is first among equals.  # [E]
+        held: Experts that this device computes, int32, 1 or 0; pairs of others enter no list.  # [E]
         counts: Tokens of each expert, int32, added to; 0 before.  # [E]
         lists: Its (token, slot) pairs, int32, written up to `counts`, in any order.  # [E, T]
         slots: K.
@@ -168,7 +170,7 @@ def select(
     if logits.is_cuda:
         from moe.lm.engine import expert_kernels
 
-        return expert_kernels.select(logits, step, demand, penalty, counts, lists, slots)
+        return expert_kernels.select(logits, step, demand, penalty, held, counts, lists, slots)
     weights = logits.new_zeros(len(logits), slots)
     n, k = int(step.n_rows), int(step.top_k)
     logits = logits[:n]
@@ -177,16 +179,23 @@ def select(
     barred[rank[: int(step.readable)]] = False
     chosen, experts = logits.masked_fill(barred, -torch.inf).topk(k, dim=-1)  # [n, k]
     weights[:n, :k] = mixing_weights(chosen, logits, slots)
-    pair = (torch.arange(n)[:, None] * slots + torch.arange(k)).flatten()
-    by_expert = experts.flatten().sort(stable=True)
+    here = held[experts.flatten()] > 0
+    pair = (torch.arange(n)[:, None] * slots + torch.arange(k)).flatten()[here]
+    by_expert = experts.flatten()[here].sort(stable=True)
     counts += by_expert.values.bincount(minlength=len(counts)).int()
     start = (counts.cumsum(0) - counts)[by_expert.values]
-    lists[by_expert.values, torch.arange(n * k) - start] = pair[by_expert.indices].int()
+    lists[by_expert.values, torch.arange(len(pair)) - start] = pair[by_expert.indices].int()
     return weights
 
 
 def experts(
-    h: Tensor, gate_up: Tensor, down: Tensor, counts: Tensor, lists: Tensor, weights: Tensor
+    h: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    counts: Tensor,
+    lists: Tensor,
+    weights: Tensor,
+    zeroed: bool = False,
 ) -> Tensor:
     """Outputs of all (token, slot) pairs, weighed; experts without tokens are not read.
 
@@ -197,14 +206,15 @@ def experts(
         counts: See `select`.  # [E]
         lists: See `select`.  # [E, T]
         weights: See `select`.  # [T, K]
+        zeroed: Whether pairs that are not computed here are 0; otherwise they are not to be read.
 
     Returns:
-        Of pair `token * K + slot`; those of unused slots are not to be read.  # [T K, D]
+        Of pair `token * K + slot`.  # [T K, D]
     """
     if h.is_cuda:
         from moe.lm.engine import expert_kernels
 
-        return expert_kernels.experts(h, gate_up, down, counts, lists, weights)
+        return expert_kernels.experts(h, gate_up, down, counts, lists, weights, zeroed)
     slots = weights.shape[1]
     out = h.new_zeros(h.shape[0] * slots, h.shape[1])
     for expert in counts.nonzero().flatten().tolist():

@@ -155,9 +155,9 @@ def select(logits: Tensor, top_k: int, readable: int, penalty: Tensor | None = N
     n, e = logits.shape
     demand, counts = torch.zeros(e), torch.zeros(e, dtype=torch.int32)
     lists = torch.zeros(e, n, dtype=torch.int32)
-    step = control(n, top_k, readable, n)
+    step, held = control(n, top_k, readable, n), torch.ones(e, dtype=torch.int32)
     ops.demand_of(logits, step, demand, 4)
-    ops.select(logits, step, demand, torch.zeros(e) if penalty is None else penalty, counts, lists, 4)
+    ops.select(logits, step, demand, torch.zeros(e) if penalty is None else penalty, held, counts, lists, 4)
     chosen: list[list[int]] = [[] for _ in range(n)]
     for expert in range(e):
         for pair in lists[expert, : counts[expert]].tolist():
@@ -199,7 +199,7 @@ def test_rows_behind_the_last_count_nowhere() -> None:
     )
     step = control(3, 2, 8, 5)
     ops.demand_of(logits, step, demand, 4)
-    weights = ops.select(logits, step, demand, torch.zeros(8), counts, lists, 4)
+    weights = ops.select(logits, step, demand, torch.zeros(8), torch.ones(8), counts, lists, 4)
     assert counts.sum() == 6 and (weights[3:] == 0).all() and (weights[:3, 2:] == 0).all()
 
 
