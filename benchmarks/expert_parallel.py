@@ -354,3 +354,5 @@ def _write(
 if __name__ == "__main__":
     with one_line_errors():
         main(tyro.cli(Options, description=__doc__))
+    sys.stdout.flush()
+    os._exit(0)  # an orderly end of the interpreter may abort amid the threads of the group that is gone

@@ -42,6 +42,7 @@ def test_summary_by_hand() -> None:
     assert [device["power_w"]["mean"] for device in found["devices"]] == [100.0, 200.0]
 
 
+@pytest.mark.slow  # what the processes do together is tested with fewer of them around (test_distributed)
 def test_a_short_run_of_two_processes(tmp_path: Path) -> None:
     command = [
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

@@ -41,3 +41,4 @@ def _rank(rank: int, task: Callable[[int], Any], folder: Path, backend: str) -> 
     torch.save(task(rank), folder / f"{rank}.pt")
     dist.barrier()  # a rank that leaves early would look lost to the other
     dist.destroy_process_group()
+    os._exit(0)  # an orderly end of the interpreter may abort amid the threads of the group that is gone
