@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from moe.files import write_file
+
 _SCRIPTS = {"train": "train_agent.py", "evaluate": "evaluate.py"}
 _PACKAGES = (
     "thermalmoe", "numpy", "numba", "scipy", "pandas", "matplotlib", "gymnasium", "torch",
@@ -93,23 +95,6 @@ def command(name: str) -> str:
     called = Path(sys.argv[0])
     in_checkout = called.name in _SCRIPTS.values()
     return f"python {called.with_name(_SCRIPTS[name])}" if in_checkout else f"thermalmoe-{name}"
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file in one step: after an interruption it is the old one or the new one, never a part.
-
-    Raises:
-        OSError: it cannot be written, for its rights or for want of space; names the file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may write a file
-    try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(part, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def shown_name(name: str) -> str:

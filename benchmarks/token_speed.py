@@ -28,7 +28,7 @@ from benchmarks.token_speed_hf import Form, HfPlan, decide_routing, measure_hf
 from moe.device.meter import open_meter
 from moe.device.torch_device import pick_device, serving_dtype
 from moe.errors import ThermoeError, one_line_errors
-from moe.files import refuse_unwritable
+from moe.files import refuse_unwritable, write_file
 from moe.lm.config import SIZES, Size
 from moe.lm.engine.engine import Engine
 from moe.lm.model import LanguageModel, describe, initialise
@@ -370,9 +370,7 @@ _TABLES = {
 
 
 def _write(record: dict[str, Any], path: Path) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_file(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -66,3 +66,20 @@ def read_array(path: Path, remedy: str) -> np.ndarray:
             return np.lib.format.read_array(file, allow_pickle=False)
     except DAMAGED as error:
         raise DataCorruptError(f"{path} is no whole NumPy array ({error}): {remedy}") from error
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file in one step: after an interruption it is the old one or the new one, never a part.
+
+    Raises:
+        OSError: it cannot be written, for its rights or for want of space; names the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several processes may write a file
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from moe.files import write_file
 
 IDENTITY = ("key", "config", "data_sha256", "weights_sha256")
 """Fields of `Profile.model`."""
@@ -218,13 +219,7 @@ def save_profile(profile: Profile, path: str | Path) -> None:
     path = Path(path)
     _check(path, profile)
     document = {f.name: _as_json(getattr(profile, f.name)) for f in dataclasses.fields(Profile)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    try:
-        part.write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_file(path, json.dumps(document, indent=1, allow_nan=False))
 
 
 def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from moe.files import write_file
 from moe.lm.config import Size
 from moe.profiles import ProfileError, each_key_once
 from moe.ranges import STRICT, Count, Flag, Number, Share, Whole
@@ -191,14 +191,7 @@ def save_token_profile(profile: TokenProfile, path: str | Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    try:
-        part.write_text(json.dumps(_document(profile), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_file(Path(path), json.dumps(_document(profile), indent=1, allow_nan=False) + "\n")
 
 
 _REMEDY = "measure it again: python -m moe.profiling tokens"

@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from moe.errors import DataMissingError
+from moe.files import write_file
 from moe.lm.text import END_ID, documents, documents_sha256, tokenizer, tokenizer_sha256
 
 SUFFIXES = frozenset(
@@ -100,9 +101,7 @@ def build_corpus(folder: Path, roots: Sequence[Path]) -> Corpus:
     }
     folder.mkdir(parents=True, exist_ok=True)
     np.save(tokens_path, tokens)
-    part = record_path.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    part.replace(record_path)
+    write_file(record_path, json.dumps(record, indent=1) + "\n")
     return Corpus(tokens, record)
 
 

@@ -220,14 +220,6 @@ def copy_bytes_per_s(device: torch.device) -> float | None:
     return 20 * 2 * COPY_BYTES / (start.elapsed_time(end) / 1e3)
 
 
-def idle_power_w(meter: EnergyMeter | None) -> float | None:
-    """Power in watts over a second without load; None without a meter."""
-    if meter is None:
-        return None
-    first, last = meter.window(lambda: time.sleep(0.01), 1.0)
-    return (last.energy_j - first.energy_j) / (last.time_s - first.time_s)
-
-
 def _visit(
     engine: Engine, launch: Callable[[], None], launched: Callable[[], int], meter: EnergyMeter | None,
     window_s: float,

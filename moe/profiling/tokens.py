@@ -20,17 +20,17 @@ from pydantic import ValidationError
 
 from moe.device.meter import EnergyMeter, open_meter
 from moe.device.torch_device import device_name, pick_device
-from moe.files import refuse_unwritable
+from moe.files import refuse_unwritable, write_file
 from moe.lm.config import Size
 from moe.lm.engine.engine import Engine
 from moe.lm.text import DOMAINS, documents
 from moe.lm.weights import identity, load_model, reference
 from moe.profiles import ProfileError
+from moe.profiling.cost import idle_power_w
 from moe.profiling.token_cost import (
     WINDOW_S,
     Place,
     copy_bytes_per_s,
-    idle_power_w,
     measure_places,
     places,
 )
@@ -112,7 +112,7 @@ def measure(options: TokenOptions) -> TokenProfile:
     began = time.monotonic()
     kept = _Kept(options, device)
     if not kept.path.exists():
-        kept.idle_w = idle_power_w(meter)
+        kept.idle_w = idle_power_w(meter) if meter else None
     engine, texts = open_engine(options.size, device)
     kept.quality = quality = kept.quality or measure_quality(options.size, engine, texts)
     kept.save()
@@ -178,13 +178,10 @@ class _Kept:
 
     def save(self) -> None:
         """Write all that is measured."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
         quality = None if self.quality is None else asdict(self.quality)
         document = {"run": self.run, "idle_w": self.idle_w, "quality": quality,
                     "cells": [asdict(cell) for cell in self.cells.values()]}  # fmt: skip
-        part.write_text(json.dumps(document), encoding="utf-8")
-        part.replace(self.path)
+        write_file(self.path, json.dumps(document))
 
     def _read(self) -> None:
         try:

@@ -12,7 +12,8 @@ from moe.device.meter import EnergyMeter
 from moe.lm.engine.engine import Engine, Rows, readable_experts
 from moe.lm.model import LanguageModel
 from moe.lm.text import Documents
-from moe.profiling.token_cost import Place, idle_power_w, measure_place
+from moe.profiling.cost import idle_power_w
+from moe.profiling.token_cost import Place, measure_place
 from moe.profiling.token_quality import read_prompts
 
 
@@ -40,7 +41,7 @@ def measure(
         model, text.tokens[:, : c.context + 1].astype(np.int32), slots=most, max_rows=max(256, most)
     )
     engine.capture()
-    idle_w = idle_power_w(meter)
+    idle_w = idle_power_w(meter) if meter else None
     cells = []
     for running, n_documents in plan.items():
         # Evenly from all domains, which lie one behind the other.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from moe.files import write_file
 from moe.ranges import STRICT, Celsius, Name, Number, Seconds, Watts
 from thermoe_env.configs import read_yaml, validated
 from thermoe_env.errors import ScenarioError
@@ -163,10 +163,5 @@ def load_twin(path: str | Path) -> TwinParams:
 
 def save_twin(twin: TwinParams, path: str | Path) -> None:
     """Write a twin calibration in one step: the file is whole or as it was."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(
-        yaml.safe_dump(asdict(twin), sort_keys=False, width=100, default_flow_style=None), encoding="utf-8"
-    )
-    os.replace(part, path)
+    text = yaml.safe_dump(asdict(twin), sort_keys=False, width=100, default_flow_style=None)
+    write_file(Path(path), text)

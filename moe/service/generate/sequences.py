@@ -43,8 +43,6 @@ class Finished:
     """Tokens."""
     right: np.ndarray
     """Tokens that were the text's own."""
-    reference: np.ndarray
-    """Of the same tokens, those that the standard service has right."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,6 @@ class Counts:
     reference: int = 0
     confidence: float = 0.0
     entropy: float = 0.0
-    loss_nats: float = 0.0
 
 
 @dataclass
@@ -97,8 +94,7 @@ class Sequences:
             self._output,
             self._position,
             self._right,
-            self._reference,
-        ) = np.zeros((7, n), np.int32)
+        ) = np.zeros((6, n), np.int32)
         self._arrived_s, self._first_s = np.zeros((2, n))
         self._decoding = np.zeros(0, np.int32)  # slots, in order of admission
         self._prefilling: deque[int] = deque()
@@ -118,7 +114,7 @@ class Sequences:
         slot = request.slot
         self._class[slot], self._document[slot] = request.request_class, request.document
         self._prompt[slot], self._output[slot] = request.prompt, request.output
-        self._position[slot] = self._right[slot] = self._reference[slot] = 0
+        self._position[slot] = self._right[slot] = 0
         self._arrived_s[slot] = request.arrived_s
         self.n_running[request.request_class] += 1
         self._prefilling.append(slot)
@@ -170,18 +166,16 @@ class Sequences:
         prompt = self._prompt[rows.slot]
         output = rows.position >= prompt - 1  # who predicts a token of an answer
         slot, position, document = rows.slot[output], rows.position[output], rows.document[output]
-        token, confidence, entropy, loss = answers[:, output]
+        token, confidence, entropy = answers[:3, output]
         right = token == self.texts.tokens[document, position + 1]
         reference = self.texts.reference[document, position]
         self._right[slot] += right  # a step has one such row of a slot at most
-        self._reference[slot] += reference
         self.counts.prefill_tokens += int((rows.position < prompt).sum())
         self.counts.output_tokens += len(slot)
         self.counts.right += int(right.sum())
         self.counts.reference += int(reference.sum())
         self.counts.confidence += float(confidence.sum())
         self.counts.entropy += float(entropy.sum())
-        self.counts.loss_nats += float(loss.sum())
         self._first_s[slot[position == self._prompt[slot] - 1]] = ended_s
         done = slot[position + 2 == self._prompt[slot] + self._output[slot]]
         if not len(done):
@@ -192,5 +186,4 @@ class Sequences:
             slot=done, request_class=self._class[done], ttft_s=first_s - self._arrived_s[done],
             tpot_s=(ended_s - first_s) / np.maximum(1, tokens - 1),
             latency_s=ended_s - self._arrived_s[done], output=tokens, right=self._right[done],
-            reference=self._reference[done],
         )  # fmt: skip
