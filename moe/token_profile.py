@@ -86,6 +86,8 @@ class QualityCell:
     """Accuracy less that of the same tokens at the trained top k and bias 0."""
     confidence: Share
     entropy: Share
+    experts_read: NotNegative
+    """Experts of a layer that a decode step read, mean over layers and steps."""
     by_domain: dict[str, Share]
     """Accuracy."""
 

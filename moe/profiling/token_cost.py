@@ -34,6 +34,8 @@ VISITS = 2
 CPU_STEPS = 3
 """Least steps of a visit on a CPU."""
 COPY_BYTES = 4 * 2**30
+GOLDEN = 0.6180339887498949
+"""Steps of this share of the documents cover all domains evenly, however many are taken."""
 BIASES, MORE_BIASES = (0.0, 0.5, 0.75, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0)
 """Routing biases whose numbers of readable experts are measured; the second in a thorough run."""
 
@@ -174,12 +176,12 @@ def read_texts(engine: Engine, sequences: int, positions: int) -> None:
     """
     engine.reset()
     slots = _reserve(engine, sequences)
-    read_prompts(engine, slots, slots % len(engine.documents), positions, engine.model.config.top_k)
+    read_prompts(engine, slots, _documents(engine, slots), positions, engine.model.config.top_k)
     engine.reset()
 
 
 def rows_of(engine: Engine, place: Place) -> Rows:
-    """Rows of a cell in an empty engine, whose slots they reserve; slot n has document n."""
+    """Rows of a cell in an empty engine, whose slots they reserve."""
     slots = _reserve(engine, _sequences(place))
     slot, position = [slots[: place.decode_rows]], [np.full(place.decode_rows, place.context, np.int32)]
     left = place.prefill_rows
@@ -189,7 +191,12 @@ def rows_of(engine: Engine, place: Place) -> Rows:
         position.append(np.arange(place.context - taken, place.context, dtype=np.int32))
         left -= taken
     of_rows = np.concatenate(slot)
-    return Rows(of_rows, np.concatenate(position), of_rows % len(engine.documents))
+    return Rows(of_rows, np.concatenate(position), _documents(engine, of_rows))
+
+
+def _documents(engine: Engine, slots: np.ndarray) -> np.ndarray:
+    """Document of each slot, int32: all domains, which lie one behind the other, as quality has them."""
+    return (slots * GOLDEN % 1.0 * len(engine.documents)).astype(np.int32)
 
 
 def _sequences(place: Place) -> int:

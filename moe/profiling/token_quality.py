@@ -7,6 +7,7 @@ read depends on who runs. Each token is compared with its own entry under the tr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -18,6 +19,17 @@ from moe.token_profile import QualityCell
 
 BIASES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Routing biases; of those that allow a step the same number of experts the lowest is measured."""
+
+
+class Score(NamedTuple):
+    """How documents were answered."""
+
+    right: np.ndarray
+    """Bool.  # [N', tokens]"""
+    confidence: float
+    entropy: float
+    experts_read: float
+    """Of a layer by a decode step, mean over layers and steps."""
 
 
 def measure_token_quality(
@@ -49,9 +61,10 @@ def measure_token_quality(
         limits: dict[int, float] = {}
         for bias in BIASES if running > 1 else (0.0,):
             limits.setdefault(readable_experts(bias, c.n_experts, top_k), bias)
-        rows = _score(engine, texts, chosen, running, top_k, tuple(limits), tokens)
-        reference = _reference(texts, chosen, tokens)  # [N', tokens]
-        for bias, (right, confidence, entropy) in zip(limits.values(), rows, strict=True):
+        first, last = _span(texts, tokens)
+        scores = score(engine, texts.tokens, chosen, running, top_k, tuple(limits), first, last)
+        reference = texts.reference[chosen, first:last]  # [N', tokens]
+        for bias, (right, confidence, entropy, experts_read) in zip(limits.values(), scores, strict=True):
             gap = right.mean(axis=1) - reference.mean(axis=1)  # [N']
             by_domain = {
                 name: float(right[domain[chosen] == d].mean())
@@ -62,8 +75,8 @@ def measure_token_quality(
                 QualityCell(
                     running=running, top_k=top_k, routing_bias=bias, tokens=right.size,
                     accuracy=float(right.mean()), minus_standard=float(gap.mean()),
-                    standard_error=float(gap.std(ddof=1) / len(gap) ** 0.5), confidence=float(confidence),
-                    entropy=float(entropy), by_domain=by_domain,
+                    standard_error=float(gap.std(ddof=1) / len(gap) ** 0.5), confidence=confidence,
+                    entropy=entropy, experts_read=experts_read, by_domain=by_domain,
                 )
             )  # fmt: skip
     return tuple(found)
@@ -75,41 +88,42 @@ def _span(texts: Texts, tokens: int) -> tuple[int, int]:
     return first, min(first + tokens, texts.reference.shape[1])
 
 
-def _reference(texts: Texts, chosen: np.ndarray, tokens: int) -> np.ndarray:
-    return texts.reference[chosen, slice(*_span(texts, tokens))]
+def score(
+    engine: Engine, tokens: np.ndarray, chosen: np.ndarray, running: int, top_k: int, limits: Sequence[int],
+    first: int, last: int,
+) -> list[Score]:  # fmt: skip
+    """Decode positions of documents, so many documents together, once for each number of readable experts.
 
-
-def _score(
-    engine: Engine,
-    texts: Texts,
-    chosen: np.ndarray,
-    running: int,
-    top_k: int,
-    limits: tuple[int, ...],
-    tokens: int,
-) -> list[tuple[np.ndarray, float, float]]:
-    """Right tokens, bool, [N', tokens], mean confidence and entropy, for each of `limits` (readable experts).
-
-    N' documents are chosen, `running` of them decode together.
+    Args:
+        engine: captured and empty, over the documents.
+        tokens: of the documents.  # [N, positions]
+        chosen: documents to score.  # [N']
+        running: that decode together, of which N' is a multiple.
+        top_k: experts per token, of the prompts too.
+        limits: readable experts.
+        first: position whose next token is the first answer; what lies before is the prompt.
+        last: the position behind the last answer's.
     """
-    first, last = _span(texts, tokens)
     right = np.zeros((len(limits), len(chosen), last - first), bool)
-    sums = np.zeros((len(limits), 2))
+    sums = np.zeros((len(limits), 3))
     for start in range(0, len(chosen), running):
         group = chosen[start : start + running]
         slots = np.array([engine.reserve(last) for _ in group], np.int32)
         read_prompts(engine, slots, group, first, top_k)
+        engine.usage()  # forgets the prompts'
         for number, limit in enumerate(limits):  # answers overwrite the keys and values of those before
             for position in range(first, last):
                 at = np.full(len(group), position, np.int32)
                 answers = engine.launch(Rows(slots, at, group), top_k, limit).answers()
                 place = slice(start, start + len(group))
-                right[number, place, position - first] = answers[0] == texts.tokens[group, position + 1]
-                sums[number] += answers[1:3].sum(axis=1)
+                right[number, place, position - first] = answers[0] == tokens[group, position + 1]
+                sums[number, :2] += answers[1:3].sum(axis=1)
+            sums[number, 2] += engine.usage()[1].sum(axis=1).mean()
         for slot in slots.tolist():
             engine.release(slot)
     mean = sums / right[0].size
-    return [(right[n], float(mean[n, 0]), float(mean[n, 1])) for n in range(len(limits))]
+    mean[:, 2] *= running  # of steps, not of tokens
+    return [Score(right[n], *mean[n].tolist()) for n in range(len(limits))]
 
 
 def read_prompts(engine: Engine, slots: np.ndarray, documents: np.ndarray, length: int, top_k: int) -> None:

@@ -78,7 +78,7 @@ class Study:
     serve: tuple[tuple[float, float], ...]
     """(share of the trained experts per token, routing bias) that each model is served with."""
     target: Target
-    sizes: dict[Literal["smoke", "study"], SizeSettings]
+    sizes: dict[Literal["smoke", "study", "base"], SizeSettings]
 
     def __post_init__(self) -> None:
         if STANDARD not in self.variants or (1.0, 0.0) not in self.serve:
@@ -144,8 +144,8 @@ class Training:
 class Arguments:
     """Train variants of a language model and compare what they read, cost and know in decode."""
 
-    size: Literal["smoke", "study"] = "study"
-    """smoke for a CPU, study for a data-centre GPU."""
+    size: Literal["smoke", "study", "base"] = "study"
+    """smoke for a CPU; study and base, the service's own model, for a data-centre GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when there is one."""
     only: tuple[str, ...] = ()
@@ -159,7 +159,7 @@ class Arguments:
     out: Path = Path("runs/frugal_tokens")
     """Folder of the results, the report and the figures."""
     report_only: bool = False
-    """Only make the report of results that are there."""
+    """Only make the report of results that are there; `--device cuda` names their device."""
 
     def __post_init__(self) -> None:
         """Refuse a limit that runs nothing."""
@@ -177,7 +177,9 @@ def trainings(study: Study, arguments: Arguments) -> list[Training]:
     if unknown := sorted(set(arguments.only) - set(study.variants)):
         raise StudyError(f"--only {' '.join(unknown)}: unknown variants; known: {' '.join(study.variants)}")
     size = study.sizes[arguments.size]
-    device, tasks = pick_device(arguments.device).type, []
+    # Results can be reported where there is no such device.
+    named = arguments.report_only and arguments.device != "auto"
+    device, tasks = arguments.device if named else pick_device(arguments.device).type, []
     for seed in size.seeds:
         for name, variant in study.variants.items():
             config = replace(size.model, top_k=round(variant.top_k_share * size.model.top_k))

@@ -41,7 +41,7 @@ def quality_cell(running: int, top_k: int, bias: float) -> QualityCell:
     return QualityCell(
         running=running, top_k=top_k, routing_bias=bias, tokens=1000, accuracy=(top_k - bias) / 7,
         standard_error=THIRD / 100, minus_standard=-THIRD / 10, confidence=THIRD, entropy=THIRD,
-        by_domain={"prose": THIRD, "c": 0.5},
+        experts_read=8 * THIRD, by_domain={"prose": THIRD, "c": 0.5},
     )  # fmt: skip
 
 

@@ -77,6 +77,15 @@ def test_quality_at_bias_0_is_that_of_one_pass_over_whole_documents() -> None:
             assert cell.confidence == pytest.approx(float(p.amax(dim=-1).mean()), rel=1e-4)
             entropy = float(-(p * p.log()).sum(dim=-1).mean()) / np.log(TINY.vocabulary)
             assert cell.entropy == pytest.approx(entropy, rel=1e-4)
+            assert cell.experts_read == pytest.approx(experts_read(text, top_k, running, half))
+
+
+def experts_read(text: torch.Tensor, top_k: int, running: int, first: int) -> float:
+    """Different experts of a group at a position, mean over positions, groups and layers, in one pass."""
+    _, decisions = make_engine().model(text[:, :-1].long(), top_k)
+    picked = [d.experts.view(-1, running, LENGTH, top_k) for d in decisions]
+    steps = [p[g, :, t] for p in picked for g in range(len(p)) for t in range(first, LENGTH)]
+    return float(np.mean([len(step.unique()) for step in steps]))
 
 
 def test_at_the_trained_top_k_nothing_is_lost_and_less_of_a_document_can_be_scored() -> None:
@@ -122,13 +131,18 @@ def test_cost_is_measured_at_the_biases_of_quality(thorough: bool, biases: tuple
     assert all(p.decode_rows + p.prefill_rows <= 40 and p.decode_rows <= 8 for p in wanted)
 
 
+def engine_document(slot: int) -> int:
+    return int(slot * 0.618034 % 1.0 * DOCUMENTS)
+
+
 def test_rows_of_a_cell_are_decode_rows_and_chunks_that_end_at_its_context() -> None:
     engine = make_engine()
     rows = rows_of(engine, Place(2, 30, 20, 4, 8))
     assert engine.blocks.free_slots == 8 - 4  # two that decode, 20 and 10 rows of two prompts
     by_slot = [rows.position[rows.slot == slot].tolist() for slot in range(4)]
     assert by_slot == [[20], [20], [*range(20)], [*range(10, 20)]]
-    assert rows.document.tolist() == rows.slot.tolist()
+    assert rows.document.tolist() == [engine_document(slot) for slot in rows.slot]
+    assert sorted(engine_document(slot) < DOCUMENTS // 2 for slot in range(4)) == [False, False, True, True]
 
 
 def test_a_cell_counts_the_experts_that_its_steps_read_and_leaves_the_engine_empty() -> None:
@@ -151,7 +165,8 @@ def test_rows_of_a_cell_choose_the_experts_that_their_text_chooses() -> None:
     _, decisions = engine.model(text[:, :-1].long())
     for _ in range(2):
         for n in (1, 3):
-            at_30 = [d.experts.view(DOCUMENTS, LENGTH, -1)[:n, 30] for d in decisions]
+            first = [engine_document(slot) for slot in range(n)]
+            at_30 = [d.experts.view(DOCUMENTS, LENGTH, -1)[first, 30] for d in decisions]
             cell = measure_place(engine, Place(n, 0, 30, 4, 8), None, None, window_s=0.01)
             assert cell.experts_read == np.mean([len(experts.unique()) for experts in at_30])
         measure_place(engine, Place(1, 30, 30, 1, 4), None, None, window_s=0.01)
