@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator
 from agents.evaluation.figures import log_scale, save_figure
 from agents.files import write_file
 from moe.errors import one_line_errors
-from moe.lm.engine.engine import readable_experts
+from moe.lm.config import readable_experts
 from moe.token_profile import CostCell, QualityCell, TokenProfile, load_token_profile
 from thermoe_env.configs import config_path
 

@@ -87,3 +87,14 @@ SIZES: dict[Size, tuple[LmConfig, Recipe]] = {
     ),
     "base": (LmConfig(), Recipe()),
 }  # fmt: skip
+
+ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Numbers of rows that have a graph on CUDA; a step runs the next larger one."""
+
+
+def readable_experts(routing_bias: float, n_experts: int, top_k: int) -> int:
+    """Experts of a layer that one step may read: all without bias, a quarter at a bias of 1.
+
+    Sets are nested: experts are ranked by the step's demand, so more bias never reads another one.
+    """
+    return max(top_k, math.ceil(n_experts * (1 - 0.75 * routing_bias)))

@@ -19,8 +19,9 @@ import torch
 from tqdm import tqdm
 
 from moe.device.meter import EnergyMeter
+from moe.lm.config import readable_experts
 from moe.lm.engine.blocks import blocks_for
-from moe.lm.engine.engine import Engine, readable_experts
+from moe.lm.engine.engine import Engine
 from moe.lm.engine.rows import Rows
 from moe.profiling.token_quality import read_prompts
 from moe.token_profile import CostCell

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from moe.lm.engine.engine import Engine, readable_experts
+from moe.lm.config import readable_experts
+from moe.lm.engine.engine import Engine
 from moe.lm.engine.rows import Rows
 from moe.service.generate.sequences import Texts
 from moe.token_profile import QualityCell

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from moe.device.meter import EnergyMeter
-from moe.lm.engine.engine import Engine, readable_experts
+from moe.lm.config import readable_experts
+from moe.lm.engine.engine import Engine
 from moe.lm.model import LanguageModel
 from moe.lm.text import Documents
 from moe.profiling.cost import idle_power_w

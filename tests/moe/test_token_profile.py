@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from moe.lm.config import SIZES
-from moe.lm.engine.engine import readable_experts
+from moe.lm.config import SIZES, readable_experts
 from moe.profiles import ProfileError
 from moe.profiling.token_cost import BIASES
 from moe.token_profile import (

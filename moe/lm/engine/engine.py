@@ -8,7 +8,6 @@ found comes back in one; in between the host waits for nothing.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,25 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.lm.config import ROW_BUCKETS
 from moe.lm.engine import ops
 from moe.lm.engine.blocks import Blocks, blocks_for
 from moe.lm.engine.parallel import PENALTY, RESERVE, STEP, STOP, USAGE, ExpertGroup
 from moe.lm.engine.rows import BLOCK, Rows, StepInput
 from moe.lm.model import LanguageModel
 
-BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-"""Numbers of rows that have a graph."""
 AHEAD = 4
 """Most steps that are launched before the first of them is done."""
 _WARM_UPS = 2
-
-
-def readable_experts(routing_bias: float, n_experts: int, top_k: int) -> int:
-    """Experts of a layer that one step may read: all without bias, a quarter at a bias of 1.
-
-    Sets are nested: experts are ranked by the step's demand, so more bias never reads another one.
-    """
-    return max(top_k, math.ceil(n_experts * (1 - 0.75 * routing_bias)))
 
 
 class Step:
@@ -172,7 +162,7 @@ class Engine:
         if not self._cuda:
             return
         pool = None
-        for n in sorted({n for n in BUCKETS if n < self.max_rows} | {self.max_rows}, reverse=True):
+        for n in sorted({n for n in ROW_BUCKETS if n < self.max_rows} | {self.max_rows}, reverse=True):
             control = torch.zeros(3 + 3 * n, dtype=torch.int32, device=self._table.device)
             control[:3] = torch.tensor([0, 1, self.model.config.n_experts])
             control[3 : 3 + n] = len(self.blocks.table) - 1  # the spare slot

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moe.lm.engine.engine import Engine, Step, readable_experts
+from moe.lm.config import readable_experts
+from moe.lm.engine.engine import Engine, Step
 from moe.lm.engine.rows import Rows
 from moe.service.generate.lengths import TokenLengths, row_of
 from moe.service.generate.sequences import Counts, Request, Sequences, Texts

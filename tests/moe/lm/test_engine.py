@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe.lm.config import readable_experts
 from moe.lm.engine import ops
-from moe.lm.engine.engine import Engine, readable_experts
+from moe.lm.engine.engine import Engine
 from moe.lm.engine.rows import Rows, StepInput
 from tests.conftest import no_host_wait
 from tests.moe.lm.plain_decoder import (
