@@ -29,13 +29,13 @@ from moe.device.meter import open_meter
 from moe.device.torch_device import pick_device, serving_dtype
 from moe.errors import ThermoeError, one_line_errors
 from moe.files import refuse_unwritable, write_file
-from moe.lm.config import SIZES, Size
+from moe.lm.config import ENGINE, SIZES, Size
 from moe.lm.engine.engine import Engine
 from moe.lm.model import LanguageModel, describe, initialise
 from moe.lm.text import documents
 from moe.lm.weights import weights_path
 from moe.profiling.token_cost import Place, copy_bytes_per_s, measure_place
-from moe.profiling.tokens import ENGINE, open_engine, provenance
+from moe.profiling.tokens import open_engine, provenance
 from moe.service.generate.lengths import TokenLengths
 from moe.service.generate.live import GenerateWorkload
 from moe.service.generate.sequences import Texts

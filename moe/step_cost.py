@@ -1,9 +1,9 @@
 """Time and energy of a step of the token service, for any rows and knobs: a small form fitted to a profile.
 
 What a step reads and computes are few amounts (as in the roofline model, Williams et al., CACM 2009: bytes
-moved and arithmetic, and a constant for launches). Time and energy are sums of amounts times rates, none below
-zero, fitted to the measured cells by least squares of the relative error. How many experts rows read is no
-formula: it is interpolated between what was counted.
+moved and arithmetic, and a constant for launches). Time and energy are sums of amounts times rates, none
+below zero, fitted to the measured cells by least squares of the relative error. How many experts rows read
+is no formula: it is interpolated between what was counted.
 
 Energies are above idle. Shapes: C cells, F terms.
 """
@@ -90,9 +90,9 @@ class Fit:
 class ExpertReads:
     """Experts of a layer that rows read, between counted numbers.
 
-    With e read of E, -log(1 - e/E) is the rows' *pressure*: it adds up over rows that choose independently. Its
-    logarithm is a straight line between counts over that of the rows, of answers (as counted over whole ones)
-    and of prompts apart. Rows of both overlap: how much is one number, fitted to steps that had both.
+    With e read of E, -log(1 - e/E) is the rows' *pressure*: it adds up over rows that choose independently.
+    Its logarithm is a straight line between counts over that of the rows, of answers (as counted over whole
+    ones) and of prompts apart. Rows of both overlap: how much is one number, fitted to steps that had both.
     """
 
     def __init__(self, profile: TokenProfile) -> None:

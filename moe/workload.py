@@ -24,6 +24,9 @@ LATENCY_EDGES_S = np.geomspace(1e-3, 240.0, 241)
 """Edges of the latency histogram: 5% wide bins from 1 ms to 240 s."""
 
 
+TPOT_EDGES_S = LATENCY_EDGES_S / 10
+"""Those of a histogram of times per output token."""
+
 _Throttle = Annotated[Number, Field(ge=0.01, le=1.0)]
 
 
@@ -43,6 +46,8 @@ class Knobs:
     """Cap on the busy fraction of the device: after each batch it idles to keep below it."""
     sm_clock: _Throttle = 1.0
     """SM clock as a fraction of the device's maximum."""
+    admission: Share = 1.0
+    """Share of the places of `batch_size` that deferrable requests may take; of a service of tokens."""
 
 
 class KnobRefusedError(ValueError):
@@ -56,6 +61,7 @@ KNOBS: dict[str, tuple[str, str]] = {
     "ttt_steps": ("steps", "adaptation steps after each micro-batch"),
     "pace": ("1", "cap on the device's busy fraction (idle injection, needs no privilege)"),
     "sm_clock": ("1", "SM clock over its maximum (modelled in the twin; needs privilege live)"),
+    "admission": ("1", "share of the places that deferrable requests may take (a service of tokens)"),
 }
 """Name -> (unit, meaning)."""
 
@@ -120,6 +126,10 @@ class WorkStats:
     """Output tokens that the standard service has right: of `right_tokens` at its knobs."""
     good_tokens: float = 0.0
     """Right tokens of the requests that were answered in time."""
+    ttft_s: float = 0.0
+    """Time to first token, from arrival: mean over the answered; in the twin over those that were let run."""
+    tpot_s: float = 0.0
+    """Time per output token after the first, mean over the answers of more than one."""
     cache_share: float = 0.0
     """Part of the cache of keys and values that is in use at the end."""
     sm_clock: float = 1.0
@@ -134,7 +144,7 @@ class WorkStats:
     ttft_histogram: np.ndarray | None = None
     """Answered requests of a service of tokens by time to first token, as `latency_histogram`."""
     tpot_histogram: np.ndarray | None = None
-    """The same by time per output token."""
+    """Those of more than one token by time per output token, between `TPOT_EDGES_S`."""
     tokens_per_expert: np.ndarray | None = None
     """[layers, experts] tokens routed in the interval."""
     slot_energy_j: np.ndarray | None = None

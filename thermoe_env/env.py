@@ -42,7 +42,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
 
     ## Action Space
     One level per controlled knob of the scenario: `MultiDiscrete` (default), `Discrete` (flattened) or
-    `Box` in [-1, 1]. Knobs: `routing_bias`, `batch_size`, `expert_count`, `ttt_steps`, `pace`, `sm_clock`.
+    `Box` in [-1, 1]. Knobs: `routing_bias`, `batch_size`, `expert_count`, `ttt_steps`, `pace`, `sm_clock`,
+    `admission`.
 
     ## Observation Space
     A flat float32 `Box` in [-1, 1], scaled from the ranges of these fields; `ranges_of(problem).decode` of

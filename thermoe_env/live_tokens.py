@@ -56,7 +56,7 @@ def token_service(scenario: Scenario, device: torch.device) -> tuple[Problem, Ge
     engine, texts = open_engine(measured.quality.size, device, promised.cache_positions)
     profile = replace(measured, quality=quality_here(measured, engine, texts))
     lengths = token_lengths(promised.lengths, engine.model.config.context)
-    problem = Problem.of(scenario, request_profile(profile, lengths))
+    problem = Problem.of(scenario, request_profile(profile, lengths), profile)
     workload = GenerateWorkload(
         engine, texts, documents().domain, lengths, scenario.traffic, problem.capacity_rps,
         scenario.episode_s + 1,

@@ -83,9 +83,10 @@ def strain_of(o: dict[str, np.ndarray], config: ThrottleConfig) -> np.ndarray:
 def cheapest_level(problem: Problem, name: str) -> int:
     """Level of a knob at which an answer of the otherwise static service takes the least energy.
 
-    Pace and clock spread or shrink the power, and adaptation adds to it: for these it is the lowest level.
+    Pace and clock spread or shrink the power, adaptation adds to it, and who is not admitted takes none: for
+    these it is the lowest level.
     """
-    if name in ("pace", "sm_clock", "ttt_steps"):
+    if name in ("pace", "sm_clock", "ttt_steps", "admission"):
         return 0
     joules = []
     for value in problem.knobs.levels[name]:

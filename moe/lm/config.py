@@ -88,6 +88,15 @@ SIZES: dict[Size, tuple[LmConfig, Recipe]] = {
     "base": (LmConfig(), Recipe()),
 }  # fmt: skip
 
+ENGINE: dict[str, dict[str, int]] = {
+    "cuda": {"slots": 544, "max_rows": 1024},
+    "cpu": {"slots": 64, "max_rows": 128},
+}
+"""Room of the engine that is measured and served with; slots are freed a few steps behind the last token."""
+BLOCK = 64
+"""Positions of a block of keys and values."""
+AHEAD = 4
+"""Most steps that are launched before the first of them is done."""
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Numbers of rows that have a graph on CUDA; a step runs the next larger one."""
 

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from moe.device.meter import EnergyMeter, open_meter
 from moe.device.torch_device import device_name, pick_device
 from moe.files import refuse_unwritable, write_file
-from moe.lm.config import Size
+from moe.lm.config import ENGINE, Size
 from moe.lm.engine.engine import Engine
 from moe.lm.text import DOMAINS, documents
 from moe.lm.weights import identity, load_model, reference
@@ -49,11 +49,6 @@ PLAN: dict[str, dict[int, int]] = {"cuda": {1: 16, 8: 64, 32: 128, 128: 256}, "c
 """Documents that are scored, by device and running sequences; see `measure_token_quality`."""
 SCORED_TOKENS = {"cuda": 512, "cpu": 96}
 """Of each document, from its middle on."""
-ENGINE: dict[str, dict[str, int]] = {
-    "cuda": {"slots": 544, "max_rows": 1024},
-    "cpu": {"slots": 64, "max_rows": 128},
-}
-"""Room of the engine that is measured and served with; slots are freed a few steps behind the last token."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ ACTION_MODES = ("multi_discrete", "discrete", "box")
 _ROUTING_BIAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _PACE = (0.2, 0.4, 0.6, 0.8, 1.0)
 _SM_CLOCK = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_ADMISSION = (0.0, 0.5, 1.0)
 _BATCH_LEVELS = 6
 
 
@@ -42,6 +43,7 @@ def knob_levels(profile: Profile) -> dict[str, tuple[float, ...]]:
         "ttt_steps": (0.0, 1.0, 2.0) if profile.ttt_latency_s is not None else (0.0,),
         "pace": _PACE,
         "sm_clock": _SM_CLOCK,
+        "admission": _ADMISSION if profile.task == "generate" else (1.0,),
     }
 
 

@@ -14,7 +14,7 @@ from moe.service.adaptation import tabulate
 from moe.service.budget import UNLIMITED, EnergyBudget, StepBudget, open_purse
 from moe.service.generate.lengths import token_lengths
 from moe.service.traffic import traffic_of
-from moe.token_profile import load_token_profile
+from moe.token_profile import TokenProfile, load_token_profile
 from moe.workload import Knobs
 from thermoe_env.configs import config_path, validated
 from thermoe_env.device.parameters import TwinParams, load_twin
@@ -61,13 +61,17 @@ class Problem:
     knobs: KnobTable
     placement: Placement
     """Which of the scenario's devices holds which expert of the model."""
+    tokens: TokenProfile | None = None
+    """Of task `generate`: what steps cost and answers are worth, where `profile` has whole requests."""
 
     def __deepcopy__(self, memo: object) -> Problem:
         """Itself: nothing changes it, and copies of an environment play the same problem."""
         return self
 
     @classmethod
-    def of(cls, scenario: Scenario, profile: Profile | None = None) -> Problem:
+    def of(
+        cls, scenario: Scenario, profile: Profile | None = None, tokens: TokenProfile | None = None
+    ) -> Problem:
         """Load what the scenario names.
 
         Args:
@@ -75,6 +79,7 @@ class Problem:
             profile: profile of the machine that will do the work, where it is another one than the
                 scenario's; its batch levels then stand for the scenario's in the same order, and
                 where it holds no energies power is modelled from the scenario's own profile.
+            tokens: of task `generate`, what `profile` was made of.
 
         Raises:
             ScenarioError: a profile, a twin or a placement does not fit the scenario.
@@ -83,6 +88,8 @@ class Problem:
         """
         named = profile_of(scenario, scenario.profile)
         work = profile or named
+        if scenario.generate is not None and tokens is None:
+            tokens = load_token_profile(config_path("profiles", scenario.profile, ".json"))
         for of, task in ((scenario.profile, named.task), (f"of {work.device}", work.task)):
             if task != scenario.task:
                 raise ScenarioError(f"profile {of!r} is of task {task!r}, not {scenario.task!r}")
@@ -106,7 +113,7 @@ class Problem:
             static = replace(scenario.static, batch_size=max(1, round(scenario.static.batch_size * ratio)))
             scenario = replace(scenario, static=static)
         power = named if work.energy_j is None else work
-        problem = cls(scenario, work, power, twin, KnobTable.of(scenario, work), placement)
+        problem = cls(scenario, work, power, twin, KnobTable.of(scenario, work), placement, tokens)
         traffic_of(scenario.traffic, scenario.episode_s + 1, problem.capacity_rps)  # or too many requests
         return problem
 

@@ -301,7 +301,7 @@ class TwinBatch:
             *_with_rows(np.zeros(n, WORK_DTYPE)),
             np.zeros(n, GPU_DTYPE),
             *_with_rows(np.zeros(n, RAW_DTYPE)),
-            np.zeros((n, HISTOGRAM_BINS if latencies else 0), np.int64),
+            np.zeros((n, service.histograms * HISTOGRAM_BINS if latencies else 0), np.int64),
             np.zeros((n, slots)),
             np.zeros((n, len(REWARD_TERMS))),
             np.zeros((n, len(COST_NAMES))),

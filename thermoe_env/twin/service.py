@@ -32,6 +32,9 @@ class Service:
     """Those that it reads."""
     new_state: Callable[[int], Any]
     """State of so many servers: a `NamedTuple` of arrays [n, ...], which `start` fills."""
+    histograms: int = 1
+    """Of latencies, one behind the other: of whole answers; a service of tokens also has times to first token
+    and per output token (`TPOT_EDGES_S`)."""
 
 
 def start(fixed, seed, state, i):
@@ -64,7 +67,7 @@ def serve(
         state: row `i` is updated.
         i: number of the server.
         work: record of `moe.workload.WORK_DTYPE`, zeroed by the caller; filled.
-        histogram: int64 [bins], added to; without bins no latencies are recorded.
+        histogram: int64 [bins of all histograms], added to; without bins no latencies are recorded.
         slot_energy: float [slots per interval]; filled with J above idle.
     """
     raise NotImplementedError("compiled code calls what `implement` was given")

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from thermoe_env.errors import ScenarioError
 from thermoe_env.problem.problem import Problem
+from thermoe_env.twin.generate import generate_service
 from thermoe_env.twin.score import score_service
 from thermoe_env.twin.service import Service
 
 
 def make_service(problem: Problem) -> Service:
-    """The service that the problem's scenario describes.
-
-    Raises:
-        ScenarioError: a service of tokens, which has no compiled form.
-    """
-    if problem.scenario.generate is not None:
-        raise ScenarioError(
-            f"scenario {problem.scenario.name!r} serves tokens, which the twin does not play: make "
-            "ThermalMoELive-v0"
-        )
-    return score_service(problem)
+    """The service that the problem's scenario describes."""
+    return score_service(problem) if problem.scenario.generate is None else generate_service(problem)
 
 
 def service_of(problem: Problem) -> Service:

@@ -32,6 +32,7 @@ class TwinWorkload:
         """Serve on a device whose throttling leaves the clock fraction `clock()`."""
         self._problem, self._clock = problem, clock
         service = service_of(problem)
+        self._histograms = service.histograms
         self.state = service.new_state(1)
         """The service's own state, of one server."""
         self._kinds = type(service.fixed), type(self.state)
@@ -70,18 +71,20 @@ class TwinWorkload:
                 f"a twin runs whole intervals of {self._problem.scenario.interval_s} s, got {duration_s} s"
             )
         values, index, tokens, device_share = self._known.get(knobs) or self._learn(knobs)
-        histogram = np.zeros(HISTOGRAM_BINS, np.int64)
+        histogram = np.zeros((self._histograms, HISTOGRAM_BINS), np.int64)
         slot_energy = np.empty(self._slots)
         self._serve(
             values, index, self._stream.arrivals, self._slot, self._stream.shift_id, self._clock(),
-            serve_deferrable, self._work, self._work_row, histogram, slot_energy, *self._arrays,
+            serve_deferrable, self._work, self._work_row, histogram.ravel(), slot_energy, *self._arrays,
         )  # fmt: skip
         self._slot += self._slots
         row = self._work_row.tolist()
         pairs = zip(row[:_SCALARS_FROM:2], row[1:_SCALARS_FROM:2], strict=True)
         stats: dict[str, Any] = dict(zip(WORK_DTYPE.names or (), (*pairs, *row[_SCALARS_FROM:]), strict=True))
         stats["row"] = row
-        stats["latency_histogram"] = histogram
+        stats["latency_histogram"] = histogram[0]
+        if self._histograms > 1:
+            stats["ttft_histogram"], stats["tpot_histogram"] = histogram[1:]
         stats["tokens_per_expert"] = tokens * sum(stats["answered"])
         stats["slot_energy_j"] = slot_energy
         stats["device_share"] = device_share

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe.lm.engine.rows import BLOCK
+from moe.lm.config import BLOCK
 
 
 def blocks_for(positions: int) -> int:

@@ -19,15 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.lm.config import ROW_BUCKETS
+from moe.lm.config import AHEAD, BLOCK, ROW_BUCKETS
 from moe.lm.engine import ops
 from moe.lm.engine.blocks import Blocks, blocks_for
 from moe.lm.engine.parallel import PENALTY, RESERVE, STEP, STOP, USAGE, ExpertGroup
-from moe.lm.engine.rows import BLOCK, Rows, StepInput
+from moe.lm.engine.rows import Rows, StepInput
 from moe.lm.model import LanguageModel
 
-AHEAD = 4
-"""Most steps that are launched before the first of them is done."""
 _WARM_UPS = 2
 
 

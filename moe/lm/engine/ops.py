@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.lm.engine.rows import BLOCK, StepInput
+from moe.lm.config import BLOCK
+from moe.lm.engine.rows import StepInput
 from moe.lm.model import EPS, mixing_weights
 
 

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe.lm.engine.rows import BLOCK, StepInput
+from moe.lm.config import BLOCK
+from moe.lm.engine.rows import StepInput
 
 EPS = tl.constexpr(1e-6)
 

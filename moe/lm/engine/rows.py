@@ -7,9 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-BLOCK = 64
-"""Positions of a block of keys and values."""
-
 
 @dataclass(frozen=True)
 class StepInput:

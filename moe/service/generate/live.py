@@ -140,16 +140,13 @@ class GenerateWorkload:
         self._in_flight: deque[_InFlight] = deque()
         self._time_s = self._end_s = self._pause_s = 0.0
 
-    def run(
-        self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True, *, admission: float = 1.0
-    ) -> WorkStats:
+    def run(self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True) -> WorkStats:
         """Serve in real time until the interval is over and the steps under way are done.
 
         Args:
             knobs: of the interval.
             duration_s: its length.
             serve_deferrable: False starts no deferrable request; those that run go on.
-            admission: share of the places of `batch_size` that deferrable requests may take, 0 to 1.
 
         Raises:
             KnobRefusedError: a knob cannot be applied here.
@@ -167,7 +164,7 @@ class GenerateWorkload:
         while (now := self._clock() - self._resumed) < self._end_s:
             self._collect(tally, mark, began, wait=False)
             self._expire(now, tally)
-            self._admit(now, knobs, admission if serve_deferrable else 0.0)
+            self._admit(now, knobs, knobs.admission if serve_deferrable else 0.0)
             if self._sequences.has_work:
                 self._launch(knobs, tally)
                 if self._pause_s > LEAST_PAUSE_S:  # only where the pace asks for it

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 
 from moe.service.generate.sequences import Counts, Finished
-from moe.workload import LATENCY_EDGES_S, Knobs
+from moe.workload import LATENCY_EDGES_S, TPOT_EDGES_S, Knobs
+
+_EDGES = LATENCY_EDGES_S, TPOT_EDGES_S, LATENCY_EDGES_S
+"""Of the histograms of a tally."""
 
 
 def _histogram() -> np.ndarray:
@@ -30,6 +33,10 @@ class Tally:
     expired: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))
     histograms: list[np.ndarray] = field(default_factory=lambda: [_histogram() for _ in range(3)])
     """By time to first token, per output token, and to the last token."""
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0
+    several: int = 0
+    """Answers of more than one token, which have a time per output token."""
     correct: float = 0.0
     good: float = 0.0
     good_tokens: int = 0
@@ -43,8 +50,13 @@ class Tally:
         late = (times > self.promises[:, done.request_class]).any(axis=0)
         np.add.at(self.answered, done.request_class, 1)
         np.add.at(self.late, done.request_class, late)
-        for histogram, values in zip(self.histograms, times, strict=True):
-            np.add.at(histogram, np.searchsorted(LATENCY_EDGES_S, values, side="right"), 1)
+        several = done.output > 1  # what one token takes is its time to first token
+        counted = times[0], times[1, several], times[2]
+        for histogram, edges, values in zip(self.histograms, _EDGES, counted, strict=True):
+            np.add.at(histogram, np.searchsorted(edges, values, side="right"), 1)
+        self.ttft_s += float(times[0].sum())
+        self.tpot_s += float(times[1, several].sum())
+        self.several += int(several.sum())
         share = done.right / done.output
         self.correct += float(share.sum())
         self.good += float(share[~late].sum())
@@ -75,6 +87,8 @@ class Tally:
             "right_tokens": float(counts.right),
             "reference_tokens": float(counts.reference),
             "good_tokens": float(self.good_tokens),
+            "ttft_s": self.ttft_s / max(1, self.answered.sum()),
+            "tpot_s": self.tpot_s / max(1, self.several),
             "load_imbalance": float((load.std(axis=-1) / load.mean(axis=-1)).mean()) if load.any() else 0.0,
             "latency_histogram": latency,
             "ttft_histogram": ttft,

@@ -282,6 +282,10 @@ class LiveWorkload:
         return self._budget.energy.share
 
     def _refuse(self, knobs: Knobs) -> None:
+        if knobs.admission != 1.0:
+            raise KnobRefusedError(
+                f"admission={knobs.admission}: requests of one pass hold no places; leave it at 1.0"
+            )
         if knobs.sm_clock != 1.0:
             raise KnobRefusedError(
                 f"sm_clock={knobs.sm_clock}: the live service sets no clocks; leave sm_clock at 1.0 and "

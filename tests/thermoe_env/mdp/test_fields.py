@@ -14,11 +14,7 @@ from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 from thermoe_env.twin.core import TwinBatch
 
-SCENARIOS = sorted(
-    path.stem
-    for path in (configs_dir() / "scenarios").glob("*.yaml")
-    if load_scenario(path.stem).generate is None  # the twin plays no tokens
-)
+SCENARIOS = sorted(path.stem for path in (configs_dir() / "scenarios").glob("*.yaml"))
 POWERS = ("power_w", "power_slow_w", "budget_w", "budget_ahead_w")
 
 

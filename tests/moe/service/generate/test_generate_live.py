@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -89,7 +89,8 @@ def test_no_request_and_no_token_is_lost_under_any_knobs(load: float) -> None:
     workload.reset(3)
     waiting = np.zeros(2)
     for second in range(10):
-        stats = workload.run(KNOBS[second * 7 % 5], 1.0, admission=(1.0, 0.0, 0.5)[second % 3])
+        knobs = replace(KNOBS[second * 7 % 5], admission=(1.0, 0.0, 0.5)[second % 3])
+        stats = workload.run(knobs, 1.0)
         arrived, answered, expired = map(np.array, (stats.arrived, stats.answered, stats.expired))
         np.testing.assert_array_equal(arrived + waiting, answered + expired + np.array(stats.waiting))
         waiting = np.array(stats.waiting)
@@ -137,7 +138,7 @@ def test_deferrable_requests_get_the_places_that_admission_leaves_them() -> None
     workload.reset(5)
     for admission, most in ((0.0, 0), (0.5, 8)):
         for _ in range(3):
-            workload.run(STANDARD, 1.0, admission=admission)
+            workload.run(replace(STANDARD, admission=admission), 1.0)
         assert workload._sequences.n_running[1] <= most
         assert workload._sequences.running <= 16
     held = workload.run(STANDARD, 1.0, serve_deferrable=False)

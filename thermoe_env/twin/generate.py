@@ -1,0 +1,407 @@
+"""Tokens, compiled: continuous batching at measured cost, a slot of the queue at a time.
+
+Steps are far shorter than a slot, so what runs is told by means: sequences that decode, prompts that wait to
+be read, and how long a step lasts, which all follow from each other and from what arrives. In a slot of h
+seconds with steps of period T, rows that decode leave after o steps on the mean and P requests enter, so with
+z = h / (o T) their number goes from N to N exp(-z) + P (1 - exp(-z)) / z. P is what arrives, what the places
+and the cache leave room for, or what prompts the rows of a step can read, whichever is least. Whole requests
+are counted by flooring sums, so none is lost. The batching that is meant: Sarathi-Serve, arXiv 2403.02310.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from moe.compiled import inlined, jit
+from moe.lm.config import AHEAD, BLOCK
+from moe.lm.engine.blocks import blocks_for
+from moe.service.queueing import SLOT_S, arrival_time, latency_bin, slot_of
+from thermoe_env.device.physics import clock_power_factor
+from thermoe_env.mdp.interval import as_record
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.token_tables import PER_OCTAVE, SHARES, token_work
+from thermoe_env.twin.score import drop_expired
+from thermoe_env.twin.service import Service, implement
+
+KNOBS_READ = ("routing_bias", "batch_size", "expert_count", "pace", "sm_clock", "admission")
+"""Those that move something here."""
+
+SERVER_DTYPE = np.dtype(
+    [
+        ("next", np.int64, (2,)),  # per class, the first request that does not run
+        ("head", np.int64, (2,)),  # and a slot not later than its
+        ("begun", np.float64, (2,)),  # requests that were let run since the episode began, or expired
+        ("ended", np.float64, (2,)),  # that were answered, or expired
+        ("prompts", np.float64, (2,)),  # that run and whose prompt waits to be read
+        ("decoding", np.float64, (2,)),  # whose answers are under way
+        ("late", np.float64, (2,)),  # of these and the prompts: late already
+        ("period_s", np.float64),  # of a step, the pause of the pace included
+    ]
+)
+"""What runs and what waits between two intervals."""
+
+TRANSIT = AHEAD + 1.0
+"""Steps in which a place is taken and no row of an answer runs: those that were launched before its last
+token came back, and the one that reads the next prompt."""
+_ITERATIONS = 2
+_BITS = 52 - int(math.log2(PER_OCTAVE))
+_ONE = int(np.float64(1.0).view(np.int64))
+_IN_NODE, _PER_NODE = 2**_BITS - 1, 2.0**-_BITS
+
+
+class Terms(NamedTuple):
+    """What compiled code knows of requests and promises."""
+
+    ttft_s: np.ndarray  # [2]
+    tpot_s: np.ndarray  # [2]
+    deadline_s: np.ndarray  # [2]
+    expire_after_s: np.ndarray  # [2]
+    prompt: float
+    """Mean tokens of a prompt."""
+    decoded: float
+    """Mean rows of an answer: one less than its tokens."""
+    places: float
+    """Most sequences that the engine and its cache hold."""
+    cache_share: float
+    """Of a sequence that runs."""
+    max_rows: float
+    slots: int
+    """Per interval."""
+
+
+class Generate(NamedTuple):
+    """What does not change: the fields of `TokenTables`, and the terms."""
+
+    pure: np.ndarray
+    mixed: np.ndarray
+    answers: np.ndarray
+    reference: np.ndarray
+    terms: np.ndarray
+    """`Terms`, an array of one record."""
+
+
+class GenerateState(NamedTuple):
+    """What is carried from interval to interval."""
+
+    server: np.ndarray
+    """Records of `SERVER_DTYPE` [n]."""
+
+
+class Steps(NamedTuple):
+    """Steps of a slot, on the mean."""
+
+    period_s: float
+    """From step to step while the device works; with the pause of the pace."""
+    busy_s: float
+    """Of a step."""
+    energy_j: float
+    mixed_share: float
+    """Of those that read prompts."""
+    mixed_s: float
+    """Time of these."""
+    pure_s: float
+    rows: float
+    """Of answers."""
+
+
+def generate_service(problem: Problem) -> Service:
+    """The service of a problem of task `generate`."""
+    work, scenario = token_work(problem), problem.scenario
+    promised, service = scenario.generate, scenario.service
+    assert promised is not None
+    prompt, output = work.lengths.prompt.astype(float), work.lengths.output.astype(float)
+    held = [blocks_for(n) for n in (work.lengths.prompt + work.lengths.output - 1).tolist()]
+    blocks = sum(held) / len(held)
+    places = float(work.slots)
+    context_blocks = blocks_for(work.profile.cost.config["context"])
+    n_blocks = work.slots * context_blocks
+    if promised.cache_positions is not None:
+        n_blocks = promised.cache_positions // BLOCK
+        places = min(places, n_blocks / blocks)
+    terms = Terms(
+        np.array(promised.ttft_s), np.array(promised.tpot_s), np.array(service.deadline_s),
+        np.array(service.expire_after_s), float(prompt.mean()), max(1e-3, float(output.mean()) - 1.0), places,
+        blocks / n_blocks, float(work.max_rows), round(scenario.interval_s / SLOT_S),
+    )  # fmt: skip
+
+    def new_state(n: int) -> GenerateState:
+        return GenerateState(np.zeros(n, SERVER_DTYPE))
+
+    return Service(Generate(*work.tables, as_record(terms)), KNOBS_READ, new_state, histograms=3)
+
+
+@inlined
+def _node(x):
+    """Which node of a table `x` (at least 1) lies behind, and how far towards the next."""
+    bits = np.float64(x).view(np.int64) - _ONE
+    return bits >> _BITS, (bits & _IN_NODE) * _PER_NODE
+
+
+@inlined
+def _steps_of(fixed, k, b, rows, filled, share, compute, pace):
+    """Steps with `rows` of answers, of which a share reads prompts.
+
+    Args:
+        fixed: `Generate`.
+        k: level of the experts per token.
+        b: level of the routing bias, which steps that read prompts do not have.
+        rows: at least 1.
+        filled: share of the rows that are left which prompts take in such a step, 0 to 1.
+        share: of these steps.
+        compute: one over the clock.
+        pace: cap on the device's busy share.
+    """
+    i, w = _node(rows)
+    j = min(int(filled * SHARES), SHARES - 1)
+    x = filled * SHARES - j
+    pure, mixed = fixed.pure[k, b], fixed.mixed[k]
+    pure_s = compute * (pure[i, 0] + w * (pure[i + 1, 0] - pure[i, 0])) + (
+        pure[i, 1] + w * (pure[i + 1, 1] - pure[i, 1])
+    )
+    factor = compute * clock_power_factor(1.0 / compute)
+    pure_j = factor * (pure[i, 2] + w * (pure[i + 1, 2] - pure[i, 2])) + (
+        pure[i, 3] + w * (pure[i + 1, 3] - pure[i, 3])
+    )
+    mixed_s = mixed_j = 0.0
+    if share > 0.0:
+        a, c = (1.0 - w) * (1.0 - x), (1.0 - w) * x
+        d, e = w * (1.0 - x), w * x
+        m0, m1, m2, m3 = mixed[i, j], mixed[i, j + 1], mixed[i + 1, j], mixed[i + 1, j + 1]
+        mixed_s = compute * (a * m0[0] + c * m1[0] + d * m2[0] + e * m3[0]) + (
+            a * m0[1] + c * m1[1] + d * m2[1] + e * m3[1]
+        )
+        mixed_j = factor * (a * m0[2] + c * m1[2] + d * m2[2] + e * m3[2]) + (
+            a * m0[3] + c * m1[3] + d * m2[3] + e * m3[3]
+        )
+    busy = pure_s + share * (mixed_s - pure_s)
+    return Steps(busy / pace, busy, pure_j + share * (mixed_j - pure_j), share, mixed_s, pure_s, rows)
+
+
+@inlined
+def _either(u, v):
+    """Share of steps that read a prompt of either class, which come evenly: so many per step."""
+    return 1.0 - (1.0 - min(1.0, u)) * (1.0 - min(1.0, v))
+
+
+@inlined
+def _own_prompts(u, rows):
+    """Prompts per step that an answer meets of its own class, whose next comes 1 / u steps behind its own.
+
+    Args:
+        u: prompts per step.
+        rows: of answers, mean; numbers of them are taken as exponentially distributed.
+    """
+    within = rows * u
+    return 1.0 / (rows * (math.exp(1.0 / within) - 1.0)) if within > 0.02 else 0.0
+
+
+def serve(
+    fixed, knobs, index, arrivals, first_slot, shift, clock, serve_deferrable, state, i, work, histogram,
+    slot_energy,
+):  # fmt: skip
+    """Serve one interval, see `thermoe_env.twin.service.serve`."""
+    terms, server = fixed.terms[0], state.server[i]
+    k, b = index.expert_count, index.routing_bias
+    compute, pace = 1.0 / min(clock, knobs.sm_clock), knobs.pace
+    places = min(knobs.batch_size, terms.places)
+    deferrable = knobs.admission * places if serve_deferrable else 0.0
+    before = (int(server.ended[0] + 1e-9), int(server.ended[1] + 1e-9))
+    late, tokens, running = 0.0, 0.0, 0.0
+    ttft, tpot, began, finished = 0.0, 0.0, 0.0, 0.0
+    for slot in range(first_slot, first_slot + terms.slots):
+        gone = (server.next[0], server.next[1])
+        drop_expired(terms, arrivals, slot, server, work)
+        for c in range(2):
+            server.begun[c] += server.next[c] - gone[c]
+            server.ended[c] += server.next[c] - gone[c]
+        wanted = (
+            arrivals[0, slot + 1] - server.begun[0],
+            (arrivals[1, slot + 1] - server.begun[1]) if deferrable > 0.0 else 0.0,
+        )
+        came = (
+            arrivals[0, slot + 1] - arrivals[0, slot],
+            (arrivals[1, slot + 1] - arrivals[1, slot]) if deferrable > 0.0 else 0,
+        )
+        old = (server.decoding[0], server.decoding[1])
+        decoding, unread = old[0] + old[1], server.prompts[0] + server.prompts[1]
+        period = server.period_s
+        rows = decoding
+        enter = (0.0, 0.0)
+        read, left, mean, busy, per_step = 0.0, 1.0, 0.0, 0.0, 0.0
+        begun, crowded, second, z = (0.0, 0.0), False, 0.0, 0.0
+        steps = Steps(period, period, 0.0, 0.0, 0.0, 0.0, 1.0)
+        for _ in range(_ITERATIONS):
+            z = SLOT_S / (terms.decoded * period)
+            left = math.exp(-z)
+            spread = (1.0 - left) / z
+            each = spread + TRANSIT * period / SLOT_S  # places that one who enters holds at the end
+            second = min(wanted[1], max(0.0, deferrable - old[1] * left - server.prompts[1]) / each)
+            # Prompts that are read, and who is let run.
+            room = max(0.0, places - decoding * left) / each
+            bound = max(1.0, terms.max_rows - rows) / terms.prompt * SLOT_S / period
+            full = wanted[0] + second + unread
+            read = min(full, min(room, bound))
+            mean = decoding * spread + read * (1.0 - spread) / z
+            per_step = read * period / SLOT_S
+            active = mean + per_step * steps.mixed_s / period
+            busy = 1.0 - math.exp(-active * (1.0 + 0.14 * active)) if active < 6.0 else 1.0
+            rows = max(1.0, mean / busy) if busy > 0.0 else 1.0
+            per_step /= max(busy, 1e-12)
+            of_first = per_step * came[0] / max(1.0, came[0] + came[1])
+            begun, crowded = (of_first, per_step - of_first), read < full
+            share = _either(begun[0], begun[1])
+            if crowded:  # whoever enters does so when another ends, at any time
+                share = 1.0 - math.exp(-per_step)
+            needs = per_step * terms.prompt / max(1.0, terms.max_rows - rows)
+            share = min(1.0, max(share, needs))
+            filled = min(1.0, needs / share) if share > 0.0 else 0.0
+            steps = _steps_of(fixed, k, b, rows, filled, share, compute, pace)
+            period = steps.period_s
+        server.period_s = period
+        # Places are given to interactive requests first.
+        after = decoding * left + read * spread
+        free = max(0.0, places - after - TRANSIT * per_step * busy - (unread - read))
+        enter = (min(wanted[0], free), 0.0)
+        if deferrable > 0.0:
+            enter = (enter[0], min(second, free - enter[0]))
+        of_read = read / max(1e-12, unread + enter[0] + enter[1])
+        wait_unread = max(0.0, unread + enter[0] + enter[1] - read) / max(1e-12, read) * SLOT_S
+        extra_s = (steps.mixed_s - steps.pure_s) / pace
+        noise = (
+            extra_s * math.sqrt(steps.mixed_share * (1.0 - steps.mixed_share) / terms.decoded) + 0.01 * period
+        )  # fmt: skip
+        slow = 0.0
+        for c in range(2):
+            ahead = behind = steps.mixed_share
+            if not crowded:
+                ahead = _either(begun[1 - c], max(0.0, begun[c] - 0.5 / AHEAD))
+                behind = _either(begun[1 - c], _own_prompts(begun[c], terms.decoded))
+            first_s = busy * (AHEAD * (steps.pure_s / pace + ahead * extra_s) + 0.55 * period)
+            first_s += steps.mixed_s + wait_unread
+            token_s = steps.pure_s / pace + behind * extra_s
+            # Who enters, and how long each waited for it.
+            first = server.next[c]
+            server.begun[c] += enter[c]
+            last = min(int(server.begun[c] + 1e-9), arrivals[c, slot + 1])
+            if last > first:
+                server.head[c] = slot_of(arrivals, c, first, server.head[c])
+                waited = max(0.0, slot * SLOT_S - arrival_time(arrivals, c, first, server.head[c]))
+                waits = 0.0
+                if wanted[c] - enter[c] > 0.5:
+                    end = slot_of(arrivals, c, last - 1, server.head[c])
+                    waits = max(0.0, (slot + 1) * SLOT_S - arrival_time(arrivals, c, last - 1, end))
+                allowed = min(terms.ttft_s[c], terms.deadline_s[c] - terms.decoded * token_s) - first_s
+                low, high = min(waited, waits), max(waited, waits)
+                overdue = 1.0 if low > allowed else 0.0
+                if low <= allowed < high:
+                    overdue = (high - allowed) / (high - low)
+                server.late[c] += overdue * enter[c]
+                ttft += (last - first) * (0.5 * (waited + waits) + first_s)
+                began += last - first
+                if histogram.shape[0] > 0:
+                    _record(
+                        histogram, first_s + low, first_s + high, last - first,
+                        terms.decoded * token_s, token_s,
+                    )  # fmt: skip
+                server.next[c] = last
+            took = (server.prompts[c] + enter[c]) * of_read
+            server.prompts[c] += enter[c] - took
+            now = old[c] * left + took * spread
+            done = old[c] + took - now
+            server.decoding[c] = now
+            server.ended[c] += done
+            # Answers end late as often as those that run are, or by the time per token.
+            runs = now + server.prompts[c] + done
+            share = server.late[c] / runs if runs > 0.0 else 0.0
+            over = (token_s - terms.tpot_s[c]) / noise
+            slow = 1.0 / (1.0 + math.exp(-1.7 * over)) if abs(over) < 20.0 else (1.0 if over > 0.0 else 0.0)
+            server.late[c] -= share * done
+            missed = done * (1.0 - (1.0 - share) * (1.0 - slow))
+            work.late[c] += missed
+            late += missed
+            tpot += done * token_s
+            finished += done
+        count = busy * SLOT_S / period
+        slot_energy[slot - first_slot] = count * steps.energy_j
+        work.batches += count
+        work.busy_s += count * steps.busy_s
+        given = mean * z * terms.decoded + read  # what ended has all its tokens
+        tokens += given
+        work.prefill_tokens += read * terms.prompt
+        running += mean + TRANSIT * read * period / SLOT_S + server.prompts[0] + server.prompts[1]
+        _add_answers(fixed, shift, k, b, steps, given, work)
+    _sum_up(fixed, knobs, arrivals, first_slot, server, before, tokens, running, late, shift, work)
+    work.ttft_s = ttft / max(1.0, began)
+    work.tpot_s = tpot / finished if finished > 0.0 else 0.0
+    work.sm_clock, work.shift_id = 1.0 / compute, shift
+
+
+@inlined
+def _add_answers(fixed, shift, k, b, steps, tokens, work):
+    """Add what so many tokens of a slot were worth."""
+    i, w = _node(steps.rows)
+    own, plain, mixed = fixed.answers[shift, k, b], fixed.answers[shift, k, 0], steps.mixed_share
+    a, c = (1.0 - mixed) * (1.0 - w), (1.0 - mixed) * w
+    d, e = mixed * (1.0 - w), mixed * w
+    work.right_tokens += tokens * (a * own[i, 0] + c * own[i + 1, 0] + d * plain[i, 0] + e * plain[i + 1, 0])
+    work.confidence += tokens * (a * own[i, 1] + c * own[i + 1, 1] + d * plain[i, 1] + e * plain[i + 1, 1])
+    work.entropy += tokens * (a * own[i, 2] + c * own[i + 1, 2] + d * plain[i, 2] + e * plain[i + 1, 2])
+
+
+@inlined
+def _sum_up(fixed, knobs, arrivals, first_slot, server, before, tokens, running, late, shift, work):
+    """Fill what is told of an interval at its end."""
+    terms = fixed.terms[0]
+    end_slot = first_slot + terms.slots
+    answered = 0.0
+    for c in range(2):
+        ended = int(server.ended[c] + 1e-9)
+        work.answered[c] = ended - before[c] - work.expired[c]
+        work.late[c] = min(work.late[c], work.answered[c])
+        answered += work.answered[c]
+        work.arrived[c] = arrivals[c, end_slot] - arrivals[c, first_slot]
+        work.waiting[c] = arrivals[c, end_slot] - ended
+        work.oldest_s[c] = 0.0
+        if server.next[c] < arrivals[c, end_slot]:
+            server.head[c] = slot_of(arrivals, c, server.next[c], server.head[c])
+            work.oldest_s[c] = max(
+                0.0, end_slot * SLOT_S - arrival_time(arrivals, c, server.next[c], server.head[c])
+            )
+    accuracy = work.right_tokens / max(1e-12, tokens)
+    work.output_tokens = tokens
+    work.reference_tokens = tokens * fixed.reference[shift]
+    work.confidence /= max(1e-12, tokens)
+    work.entropy /= max(1e-12, tokens)
+    in_time = answered - work.late[0] - work.late[1]
+    work.correct = answered * accuracy
+    work.good = in_time * accuracy
+    work.good_tokens = in_time * accuracy * (terms.decoded + 1.0)
+    mean_running = running / terms.slots
+    work.batch_fill = min(1.0, mean_running / knobs.batch_size)
+    work.cache_share = min(1.0, mean_running * terms.cache_share)
+
+
+@jit
+def _record(histogram, low, high, requests, decode_s, period):
+    """Add answers whose times to first token lie evenly from `low` to `high` to the three histograms."""
+    bins = histogram.shape[0] // 3
+    for part in range(requests):
+        first = low + (part + 0.5) / requests * (high - low)
+        histogram[latency_bin(first + decode_s)] += 1
+        histogram[bins + latency_bin(first)] += 1
+        histogram[2 * bins + latency_bin(10.0 * period)] += 1
+
+
+def start(fixed, seed, state, i):
+    """Begin with an idle device and an empty queue."""
+    server = state.server[i]
+    for c in range(2):
+        server.next[c] = server.head[c] = 0
+        server.begun[c] = server.ended[c] = server.prompts[c] = server.decoding[c] = server.late[c] = 0.0
+    server.period_s = fixed.pure[0, 0, 0, 0] + fixed.pure[0, 0, 0, 1]
+
+
+implement(Generate, start, serve)
