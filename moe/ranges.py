@@ -23,6 +23,8 @@ Name = Annotated[str, Field(min_length=1, max_length=1000)]
 Share = Annotated[Number, Field(ge=0.0, le=1.0)]
 Spread = Annotated[Number, Field(ge=0.0, lt=1.0)]
 """Relative half-width: what varies by it keeps its sign."""
+Throttle = Annotated[Number, Field(ge=0.01, le=1.0)]
+"""Share of the device's time or clock that is left: never none."""
 Weight = Annotated[Number, Field(ge=0.0, le=1e4)]
 Seconds = Annotated[Number, Field(ge=1e-3, le=1e6)]
 Dwell = Annotated[Number, Field(ge=0.1, le=1e6)]

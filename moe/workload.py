@@ -7,7 +7,7 @@ happened in a `WorkStats`. The live service (`moe.service.score.live`) and the p
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, Protocol, TypeVar, get_type_hints
 
@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from moe.ranges import STRICT, Count, Number, Share, Whole
+from moe.ranges import STRICT, Count, Share, Throttle, Whole
 
 REQUEST_CLASSES = ("interactive", "deferrable")
 """Service order: class first, then arrival."""
@@ -26,8 +26,6 @@ LATENCY_EDGES_S = np.geomspace(1e-3, 240.0, 241)
 
 TPOT_EDGES_S = LATENCY_EDGES_S / 10
 """Those of a histogram of times per output token."""
-
-_Throttle = Annotated[Number, Field(ge=0.01, le=1.0)]
 
 
 @checked_dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -42,12 +40,16 @@ class Knobs:
     """Experts per token (top-k)."""
     ttt_steps: Annotated[Whole, Field(ge=0, le=1000)] = 0
     """Adaptation steps after each micro-batch."""
-    pace: _Throttle = 1.0
+    pace: Throttle = 1.0
     """Cap on the busy fraction of the device: after each batch it idles to keep below it."""
-    sm_clock: _Throttle = 1.0
+    sm_clock: Throttle = 1.0
     """SM clock as a fraction of the device's maximum."""
     admission: Share = 1.0
     """Share of the places of `batch_size` that deferrable requests may take; of a service of tokens."""
+
+    def under(self, duty: float) -> Knobs:
+        """What is in force of them where the device may run for at most this share of the time."""
+        return self if self.pace <= duty else replace(self, pace=duty)
 
 
 class KnobRefusedError(ValueError):
@@ -204,8 +206,12 @@ class Workload(Protocol):
     def reset(self, seed: int) -> None:
         """Start an empty queue and the request stream that belongs to `seed`."""
 
-    def run(self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True) -> WorkStats:
-        """Serve for `duration_s` seconds of the service's clock, which stands still between calls."""
+    def run(self, knobs: Knobs, duration_s: float, open_classes: int = 2) -> WorkStats:
+        """Serve for `duration_s` seconds of the service's clock, which stands still between calls.
+
+        Requests of the first `open_classes` of `REQUEST_CLASSES` are begun: of all, of interactive ones alone
+        (1), of none (0). What runs goes on; who is not begun waits, or expires.
+        """
         ...
 
     def close(self) -> None:

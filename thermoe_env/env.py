@@ -21,6 +21,7 @@ from thermoe_env.mdp.fields import (
     ranges_of,
 )
 from thermoe_env.mdp.interval import COST_NAMES, TRACK_DTYPE, begin_one, prices_of, rules_of, settle_one
+from thermoe_env.mdp.limits import CAUSES_OF
 from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.mdp.signals import STAGES, draw_power_budget
 from thermoe_env.problem.scenario import Scenario, as_overrides, load_scenario
@@ -56,6 +57,9 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
     service at full load; the terms are in `info["reward_terms"]`, constraint costs in `info["cost"]`.
 
     Infos have the same keys and types at reset, where nothing has been done yet, as at every step.
+    `info["knobs"]` are those asked for; `info["limits"]` says what limits left of them in the interval:
+    `duty`, the share of time for which the device might run (0 where no request was begun), `why` (of
+    `brake`, `slowdown`, `alarm`; else empty), and `temperature_c`, the limit then in force.
 
     ## Starting State
     A device settled at idle, an empty queue, an unadapted model.
@@ -118,7 +122,7 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         ranges = ranges_of(self.problem)
         self._low, self._scale = ranges.low, ranges.scale
         self._rules, self._prices = rules_of(self.problem), prices_of(self.problem)
-        self._deferrable_below = self.problem.scenario.limits.deferrable_below
+        self._limits_c = self._world.limits_c()
         self._track, self._gpu, self._work = (
             np.zeros(1, TRACK_DTYPE),
             np.zeros(1, GPU_DTYPE),
@@ -164,16 +168,17 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self._cost[:] = 0.0
         self._gpu[0] = _reading_row(reading)
         index = np.array(self.problem.knobs.default_index)
-        self._stage = begin_one(
-            self._rules, self._track, self._gpu, self._budget, index, self._raw, self._raw_row
-        )
+        self._coming = begin_one(
+            self._rules, self._limits_c[0], self._track, self._gpu, self._budget, index, self._raw,
+            self._raw_row,
+        )  # fmt: skip
         self._count = 0
         self._running = True
         if self._dashboard is not None:
-            self._dashboard.begin(reading.temp_c, reading.power_w, self._stage)
+            self._dashboard.begin(reading.temp_c, reading.power_w, self._coming[0])
             self._show()
         nothing = WorkStats(budget_share=float(self._rules["first_budget_share"][0]))
-        return self._encode(), self._info(self.problem.knobs.knobs(index), nothing, reading)
+        return self._encode(), self._info(self.problem.knobs.knobs(index), nothing, reading, 1.0, 0)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Play one control interval.
@@ -187,33 +192,36 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
             raise gym.error.ResetNeeded("call reset() before step(): no episode is running")
         index, knobs = self.problem.knobs.one(action, self.action_mode)
         scenario = self.problem.scenario
-        stage = self._stage
+        _, open_classes, duty, held = self._coming
+        limit_c = self._limits_c[self._count]
         self._running = False  # an interval that fails ends the episode
-        work = self._world.workload.run(knobs, scenario.interval_s, stage < self._deferrable_below)
+        work = self._world.workload.run(knobs.under(duty), scenario.interval_s, open_classes)
         reading = self._world.telemetry.read(work, scenario.interval_s)
         _pack_work(self._work.data, 0, *work.row)
         _pack_reading(self._gpu.data, 0, *_reading_row(reading))
-        reward, self._stage = settle_one(
-            self._rules, self._prices, self.problem.quality_floor, self._track, self._work, self._gpu,
-            self._budget, index, self._raw, self._raw_row, self._terms, self._cost,
+        reward, self._coming = settle_one(
+            self._rules, self._prices, self.problem.quality_floor, limit_c, self._track, self._work,
+            self._gpu, self._budget, index, self._raw, self._raw_row, self._terms, self._cost,
         )  # fmt: skip
         self._count += 1
         terminated = bool(self._world.telemetry.tripped)
         truncated = not terminated and self._count >= scenario.steps
         self._running = not (terminated or truncated)
-        info = self._info(knobs, work, reading)
+        info = self._info(knobs, work, reading, duty if open_classes else 0.0, held)
         if self._dashboard is not None:
             notice = len(self._budget) - scenario.steps - 1
             self._dashboard.add(info, self._budget[self._count : self._count + notice])
             self._show()
         return self._encode(), reward, terminated, truncated, info
 
-    def _info(self, knobs: Knobs, work: WorkStats, reading: GpuReading) -> dict[str, Any]:
+    def _info(
+        self, knobs: Knobs, work: WorkStats, reading: GpuReading, duty: float, held: int
+    ) -> dict[str, Any]:
         """What is told of the interval just played, or of a beginning."""
         counted = dict(vars(work))
         for name in ("row", *ARRAY_NAMES):
             counted.pop(name, None)
-        tokens = work.tokens_per_expert
+        tokens, last = work.tokens_per_expert, max(0, self._count - 1)
         return {
             "world": self.world,
             "missing": self._missing,
@@ -222,8 +230,9 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
             "latency_histogram": work.latency_histogram,
             "tokens_per_expert": np.zeros(self._experts) if tokens is None else tokens,
             "reading": dict(vars(reading)),
-            "stage": STAGES[self._stage],
-            "budget_w": float(self._budget[max(0, self._count - 1)]),
+            "stage": STAGES[self._coming[0]],
+            "budget_w": float(self._budget[last]),
+            "limits": {"duty": duty, "why": CAUSES_OF[held], "temperature_c": self._limits_c[last]},
             "reward_terms": dict(zip(REWARD_TERMS, self._terms.tolist(), strict=True)),
             "cost": dict(zip(COST_NAMES, self._cost.tolist(), strict=True)),
             "reason": "the device passed its shutdown temperature" if self._world.telemetry.tripped else "",

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from moe.profiles import load_profile
 from moe.workload import Workload
 from thermoe_env.device.telemetry import Telemetry
@@ -47,6 +49,16 @@ class World:
                 "machine; copy ThermalMoETwin-v0, or make a live environment where it is needed"
             )
         return vars(self)
+
+    def limits_c(self) -> list[float]:
+        """Temperature limit in force in each interval, and one more.
+
+        Nobody can warm the inlet of a real device: there the limit falls by as much as the inlet would rise.
+        """
+        scenario, offset_c = self.problem.scenario, self.problem.inlet_offset_c
+        fall_c = np.zeros_like(offset_c) if self.telemetry.simulated else offset_c
+        second = (np.arange(scenario.steps + 1) * scenario.interval_s).astype(np.int64)
+        return (scenario.limits.temperature_c - fall_c[second]).tolist()
 
     def close(self) -> None:
         """Close both halves; safe to call twice."""

@@ -117,6 +117,8 @@ def _inputs(problem: Problem) -> dict[str, tuple[str, str]]:
     }
     if scenario.traffic.trace is not None:
         files["trace"] = Path(scenario.traffic.trace)
+    if scenario.inlet is not None and scenario.inlet.trace is not None:
+        files["inlet"], said["inlet"]["trace"] = Path(scenario.inlet.trace), None
     contents = {name: (str(path), path.read_bytes()) for name, path in files.items()}
     contents = {"scenario": ("", json.dumps(said, sort_keys=True).encode()), **contents}
     return {name: (path, hashlib.sha256(content).hexdigest()) for name, (path, content) in contents.items()}

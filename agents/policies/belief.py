@@ -103,6 +103,7 @@ class Belief:
         self._set_queue(o)
         self._set_device(o)
         state.track["stage"], state.track["temp_c"] = o["stage"], o["temp_c"]
+        self._set_limits(o)
         self._expect_requests(load, float(o["load_slow"]), float(o["interactive_share"]))
         self._expect_budget(o)
 
@@ -170,6 +171,20 @@ class Belief:
         )
         drift = self.state.drift_c[:, self._second :]
         drift[:] = seen["inlet_drift"] * np.exp(-np.arange(drift.shape[1]) / twin.inlet_drift_tau_s)
+
+    def _set_limits(self, o: dict[str, np.ndarray]) -> None:
+        """What limits that act hold down, and for how long, as observed."""
+        track, limits = self.state.track, self._problem.scenario.limits
+        interval_s, drained = self._problem.scenario.interval_s, o["duty"] == 0.0
+        left_s = np.rint(o["release_s"] / interval_s) * interval_s
+        track["brake_left_s"], track["drain_left_s"] = np.where(drained, (0.0, left_s), (left_s, 0.0))
+        if limits.slowdown is None:
+            track["at_limit"] = o["margin_c"] <= 0.0
+        elif not drained:
+            track["at_limit"] = (o["duty"] <= limits.slowdown.duty) & (
+                o["margin_c"] < limits.slowdown.recover_c
+            )
+        track["duty"] = 1.0 if drained else o["duty"]
 
     def _fill_arrivals(self, load: np.ndarray, interactive: float) -> None:
         """Let requests arrive from now on: load per slot, float [slots], and the interactive share."""

@@ -78,8 +78,8 @@ def replayed_j(recording: Recording, problem: Problem) -> np.ndarray:
         for t in range(len(recording.reward)):
             clock[0] = float(recording.work["sm_clock"][t, i])
             knobs = problem.knobs.knobs(recording.index[t, i])
-            serves = stage[t, i] < problem.scenario.limits.deferrable_below
-            whole, without = (half.run(knobs, recording.interval_s, bool(serves)) for half in halves)
+            open_classes = 1 + int(stage[t, i] < problem.scenario.limits.deferrable_below)
+            whole, without = (half.run(knobs, recording.interval_s, open_classes) for half in halves)
             for name in WORK_DTYPE.names or ():
                 np.testing.assert_array_equal(getattr(whole, name), recording.work[name][t, i])
             assert whole.slot_energy_j is not None and without.slot_energy_j is not None

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from moe.profiles import Profile, save_profile
 from tests.thermoe_env.recorded import RECORDED, SHIPPED
 from thermoe_env.calibration.traces import Trace, load_trace
 from thermoe_env.device.parameters import TwinParams, load_twin
 from thermoe_env.problem.problem import Problem
-from thermoe_env.problem.scenario import load_scenario
+from thermoe_env.problem.scenario import Scenario, load_scenario
 
 WIDTHS = [160] * 4 + [96] * 4
 SHIFTS = ("clean", "gaussian_noise@5", "contrast@5", "blur@5")
@@ -86,6 +87,17 @@ def profile_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def problem(profile_path: Path) -> Problem:
     """The default scenario on the made-up profile."""
     return Problem.of(load_scenario("default", profile=str(profile_path)))
+
+
+@pytest.fixture(scope="session")
+def calm(problem: Problem, tmp_path_factory: pytest.TempPathFactory) -> Scenario:
+    """The default scenario on a device whose idle power knows no temperature, in still air."""
+    twin = yaml.safe_load(SHIPPED.read_text()) | {"leakage_per_c": 0.0, "inlet_drift_c": 0.0}
+    twin |= {"r_fan_c_per_w": 0.0, "power_cap_w": 2000.0, "cap_onset_w": 2000.0}
+    alike = {"resistance": 0.0, "time_constant": 0.0, "leakage": 0.0, "energy": 0.0, "inlet_c": 0.0}
+    path = tmp_path_factory.mktemp("twin") / "calm.yaml"
+    path.write_text(yaml.safe_dump(twin))
+    return load_scenario(problem.scenario, twin=str(path), randomize=alike)
 
 
 @pytest.fixture(scope="session")

@@ -80,9 +80,11 @@ def reach(problem: Problem) -> Reach:
     twin, spread = problem.twin, problem.scenario.randomize
     offsets_c = [device.inlet_offset_c for device in problem.scenario.devices]
     wander_c = spread.inlet_c + 6.0 * twin.inlet_drift_c
+    inlet = problem.scenario.inlet
+    warmer_c = 0.0 if inlet is None or inlet.by_c is None else inlet.by_c
     cold_c, hot_c = (
-        twin.inlet_c + min(offsets_c) - wander_c,
-        twin.inlet_c + max(offsets_c) + wander_c,
+        twin.inlet_c + min(offsets_c) + min(0.0, warmer_c) - wander_c,
+        twin.inlet_c + max(offsets_c) + max(0.0, warmer_c) + wander_c,
     )
     grown = 1.0 + spread.resistance
     rise = grown * (twin.r_die_c_per_w + twin.r_spreader_c_per_w + twin.r_sink_c_per_w)

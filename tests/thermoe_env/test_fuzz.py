@@ -25,6 +25,8 @@ from tests.thermoe_env.soundness import LAWS, Episode, broken, play
 from thermoe_env.configs import configs_dir, merged, validated
 from thermoe_env.device.parameters import TwinParams
 from thermoe_env.errors import ScenarioError
+from thermoe_env.problem.inlet import InletConfig
+from thermoe_env.problem.limits import Alarm, PowerBrake, Slowdown
 from thermoe_env.problem.scenario import GenerateConfig, Scenario, StepBudgetConfig, load_scenario
 
 NASTY = (
@@ -36,7 +38,7 @@ NASTY = (
 )  # fmt: skip
 WORDS = (
     "poisson", "bursts", "diurnal", "trace", "azure-conv-2023", "vision", "language", "h100", "h100-vision",
-    "h100-language", "tent", "eata", "norms", "router", "batch_size", "sm_clock",
+    "h100-language", "constant", "step", "ramp", "tent", "eata", "norms", "router", "batch_size", "sm_clock",
 )  # fmt: skip
 Key = tuple[str, ...]
 Case = dict[Key, Any]
@@ -57,6 +59,12 @@ def keys_of(kind: Any, at: Key = ()) -> Iterator[Key]:
 DEFAULTS = asdict(load_scenario("default", episode_s=20))
 DEFAULTS["adaptation"]["budget"] = asdict(StepBudgetConfig())
 DEFAULTS["generate"] = asdict(GenerateConfig(lengths="azure-conv-2023"))
+DEFAULTS["power_budget"]["brake"] = asdict(PowerBrake())
+DEFAULTS["limits"] |= {"slowdown": asdict(Slowdown()), "alarm": asdict(Alarm())}
+DEFAULTS["inlet"] = asdict(
+    InletConfig(kind="ramp", by_c=6.0, from_s=2.0, to_s=8.0, back_from_s=9.0, back_to_s=15.0)
+)
+DEFAULTS["inlet"] |= {"at_s": 5.0, "trace": "trace"}
 DEFAULTS["devices"] = {**DEFAULTS["devices"][0], "experts": tuple(range(8))}
 KEYS = tuple(dict.fromkeys(keys_of(Scenario)))
 TWIN = yaml.safe_load((configs_dir() / "twin" / "h100.yaml").read_text())

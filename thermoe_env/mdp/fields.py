@@ -47,12 +47,19 @@ def _most_power_w(problem: Problem) -> float:
     return 1.1 * max(cap_w * len(problem.scenario.devices), budget.normal_w, budget.event_w[1])
 
 
+def _longest_hold_s(problem: Problem) -> float:
+    brake, alarm = problem.scenario.power_budget.brake, problem.scenario.limits.alarm
+    holds = (0.0 if brake is None else brake.hold_s, 0.0 if alarm is None else alarm.drain_s)
+    return max(holds) or 1.0
+
+
 _COOL_C = Derived("inlet - 10", lambda problem: problem.twin.inlet_c - 10.0)
 _HOT_C = Derived(
     "shutdown or memory limit", lambda problem: max(problem.twin.shutdown_c, problem.twin.mem_limit_c)
 )
 _POWER_W = Derived("1.1 x (power cap x devices, or a budget above)", _most_power_w)
 _NOTICE_S = Derived("notice", lambda problem: problem.scenario.power_budget.notice_s)
+_RELEASE_S = Derived("longest hold or drain, 1 without", _longest_hold_s)
 _INTERACTIVE_S, _DEFERRABLE_S = (
     Derived(f"expiry + {SLOT_S:g}", lambda problem, c=c: problem.scenario.service.expire_after_s[c] + SLOT_S)
     for c in range(2)
@@ -77,6 +84,20 @@ FIELDS: tuple[Field, ...] = (
         0.0,
         _NOTICE_S,
         "time until the announced budget changes; the notice if it does not",
+    ),
+    Field(
+        "duty",
+        "1",
+        0.0,
+        1.0,
+        "share of the coming interval for which limits let the device run; 0: no request is begun",
+    ),
+    Field(
+        "release_s",
+        "s",
+        0.0,
+        _RELEASE_S,
+        "time until the power brake or the alarm's drain ends, 0 where neither holds; a slowdown has none",
     ),
     Field("energy_share", "1", 0.0, 1.5, "energy used so far over the standard service's at full load"),
     Field("sm_clock_share", "1", 0.0, 1.0, "SM clock of the slowest device over its maximum"),

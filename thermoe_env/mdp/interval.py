@@ -15,6 +15,16 @@ from moe.service.gates import CHANGE_TEST, any_changed
 from moe.workload import KNOB_NAMES
 from thermoe_env.device.physics import approach, decay
 from thermoe_env.mdp.fields import FIELD_NAMES
+from thermoe_env.mdp.limits import STATE as LIMIT_STATE
+from thermoe_env.mdp.limits import (
+    Acts,
+    heed_power,
+    heed_temperature,
+    held_by,
+    open_classes,
+    pass_drain,
+    show_limits,
+)
 from thermoe_env.mdp.reward import Prices, reward_terms
 from thermoe_env.mdp.signals import next_stage
 from thermoe_env.problem.problem import Problem
@@ -29,7 +39,7 @@ TRACK_DTYPE = np.dtype(
             "step", "stage", "temp_c", "power_slow_w", "energy_j", "load_fast", "load_slow",
             "late_share_slow", "confidence", "confidence_slow", "confidence_sum", "answered_sum",
             "ttt_effort",
-            "quality_debt", "since_change_s", "adapted_since_change_s",
+            "quality_debt", "since_change_s", "adapted_since_change_s", *LIMIT_STATE,
         )
     ]
     + [("change_test", np.float64, (2, CHANGE_TEST))]
@@ -50,6 +60,7 @@ class Rules(NamedTuple):
     """The scenario's limits and references, as compiled code reads them."""
 
     limit_c: float
+    """Of a device whose inlet is modelled; `begin` and `settle` are told the one in force."""
     stage_begin_c: np.ndarray  # [3]
     hysteresis_c: float
     deferrable_below: int
@@ -69,6 +80,13 @@ class Rules(NamedTuple):
     level_share: np.ndarray  # [knobs], one over the highest level
     first_budget_share: float
     """What adaptation may spend at the start, over a full bank."""
+    brake_grace_s: float
+    """This and what follows are `thermoe_env.mdp.limits.Acts`."""
+    brake_duty: float
+    brake_hold_s: float
+    slowdown_duty: float
+    recover_c: float
+    drain_s: float
 
 
 def as_record(values: NamedTuple) -> np.ndarray:
@@ -101,7 +119,7 @@ def rules_of(problem: Problem) -> np.ndarray:
         round(s.power_budget.notice_s / s.interval_s), problem.twin.max_clock_mhz,
         decay(s.interval_s, 5.0), decay(s.interval_s, 20.0), decay(s.interval_s, 30.0),
         np.array([1.0 / max(1.0, len(problem.knobs.levels[name]) - 1) for name in KNOB_NAMES]),
-        share_of(problem.purse),
+        share_of(problem.purse), *Acts.of(s),
     )  # fmt: skip
     return as_record(rules)
 
@@ -121,11 +139,12 @@ def look_ahead(rules, budget_w, step, raw):
 
 
 @jit
-def begin(rules, track, gpu, budget_w, raw):
+def begin(rules, limit_c, track, gpu, budget_w, raw):
     """Start an episode: clear `track` and fill the raw observation of a device at rest.
 
     Args:
         rules: `Rules`.
+        limit_c: temperature limit in force.
         track: record of `TRACK_DTYPE`, zeroed by the caller.
         gpu: first reading, record of `GPU_DTYPE`.
         budget_w: float [steps + notice + 1].
@@ -133,8 +152,10 @@ def begin(rules, track, gpu, budget_w, raw):
     """
     track.temp_c = gpu.temp_c
     track.power_slow_w = gpu.power_w
-    margin = rules.limit_c - gpu.temp_c
+    margin = limit_c - gpu.temp_c
     track.stage = next_stage(int(track.stage), margin, rules.stage_begin_c, rules.hysteresis_c)
+    heed_temperature(rules, track, margin)
+    show_limits(track, raw)
     raw.temp_c, raw.mem_temp_c, raw.margin_c = gpu.temp_c, gpu.mem_temp_c, margin
     raw.temp_mean_c, raw.temp_spread_c = gpu.temp_mean_c, gpu.temp_spread_c
     raw.stage = track.stage
@@ -146,13 +167,14 @@ def begin(rules, track, gpu, budget_w, raw):
 
 
 @jit
-def settle(rules, prices, quality_floor, track, work, gpu, budget_w, adapts, raw, terms, cost):
+def settle(rules, prices, quality_floor, limit_c, track, work, gpu, budget_w, adapts, raw, terms, cost):
     """Account for one interval.
 
     Args:
         rules: `Rules`.
         prices: `Prices`.
         quality_floor: float [S], least quality per input shift.
+        limit_c: temperature limit in force.
         track: record of `TRACK_DTYPE`, updated.
         work: record of `WORK_DTYPE`, what was done.
         gpu: record of `GPU_DTYPE`, what was read.
@@ -170,7 +192,7 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, adapts, raw
     dt = rules.interval_s
     answered, expired = work.answered[0] + work.answered[1], work.expired[0] + work.expired[1]
     missed = work.late[0] + work.late[1] + expired
-    over_c = gpu.temp_c - rules.limit_c
+    over_c = gpu.temp_c - limit_c
     # The floor binds on the mean over the episode: answers above it earn slack for later ones.
     debt_before = max(0.0, track.quality_debt)
     track.quality_debt += answered * quality_floor[int(work.shift_id)] - work.correct
@@ -209,8 +231,12 @@ def settle(rules, prices, quality_floor, track, work, gpu, budget_w, adapts, raw
         track.confidence_slow = approach(slow, work.confidence, rules.keep_20s)
         track.confidence_sum += work.confidence * answered
         track.answered_sum += answered
-    margin = rules.limit_c - gpu.temp_c
+    margin = limit_c - gpu.temp_c
     track.stage = next_stage(int(track.stage), margin, rules.stage_begin_c, rules.hysteresis_c)
+    heed_power(rules, track, gpu.power_w, budget_now)
+    pass_drain(rules, track)
+    heed_temperature(rules, track, margin)
+    show_limits(track, raw)
 
     raw.temp_c, raw.mem_temp_c, raw.margin_c, raw.stage = gpu.temp_c, gpu.mem_temp_c, margin, track.stage
     raw.temp_mean_c, raw.temp_spread_c = gpu.temp_mean_c, gpu.temp_spread_c
@@ -255,20 +281,29 @@ def fill_levels(rules, index, raw_row):
         raw_row[_FIRST_LEVEL + k] = index[k] * rules.level_share[k]
 
 
+@inlined
+def _coming(rules, track):
+    """Of the coming interval: (stage, classes that may be begun, duty, what holds, see `held_by`)."""
+    return int(track.stage), open_classes(rules, track), track.duty, held_by(rules, track)
+
+
 @jit
-def begin_one(rules, track, gpu, budget_w, index, raw, raw_row):
-    """`begin` for arrays of one record, which cross into compiled code cheaper; returns the stage."""
-    begin(rules[0], track[0], gpu[0], budget_w, raw[0])
+def begin_one(rules, limit_c, track, gpu, budget_w, index, raw, raw_row):
+    """`begin` for arrays of one record, which cross into compiled code cheaper; returns `_coming`."""
+    begin(rules[0], limit_c, track[0], gpu[0], budget_w, raw[0])
     fill_levels(rules[0], index, raw_row)
-    return int(track[0].stage)
+    return _coming(rules[0], track[0])
 
 
 @jit
-def settle_one(rules, prices, quality_floor, track, work, gpu, budget_w, index, raw, raw_row, terms, cost):
-    """`settle` for arrays of one record; returns (reward, stage)."""
+def settle_one(
+    rules, prices, quality_floor, limit_c, track, work, gpu, budget_w, index, raw, raw_row, terms, cost
+):
+    """`settle` for arrays of one record; returns (reward, `_coming`)."""
     adapts = index[_TTT_STEPS] > 0
     reward = settle(
-        rules[0], prices[0], quality_floor, track[0], work[0], gpu[0], budget_w, adapts, raw[0], terms, cost
-    )
+        rules[0], prices[0], quality_floor, limit_c, track[0], work[0], gpu[0], budget_w, adapts, raw[0],
+        terms, cost,
+    )  # fmt: skip
     fill_levels(rules[0], index, raw_row)
-    return reward, int(track[0].stage)
+    return reward, _coming(rules[0], track[0])

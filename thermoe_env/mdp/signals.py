@@ -8,7 +8,7 @@ import numpy as np
 
 from moe.compiled import fill, jit
 from moe.randomness import derive, uniform
-from thermoe_env.problem.scenario import PowerBudget
+from thermoe_env.problem.limits import PowerBudget
 
 STAGES = ("NOMINAL", "ELEVATED", "HOT", "CRITICAL")
 _SIGNAL_SPAN_C = 10.0

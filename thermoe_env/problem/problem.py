@@ -19,6 +19,7 @@ from moe.workload import Knobs
 from thermoe_env.configs import config_path, validated
 from thermoe_env.device.parameters import TwinParams, load_twin
 from thermoe_env.errors import ScenarioError
+from thermoe_env.problem.check_limits import check_limits, inlet_offsets_c
 from thermoe_env.problem.knobs import KnobTable
 from thermoe_env.problem.scenario import Scenario
 from thermoe_env.problem.tokens import request_profile
@@ -104,7 +105,9 @@ class Problem:
         _check_adaptation(scenario, work)
         placement = _placement(scenario, named)
         twin = load_twin(config_path("twin", scenario.twin, ".yaml"))
-        _check_spread(scenario, twin)
+        offsets_c = inlet_offsets_c(scenario)
+        _check_spread(scenario, twin, offsets_c)
+        check_limits(scenario, twin, offsets_c)
         if profile is not None and profile is not named:
             if scenario.task == "generate":  # the standard service runs a model as it was trained
                 own = int(profile.expert_count[profile.own_k])
@@ -166,6 +169,11 @@ class Problem:
         return replace(
             own, energy_j=own.latency_s * watts, idle_power_w=power.idle_power_w, ttt_energy_j=adapting
         )
+
+    @cached_property
+    def inlet_offset_c(self) -> np.ndarray:
+        """How much warmer the inlet is than calibrated in each second, float [episode_s + 1]."""
+        return inlet_offsets_c(self.scenario)
 
     @cached_property
     def purse(self) -> np.ndarray:
@@ -322,15 +330,22 @@ def _refuse_another_method(scenario: Scenario, profile: Profile, why: str) -> No
         )
 
 
-def _check_spread(scenario: Scenario, twin: TwinParams) -> None:
+def _check_spread(scenario: Scenario, twin: TwinParams, inlet_c: np.ndarray) -> None:
     """Refuse a spread or an inlet that would make a device of the twin that no calibration may describe.
+
+    Args:
+        scenario: the control problem.
+        twin: the calibration.
+        inlet_c: float [seconds], offset of the inlet.
 
     Raises:
         ScenarioError: names the rule that the hottest or the coldest device would break.
     """
     spread, offsets = scenario.randomize, [device.inlet_offset_c for device in scenario.devices]
     passive = [name for name in vars(twin) if name.startswith("r_") and name != "r_fan_c_per_w"]
-    for what, sign, offset_c in (("hottest", 1.0, max(offsets)), ("coldest", -1.0, min(offsets))):
+    for what, sign, offset_c in (
+        ("hottest", 1.0, max(offsets) + inlet_c.max()), ("coldest", -1.0, min(offsets) + inlet_c.min()),
+    ):  # fmt: skip
         extreme = {name: getattr(twin, name) * (1.0 + sign * spread.resistance) for name in passive}
         extreme["r_fan_c_per_w"] = twin.r_fan_c_per_w * (1.0 - sign * spread.resistance)
         extreme["leakage_per_c"] = twin.leakage_per_c * (1.0 + spread.leakage)
@@ -338,8 +353,8 @@ def _check_spread(scenario: Scenario, twin: TwinParams) -> None:
         validated(
             TwinParams,
             {**vars(twin), **extreme},
-            f"the {what} device that randomize (resistance, leakage, inlet_c) and inlet_offset_c make of "
-            f"twin {scenario.twin!r}",
+            f"the {what} device that randomize (resistance, leakage, inlet_c), inlet_offset_c and inlet "
+            f"(by_c, trace) make of twin {scenario.twin!r}",
         )
 
 

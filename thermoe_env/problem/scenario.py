@@ -19,7 +19,6 @@ from pydantic.dataclasses import dataclass
 from moe.model.config import TTT_METHODS, Group, Method
 from moe.ranges import (
     STRICT,
-    Celsius,
     Degrees,
     Dwell,
     Flag,
@@ -28,7 +27,6 @@ from moe.ranges import (
     Seconds,
     Share,
     Spread,
-    Watts,
     Weight,
     Whole,
 )  # fmt: skip
@@ -36,8 +34,8 @@ from moe.service.traffic import TrafficConfig
 from moe.workload import KNOB_NAMES, Knobs
 from thermoe_env.configs import Location, config_path, configs_dir, merged, read_yaml, validated
 from thermoe_env.errors import ScenarioError
-
-_Falling = tuple[Degrees, Degrees, Degrees]
+from thermoe_env.problem.inlet import InletConfig
+from thermoe_env.problem.limits import PowerBudget, ThermalLimits
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -56,43 +54,6 @@ class ServiceConfig:
                     "service needs max_wait_s < deadline_s < expire_after_s per class, got "
                     f"{self.max_wait_s[c]}, {self.deadline_s[c]}, {self.expire_after_s[c]}"
                 )
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class PowerBudget:
-    """Demand response: the grid asks for less power for a while and says so ahead."""
-
-    normal_w: Watts = 700.0
-    event_w: tuple[Watts, Watts] = (230.0, 340.0)
-    """Budget during an event, uniform."""
-    event_s: tuple[Dwell, Dwell] = (20.0, 50.0)
-    gap_s: tuple[Dwell, Dwell] = (30.0, 90.0)
-    """Time between events, uniform."""
-    notice_s: Annotated[Whole, Field(ge=1, le=3600)] = 10
-
-    def __post_init__(self) -> None:
-        for name in ("event_w", "event_s", "gap_s"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"power_budget.{name} needs low <= high, got [{low}, {high}]")
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class ThermalLimits:
-    """The virtual temperature limit and the stages below it (hardware limits lie far above)."""
-
-    temperature_c: Celsius
-    stage_margins_c: _Falling = (6.0, 3.0, 1.0)
-    """Margins below the limit at which ELEVATED, HOT and CRITICAL begin."""
-    hysteresis_c: Degrees = 1.5
-    """A stage is left once the margin has grown this far beyond its beginning."""
-    deferrable_below: Annotated[Whole, Field(ge=0, le=4)] = 3
-    """Deferrable requests are served in stages below this one (3 is CRITICAL)."""
-
-    def __post_init__(self) -> None:
-        elevated, hot, critical = self.stage_margins_c
-        if not elevated > hot > critical:
-            raise ValueError(f"limits.stage_margins_c must fall, got {self.stage_margins_c}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -208,6 +169,8 @@ class Scenario:
     feasible: Feasibility = field(default_factory=Feasibility)
     randomize: Randomize = field(default_factory=Randomize)
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
+    inlet: InletConfig | None = None
+    """How much warmer the air becomes in an episode; None: it stays as calibrated, but for its drift."""
     devices: Annotated[tuple[DeviceConfig, ...], Field(max_length=64)] = (DeviceConfig(),)
     """Devices of the calibrated kind among which the experts are placed; the power budget is that of all."""
     generate: GenerateConfig | None = None
@@ -274,15 +237,15 @@ def load_scenario(scenario: str | Path | Scenario = "default", /, **overrides: A
     """Load a scenario by shipped name or path.
 
     A file may name another as its `base` and then states only its own `name` and what differs. What a file
-    names (`base`, `profile`, `twin`, `traffic.trace`) is a shipped name or a path that begins in its folder;
-    what overrides name begins in the current one.
+    names (`base`, `profile`, `twin`, `traffic.trace`, `inlet.trace`) is a shipped name or a path that begins
+    in its folder; what overrides name begins in the current one.
 
     Args:
         scenario: name in configs/scenarios, path of a YAML file, or a ready `Scenario`.
         overrides: top-level keys to replace (nested ones as mappings, merged into the file's).
 
     Returns:
-        The scenario. Its files are shipped names or absolute paths, `traffic.trace` always is a path, so it
+        The scenario. Its files are shipped names or absolute paths, traces always are paths, so it
         says the same wherever a copy of it is loaded.
 
     Raises:
@@ -314,11 +277,14 @@ def load_scenario(scenario: str | Path | Scenario = "default", /, **overrides: A
     if traffic.trace is not None:
         trace = found(("traffic", "trace"), "traces/requests", traffic.trace, ".csv")
         traffic = replace(traffic, trace=str(trace))
+    inlet = loaded.inlet
+    if inlet is not None and inlet.trace is not None:
+        inlet = replace(inlet, trace=str(found(("inlet", "trace"), "traces/inlet", inlet.trace, ".csv")))
     generate = loaded.generate
     if generate is not None:
         lengths = found(("generate", "lengths"), "traces/requests", generate.lengths, ".csv")
         generate = replace(generate, lengths=str(lengths))
-    return replace(loaded, traffic=traffic, generate=generate, **files)
+    return replace(loaded, traffic=traffic, inlet=inlet, generate=generate, **files)
 
 
 class _Layer(NamedTuple):

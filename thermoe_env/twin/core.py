@@ -30,6 +30,7 @@ from thermoe_env.mdp.interval import (
     rules_of,
     settle,
 )
+from thermoe_env.mdp.limits import open_classes
 from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.mdp.signals import budget_terms, fill_power_budget
 from thermoe_env.problem.knobs import INDEX_DTYPE, VALUE_DTYPE, fill_values
@@ -72,6 +73,7 @@ class Fixed(NamedTuple):
     """Records of `DEVICE_DTYPE` [D]."""
     steps: int
     """Intervals after which an episode is truncated."""
+    inlet_offset_c: np.ndarray  # [seconds]
 
 
 class BatchState(NamedTuple):
@@ -102,7 +104,7 @@ class Interval(NamedTuple):
     """Records of `INDEX_DTYPE` [n]."""
     index_rows: np.ndarray
     knobs: np.ndarray
-    """Records of `VALUE_DTYPE` [n]."""
+    """Records of `VALUE_DTYPE` [n]: those in force."""
     knob_rows: np.ndarray
     work: np.ndarray
     work_rows: np.ndarray
@@ -149,10 +151,12 @@ def _begin(fixed, traffic, service, state, servers, now, i, observation):
     fill_stream(traffic, seed, state.arrivals[i], state.shift[i])
     fill_power_budget(fixed.budget[0], seed, state.budget_w[i])
     start(service, seed, servers, i)
-    start_devices(fixed.spread[0], seed, fixed.nominal, state.devices[i], state.drift_c[i], gpu)
+    start_devices(
+        fixed.spread[0], seed, fixed.nominal, fixed.inlet_offset_c, state.devices[i], state.drift_c[i], gpu
+    )
     fill(now.track_rows[i], 0.0)
     fill(raw_row, 0.0)
-    begin(rules, state.track[i], gpu, state.budget_w[i], raw)
+    begin(rules, rules.limit_c, state.track[i], gpu, state.budget_w[i], raw)
     fill_levels(rules, fixed.default_index, raw_row)
     encode_row(raw_row, fixed.low, fixed.scale, observation)
 
@@ -172,20 +176,21 @@ def _advance_rows(todo, autoreset, fixed, traffic, service, state, servers, now,
             levels, devices, number = index[i], all_devices[i], int(track[i].step)
             second = int(number * rules[0].interval_s)
             fill_values(level_table, index_rows[i], knob_rows[i])
+            knobs[i].pace = min(knobs[i].pace, track[i].duty)
             fill(work_rows[i], 0.0)
             fill(histogram[i], 0)
             serve(
                 service, knobs[i], levels, arrivals[i], number * slot_energy.shape[1], shift[i, second],
-                slowest_clock(devices), track[i].stage < rules[0].deferrable_below, servers, i, work[i],
-                histogram[i], slot_energy[i],
+                slowest_clock(devices), open_classes(rules[0], track[i]), servers, i, work[i], histogram[i],
+                slot_energy[i],
             )  # fmt: skip
             terminated[i] = heat_devices(
                 devices, device_share[levels.expert_count, levels.routing_bias], slot_energy[i],
                 work[i].sm_clock, drift_c[i, second], gpu[i],
             )  # fmt: skip
             reward[i] = settle(
-                rules[0], prices[0], floor, track[i], work[i], gpu[i], budget_w[i], levels.ttt_steps > 0,
-                raw[i], terms[i], cost[i],
+                rules[0], prices[0], floor, rules[0].limit_c, track[i], work[i], gpu[i], budget_w[i],
+                levels.ttt_steps > 0, raw[i], terms[i], cost[i],
             )  # fmt: skip
             fill_levels(rules[0], index_rows[i], raw_rows[i])
             encode_row(raw_rows[i], low, scale, observation[i])
@@ -280,6 +285,7 @@ class TwinBatch:
             as_record(spread_of(problem)),
             nominal_devices(problem),
             min(scenario.steps, max_steps or scenario.steps),
+            problem.inlet_offset_c,
         )
         self._traffic = traffic_of(scenario.traffic, seconds, problem.capacity_rps)
         self._service = service.fixed

@@ -199,7 +199,7 @@ def _own_prompts(u, rows):
 
 
 def serve(
-    fixed, knobs, index, arrivals, first_slot, shift, clock, serve_deferrable, state, i, work, histogram,
+    fixed, knobs, index, arrivals, first_slot, shift, clock, open_classes, state, i, work, histogram,
     slot_energy,
 ):  # fmt: skip
     """Serve one interval, see `thermoe_env.twin.service.serve`."""
@@ -207,7 +207,7 @@ def serve(
     k, b = index.expert_count, index.routing_bias
     compute, pace = 1.0 / min(clock, knobs.sm_clock), knobs.pace
     places = min(knobs.batch_size, terms.places)
-    deferrable = knobs.admission * places if serve_deferrable else 0.0
+    deferrable = knobs.admission * places if open_classes > 1 else 0.0
     before = (int(server.ended[0] + 1e-9), int(server.ended[1] + 1e-9))
     late, tokens, running = 0.0, 0.0, 0.0
     ttft, tpot, began, finished = 0.0, 0.0, 0.0, 0.0

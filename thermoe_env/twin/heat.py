@@ -170,37 +170,38 @@ def _set_temperatures(device, inlet_c, power_w):
 
 
 @jit
-def start_devices(spread, seed, nominal, devices, drift_c, gpu):
+def start_devices(spread, seed, nominal, inlet_offset_c, devices, drift_c, gpu):
     """Draw the devices of an episode, settled at idle.
 
     Args:
         spread: `Spread`.
         seed: uint64.
         nominal: records of `DEVICE_DTYPE` [D] as `nominal_devices` makes them.
+        inlet_offset_c: float [seconds], how much warmer the inlet becomes.
         devices: records of `DEVICE_DTYPE` [D]; filled.
-        drift_c: float [seconds]; filled with the offset of the inlet: a mean-reverting walk, as neighbours
-            and fans make it.
+        drift_c: float [seconds]; filled with the offset of the inlet: that one and a mean-reverting walk, as
+            neighbours and fans make it.
         gpu: record of `GPU_DTYPE`; filled with the first reading.
     """
     key, walk = derive(seed, np.uint64(2)), derive(seed, np.uint64(4))
     power = 0.0
     for d in range(devices.shape[0]):
         devices[d] = nominal[d]
-        _start_device(spread, key, _DRAWS * d, devices[d])
+        _start_device(spread, key, _DRAWS * d, inlet_offset_c[0], devices[d])
         power += devices[d].idle_power_w
     kick = math.sqrt(1.0 - spread.drift_keep * spread.drift_keep) * spread.drift_c
     level = 0.0
     for second in range(drift_c.shape[0]):
         level = spread.drift_keep * level + kick * normal(walk, second)
-        drift_c[second] = level
+        drift_c[second] = level + inlet_offset_c[second]
     gpu.power_w, gpu.energy_j = power, 0.0
     gpu.power_capped_s = gpu.thermal_throttle_s = 0.0
     _read_sensors(devices, gpu)
 
 
 @jit
-def _start_device(spread, key, first, device):
-    """Vary a nominal device by the draws of `key` from number `first` on, and settle it at idle."""
+def _start_device(spread, key, first, offset_c, device):
+    """Vary a nominal device by draws of `key` from number `first` on; settle it at idle, that much warmer."""
     vary = np.empty(_DRAWS)  # in (-1, 1); one loop, as each literal number would compile a draw of its own
     for i in range(_DRAWS):
         vary[i] = uniform(key, first + i, -1.0, 1.0)
@@ -225,7 +226,7 @@ def _start_device(spread, key, first, device):
     device.sink_c = device.r_sink_c_per_w * power
     device.fan_c = device.r_fan_c_per_w * power
     device.memory_c = device.r_mem_c_per_w * power
-    _set_temperatures(device, device.inlet_c, power)
+    _set_temperatures(device, device.inlet_c + offset_c, power)
     device.clock = 1.0
 
 
@@ -248,9 +249,9 @@ def spread_of(problem: Problem) -> Spread:
 
 
 @jit
-def _start_one(spread, seed, nominal, devices, drift_c, gpu):
+def _start_one(spread, seed, nominal, inlet_offset_c, devices, drift_c, gpu):
     """`start_devices` for a reading in an array: it crosses into compiled code cheaper than a record does."""
-    start_devices(spread, seed, nominal, devices, drift_c, gpu[0])
+    start_devices(spread, seed, nominal, inlet_offset_c, devices, drift_c, gpu[0])
 
 
 @jit
@@ -268,6 +269,7 @@ class TwinTelemetry:
 
     def __init__(self, problem: Problem) -> None:
         self._nominal, self._spread = nominal_devices(problem), spread_of(problem)
+        self._inlet_offset_c = problem.inlet_offset_c
         self._drift = np.zeros(problem.scenario.episode_s + 1)
         self._devices = np.zeros(len(self._nominal), DEVICE_DTYPE)
         self._gpu = np.zeros(1, GPU_DTYPE)
@@ -284,7 +286,10 @@ class TwinTelemetry:
 
     def reset(self, seed: int) -> GpuReading:
         """Draw the devices of `seed` and settle them at idle."""
-        _start_one(self._spread, np.uint64(seed), self._nominal, self._devices, self._drift, self._gpu)
+        _start_one(
+            self._spread, np.uint64(seed), self._nominal, self._inlet_offset_c, self._devices, self._drift,
+            self._gpu,
+        )  # fmt: skip
         self.clock = 1.0
         self._elapsed_s = 0.0
         self.tripped = False

@@ -156,14 +156,14 @@ def drop_expired(terms, arrivals, slot, server, work):
 
 
 @inlined
-def launch_time(terms, arrivals, slot, server, queued, in_slot, now, batch_size, serve_deferrable):
+def launch_time(terms, arrivals, slot, server, queued, in_slot, now, batch_size, open_classes):
     """When the next batch is launched, in seconds into the slot; infinity for a later slot."""
     arrived = arrived_in_slot(in_slot[0], now) + arrived_in_slot(in_slot[1], now)
     if queued[0] + queued[1] + arrived >= batch_size:  # no need to know who waits for longest
         return now
     due, server.head[0] = oldest_in_slot(arrivals, 0, server.next[0], server.head[0], slot)
     due += terms.max_wait_s[0]
-    if serve_deferrable:
+    if open_classes > 1:
         due_1, server.head[1] = oldest_in_slot(arrivals, 1, server.next[1], server.head[1], slot)
         due = min(due, due_1 + terms.max_wait_s[1])
     return next_launch(now, batch_size, queued[0] + queued[1], in_slot[0] + in_slot[1], arrived, due)
@@ -220,7 +220,7 @@ def late_of(c, backlog, terms, arrivals, slot, server, first, taken, group, late
 
 
 def serve(
-    fixed, knobs, index, arrivals, first_slot, shift, clock, serve_deferrable, state, i, work, histogram,
+    fixed, knobs, index, arrivals, first_slot, shift, clock, open_classes, state, i, work, histogram,
     slot_energy,
 ):  # fmt: skip
     """Serve one interval, see `thermoe_env.twin.service.serve`."""
@@ -237,20 +237,18 @@ def serve(
         if adapted:
             quality = answer_quality(fixed, weights, shift, index.expert_count, index.routing_bias)
         in_slot = (arrivals[0, slot + 1] - arrivals[0, slot], 0)
-        if serve_deferrable:
+        if open_classes > 1:
             in_slot = (in_slot[0], arrivals[1, slot + 1] - arrivals[1, slot])
         inside = min(server.tail_s, SLOT_S)
         server.tail_s -= inside
         work.busy_s += inside
         energy = inside * server.tail_power_w
         stepped, now, paid_until = 0, server.free_in_s, 0.0
-        while now < SLOT_S:
+        while open_classes > 0 and now < SLOT_S:
             queued = (arrivals[0, slot] - server.next[0], 0)
-            if serve_deferrable:
+            if open_classes > 1:
                 queued = (queued[0], arrivals[1, slot] - server.next[1])
-            start = launch_time(
-                terms, arrivals, slot, server, queued, in_slot, now, batch_size, serve_deferrable
-            )
+            start = launch_time(terms, arrivals, slot, server, queued, in_slot, now, batch_size, open_classes)
             if start >= SLOT_S:
                 break
             first = taken_by(start, batch_size, queued, in_slot)

@@ -50,7 +50,7 @@ def start(fixed, seed, state, i):
 
 
 def serve(
-    fixed, knobs, index, arrivals, first_slot, shift, clock, serve_deferrable, state, i, work, histogram,
+    fixed, knobs, index, arrivals, first_slot, shift, clock, open_classes, state, i, work, histogram,
     slot_energy,
 ):  # fmt: skip
     """Serve one interval of the request stream in server `i`.
@@ -58,12 +58,12 @@ def serve(
     Args:
         fixed: `Service.fixed`.
         knobs: record of `thermoe_env.problem.knobs.VALUE_DTYPE`, the knobs in force.
-        index: record of `INDEX_DTYPE`, their levels.
+        index: record of `INDEX_DTYPE`, their levels; of `pace` what is in force may be less.
         arrivals: int32 [2, slots + 1], the whole stream.
         first_slot: slot in which the interval begins.
         shift: index of the input shift in force.
         clock: clock fraction that throttling leaves.
-        serve_deferrable: whether deferrable requests are served.
+        open_classes: how many classes of requests may be begun, see `moe.workload.Workload.run`.
         state: row `i` is updated.
         i: number of the server.
         work: record of `moe.workload.WORK_DTYPE`, zeroed by the caller; filled.
@@ -91,7 +91,7 @@ def implement(fixed: type, start_one: Any, serve_one: Any) -> None:
 
     @overload(serve, jit_options={"error_model": "numpy"})
     def _serve(
-        fixed, knobs, index, arrivals, first_slot, shift, clock, serve_deferrable, state, i, work, histogram,
+        fixed, knobs, index, arrivals, first_slot, shift, clock, open_classes, state, i, work, histogram,
         slot_energy,
     ):  # fmt: skip
         return serve_one if is_meant(fixed) else None
@@ -106,7 +106,7 @@ def single_server(fixed_kind: Any, state_kind: Any) -> tuple[Any, Any]:
 
     Returns:
         (`start` of (seed, arrays), `serve` of (knobs, index, arrivals, first slot, shifts in force [seconds],
-        clock, whether deferrable requests are served, work, its memory, histogram, slot energy, arrays))
+        clock, open classes, work, its memory, histogram, slot energy, arrays))
     """
     n = len(fixed_kind._fields)
 
@@ -116,13 +116,13 @@ def single_server(fixed_kind: Any, state_kind: Any) -> tuple[Any, Any]:
 
     @jit
     def serve_single(
-        knobs, index, arrivals, first_slot, shift_id, clock, serve_deferrable, work, work_row, histogram,
+        knobs, index, arrivals, first_slot, shift_id, clock, open_classes, work, work_row, histogram,
         slot_energy, *arrays,
     ):  # fmt: skip
         fill(work_row, 0.0)
         serve(
             fixed_kind(*arrays[:n]), knobs[0], index[0], arrivals, first_slot,
-            shift_id[int(first_slot * SLOT_S)], clock, serve_deferrable, state_kind(*arrays[n:]), 0, work[0],
+            shift_id[int(first_slot * SLOT_S)], clock, open_classes, state_kind(*arrays[n:]), 0, work[0],
             histogram, slot_energy,
         )  # fmt: skip
 

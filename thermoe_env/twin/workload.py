@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class TwinWorkload:
         self._slot = 0
         self._start(np.uint64(seed), *self._arrays)
 
-    def run(self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True) -> WorkStats:
+    def run(self, knobs: Knobs, duration_s: float, open_classes: int = 2) -> WorkStats:
         """Serve one interval. `duration_s` must be the scenario's interval."""
         if duration_s != self._problem.scenario.interval_s:
             raise ValueError(
@@ -75,7 +76,7 @@ class TwinWorkload:
         slot_energy = np.empty(self._slots)
         self._serve(
             values, index, self._stream.arrivals, self._slot, self._stream.shift_id, self._clock(),
-            serve_deferrable, self._work, self._work_row, histogram.ravel(), slot_energy, *self._arrays,
+            open_classes, self._work, self._work_row, histogram.ravel(), slot_energy, *self._arrays,
         )  # fmt: skip
         self._slot += self._slots
         row = self._work_row.tolist()
@@ -95,8 +96,9 @@ class TwinWorkload:
 
     def _learn(self, knobs: Knobs) -> tuple[np.ndarray, ...]:
         problem = self._problem
-        row = problem.knobs.index(knobs)
+        row = problem.knobs.index(replace(knobs, pace=1.0))  # a limit may hold the pace between two levels
         index, values = problem.knobs.records(row[None])
+        values["pace"] = knobs.pace
         at = index["expert_count"][0], index["routing_bias"][0]
         tokens = np.ascontiguousarray(problem.expert_tokens[at])
         self._known[knobs] = values, index, tokens, problem.device_share[at]

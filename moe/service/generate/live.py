@@ -140,13 +140,13 @@ class GenerateWorkload:
         self._in_flight: deque[_InFlight] = deque()
         self._time_s = self._end_s = self._pause_s = 0.0
 
-    def run(self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True) -> WorkStats:
+    def run(self, knobs: Knobs, duration_s: float, open_classes: int = 2) -> WorkStats:
         """Serve in real time until the interval is over and the steps under way are done.
 
         Args:
             knobs: of the interval.
             duration_s: its length.
-            serve_deferrable: False starts no deferrable request; those that run go on.
+            open_classes: how many classes may be begun, see `Workload.run`.
 
         Raises:
             KnobRefusedError: a knob cannot be applied here.
@@ -164,7 +164,7 @@ class GenerateWorkload:
         while (now := self._clock() - self._resumed) < self._end_s:
             self._collect(tally, mark, began, wait=False)
             self._expire(now, tally)
-            self._admit(now, knobs, knobs.admission if serve_deferrable else 0.0)
+            self._admit(now, knobs, open_classes)
             if self._sequences.has_work:
                 self._launch(knobs, tally)
                 if self._pause_s > LEAST_PAUSE_S:  # only where the pace asks for it
@@ -209,10 +209,10 @@ class GenerateWorkload:
                 for slot in finished.slot.tolist():
                     self.engine.release(slot)
 
-    def _admit(self, now: float, knobs: Knobs, admission: float) -> None:
-        """Let waiting requests run, interactive ones first, while there is room."""
-        places = math.floor(admission * knobs.batch_size)
-        for c, most in enumerate((knobs.batch_size, places)):
+    def _admit(self, now: float, knobs: Knobs, open_classes: int) -> None:
+        """Let waiting requests of the open classes run, interactive ones first, while there is room."""
+        places = math.floor(knobs.admission * knobs.batch_size)
+        for c, most in enumerate((knobs.batch_size, places)[:open_classes]):
             waiting = arrived_by(self._arrivals, c, now) - int(self._next[c])
             while (
                 waiting and self._sequences.running < knobs.batch_size and self._sequences.n_running[c] < most

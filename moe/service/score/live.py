@@ -144,7 +144,7 @@ class LiveWorkload:
         if self._budget is not None:
             self._budget.energy.reset()
 
-    def run(self, knobs: Knobs, duration_s: float, serve_deferrable: bool = True) -> WorkStats:
+    def run(self, knobs: Knobs, duration_s: float, open_classes: int = 2) -> WorkStats:
         """Serve in real time; a batch still under way at the end counts as waiting.
 
         Raises:
@@ -165,7 +165,7 @@ class LiveWorkload:
             if now >= self._end_s:
                 break
             self._expire(now, tally)
-            wake = self._serve(now, knobs, serve_deferrable, tally)
+            wake = self._serve(now, knobs, open_classes, tally)
             if wake > now:
                 self._sleep(max(min(wake, self._end_s) - now, POLL_S))
         self._time_s = now
@@ -175,23 +175,23 @@ class LiveWorkload:
         """End the episode; the model stays as adapted until the next `reset`. May be called twice."""
         self._stream = None
 
-    def _serve(self, now: float, knobs: Knobs, serve_deferrable: bool, tally: Tally) -> float:
+    def _serve(self, now: float, knobs: Knobs, open_classes: int, tally: Tally) -> float:
         """Launch a batch if one is due; returns when to look again, `now` after a launch."""
         arrivals = self._arrivals
         if self._in_flight:
-            full = sum(self._waiting(c, now) for c in range(1 + serve_deferrable)) >= knobs.batch_size
+            full = sum(self._waiting(c, now) for c in range(open_classes)) >= knobs.batch_size
             if not (full and self._may_launch_ahead(now, knobs)):
                 return now + POLL_S
         elif now < self._free_at_s:
             return self._free_at_s
         else:
             slot = math.floor(now / SLOT_S + 1e-9)
-            due = slot * SLOT_S + self._due(slot, now, knobs.batch_size, serve_deferrable)
+            due = slot * SLOT_S + self._due(slot, now, knobs.batch_size, open_classes)
             if due > now:
                 return min(due, (slot + 1) * SLOT_S)
         ranges, heads, room = [], [], knobs.batch_size
         for c in range(2):
-            taken = min(self._waiting(c, now), room) if c == 0 or serve_deferrable else 0
+            taken = min(self._waiting(c, now), room) if c < open_classes else 0
             first, last = int(self._next[c]), int(self._next[c]) + taken
             ranges.append((first, last))
             heads.append(int(self._head[c]))
@@ -208,10 +208,10 @@ class LiveWorkload:
         self._in_flight.append(InFlight(batch, ranges, heads, knobs))
         return now
 
-    def _due(self, slot: int, now: float, batch_size: int, serve_deferrable: bool) -> float:
+    def _due(self, slot: int, now: float, batch_size: int, open_classes: int) -> float:
         """When a batch is due, in seconds into the slot that `now` lies in; infinity if later."""
         queued, in_slot, arrived, due = 0, 0, 0, math.inf
-        for c in range(1 + serve_deferrable):
+        for c in range(open_classes):
             arrivals = self._arrivals
             queued += int(arrivals[c, slot]) - int(self._next[c])
             in_slot += int(arrivals[c, slot + 1] - arrivals[c, slot])
@@ -330,7 +330,7 @@ class LiveWorkload:
         """Have the compiled queue functions loaded before the clock runs."""
         self.reset(0)
         arrivals = np.array([[0, 1], [0, 1]], np.int32)
-        self._due(0, 0.0, 1, True)
+        self._due(0, 0.0, 1, 2)
         oldest_arrival(arrivals, 0, self._next[0], self._head[0], SLOT_S)
         expire(arrivals, 0, self._next[0], self._head[0], 0.0, self._expire_after_s[0])
         late_count(arrivals, 0, 0, 1, SLOT_S, self._deadline_s[0])

@@ -189,7 +189,7 @@ knob_settings = st.builds(
     expert_count=st.integers(1, EXPERTS),
     pace=st.sampled_from([0.3, 0.6, 1.0]),
 )
-schedules = st.lists(st.tuples(knob_settings, st.booleans()), min_size=3, max_size=6)
+schedules = st.lists(st.tuples(knob_settings, st.integers(0, 2)), min_size=3, max_size=6)
 
 
 @pytest.mark.parametrize("runner", [None, PipelinedRunner])
@@ -199,8 +199,8 @@ def test_requests_in_are_answered_expired_or_waiting(runner, traffic, schedule, 
     workload, _, launches = make(traffic, runner=runner)
     workload.reset(seed)
     waiting, totals = (0.0, 0.0), []
-    for knobs, serve_deferrable in schedule:
-        stats = workload.run(knobs, 1.0, serve_deferrable)
+    for knobs, open_classes in schedule:
+        stats = workload.run(knobs, 1.0, open_classes)
         waiting = assert_conserved(stats, waiting)
         totals.append(stats)
     for c in range(2):
@@ -218,7 +218,7 @@ def test_accounts_agree_with_every_single_request(runner, traffic, schedule, see
     service = Service()
     workload, _, launches = make(traffic, service, runner)
     workload.reset(seed)
-    stats = [workload.run(knobs, 1.0, serve) for knobs, serve in schedule]
+    stats = [workload.run(knobs, 1.0, open_classes) for knobs, open_classes in schedule]
     arrival = arrivals_of(workload)
     for launch in launches:
         for c, (first, last) in enumerate(launch.ranges):
@@ -323,7 +323,7 @@ def test_the_clock_stands_still_between_calls_and_intervals_do_not_drift():
 def test_only_interactive_requests_are_served_on_demand():
     workload, _, launches = make()
     workload.reset(0)
-    stats = workload.run(Knobs(batch_size=8, expert_count=1), 1.0, serve_deferrable=False)
+    stats = workload.run(Knobs(batch_size=8, expert_count=1), 1.0, open_classes=1)
     assert stats.answered[1] == 0 and stats.answered[0] > 0
     assert all(launch.ranges[1] == (0, 0) for launch in launches)
 

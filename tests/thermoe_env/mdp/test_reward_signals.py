@@ -11,7 +11,8 @@ from scipy.integrate import solve_ivp
 from thermoe_env.device import physics
 from thermoe_env.mdp.reward import REWARD_TERMS, Prices, reward_terms
 from thermoe_env.mdp.signals import draw_power_budget, next_stage, thermal_signal
-from thermoe_env.problem.scenario import PowerBudget, RewardWeights
+from thermoe_env.problem.limits import PowerBudget
+from thermoe_env.problem.scenario import RewardWeights
 
 PRICES = Prices.of(RewardWeights(quality=4.0), 600.0, 50_000.0, 1.0)
 BEGIN = np.array([6.0, 3.0, 1.0])

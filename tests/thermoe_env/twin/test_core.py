@@ -32,9 +32,34 @@ def play(batch: TwinBatch, seeds: list[int], actions: np.ndarray, row: int) -> l
     return seen
 
 
-@pytest.mark.parametrize("devices", [ONE, TWO])
-def test_one_environment_is_the_same_alone_in_a_batch_and_on_any_thread(problem: Problem, devices) -> None:
-    problem = Problem.of(load_scenario(problem.scenario, devices=devices))
+def acting(devices: list, **limits) -> dict:
+    """Limits that act and air that grows warm, often enough for an episode to meet all of them."""
+    return {
+        "devices": devices,
+        "limits": {"temperature_c": 56.0, **limits},
+        "power_budget": {
+            "event_w": [330.0, 390.0],
+            "gap_s": [3.0, 9.0],
+            "brake": {"grace_s": 1.0, "duty": 0.37, "hold_s": 4.0},
+        },
+        "inlet": {"kind": "ramp", "by_c": 7.0, "from_s": 30.0, "to_s": 80.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "duties"),
+    [
+        ({"devices": ONE}, {1.0}),
+        ({"devices": TWO}, {1.0}),
+        (acting(ONE, slowdown={"duty": 0.55, "recover_c": 2.0}), {1.0, 0.55, 0.37}),
+        (acting(TWO, alarm={"drain_s": 9.0}), {1.0, 0.37, 0.0}),
+    ],
+    ids=["one", "two", "slowdown", "alarm"],
+)
+def test_one_environment_is_the_same_alone_in_a_batch_and_on_any_thread(
+    problem: Problem, overrides, duties
+) -> None:
+    problem = Problem.of(load_scenario(problem.scenario, **overrides))
     steps, seeds = problem.scenario.steps, [11, 5, 7, 3, 2]
     actions = np.random.default_rng(0).integers(
         0, problem.knobs.nvec, (steps, len(seeds), len(problem.knobs.nvec))
@@ -52,12 +77,14 @@ def test_one_environment_is_the_same_alone_in_a_batch_and_on_any_thread(problem:
 
     env = ThermalMoEEnv(problem.scenario, world="twin")
     observation, _ = env.reset(seed=7)
-    single = [tuple(observation)]
+    single, met = [tuple(observation)], set()
     for action in actions[:, 2]:
         observation, reward, _, truncated, info = env.step(action)
         single.append((*observation, reward, *info["reward_terms"].values(), *info["cost"].values()))
+        met.add(info["limits"]["duty"])
     assert truncated
     assert single == whole
+    assert met == duties
 
 
 def test_episodes_of_a_batch_are_those_of_the_single_environment(problem: Problem) -> None:
@@ -81,10 +108,10 @@ def test_episodes_of_a_batch_are_those_of_the_single_environment(problem: Proble
     share=st.floats(0.0, 1.0),
     devices=st.sampled_from([ONE, TWO]),
     knobs=st.lists(st.tuples(*(st.integers(0, 2) for _ in range(4))), min_size=3, max_size=12),
-    serve=st.lists(st.booleans(), min_size=12, max_size=12),
+    classes=st.lists(st.integers(0, 2), min_size=12, max_size=12),
 )
 @settings(max_examples=60)
-def test_requests_are_conserved(problem: Problem, seed, low, spread, share, devices, knobs, serve) -> None:
+def test_requests_are_conserved(problem: Problem, seed, low, spread, share, devices, knobs, classes) -> None:
     """In = answered + expired + waiting, whatever the traffic and the knobs."""
     traffic = TrafficConfig(low_load=low, high_load=low + spread, interactive_share=share)
     scenario = load_scenario(
@@ -100,14 +127,14 @@ def test_requests_are_conserved(problem: Problem, seed, low, spread, share, devi
     telemetry.reset(seed)
     arrived, answered, expired = np.zeros(2), np.zeros(2), np.zeros(2)
     levels = problem.knobs.levels
-    for (bias, batch, experts, ttt), deferrable in zip(knobs, serve, strict=False):
+    for (bias, batch, experts, ttt), open_classes in zip(knobs, classes, strict=False):
         setting = Knobs(
             routing_bias=levels["routing_bias"][bias],
             batch_size=int(levels["batch_size"][2 * batch]),
             expert_count=int(levels["expert_count"][experts]),
             ttt_steps=int(levels["ttt_steps"][ttt]),
         )
-        stats = workload.run(setting, 1.0, deferrable)
+        stats = workload.run(setting, 1.0, open_classes)
         telemetry.read(stats, 1.0)
         arrived += stats.arrived
         answered += stats.answered

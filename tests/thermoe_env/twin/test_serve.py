@@ -90,9 +90,8 @@ class BatchByBatch:
             due = min(due, coming[knobs.batch_size - 1])
         return max(now, due)
 
-    def run(self, knobs: Knobs, second: int, serve_deferrable: bool) -> Sums:
+    def run(self, knobs: Knobs, second: int, classes: int) -> Sums:
         sums, p, service = Sums(), self.problem.profile, self.problem.scenario.service
-        classes = 1 + serve_deferrable
         k = list(p.expert_count).index(knobs.expert_count)
         b = self.problem.knobs.levels["routing_bias"].index(knobs.routing_bias)
         for slot in range(round(second / SLOT_S), round((second + 1) / SLOT_S)):
@@ -103,7 +102,7 @@ class BatchByBatch:
                 sums.expired[c] += gone
             accuracy, confidence, _ = answer_quality(self.problem.tables, self.weights, self.shift, k, b)
             now, launched = max(start, self.free_at), 0
-            while now < end:
+            while now < end and classes:
                 t = self.due(now, end, knobs, classes)
                 if t >= end:
                     break
@@ -135,7 +134,9 @@ class BatchByBatch:
         return sums
 
 
-def play(problem: Problem, seed: int, knobs: list[Knobs], serve: list[bool]) -> tuple[Sums, Sums, np.ndarray]:
+def play(
+    problem: Problem, seed: int, knobs: list[Knobs], classes: list[int]
+) -> tuple[Sums, Sums, np.ndarray]:
     """(twin, batch by batch, the twin's histogram) over one second of each setting."""
     workload = TwinWorkload(problem, lambda: 1.0)
     workload.reset(seed)
@@ -143,8 +144,8 @@ def play(problem: Problem, seed: int, knobs: list[Knobs], serve: list[bool]) -> 
     stream.shift_id[:] = stream.shift_id[0]
     plain = BatchByBatch(problem, stream.arrivals, int(stream.shift_id[0]))
     twin, reference, histogram = Sums(), Sums(), np.zeros(len(LATENCY_EDGES_S) + 1, np.int64)
-    for second, (setting, deferrable) in enumerate(zip(knobs, serve, strict=True)):
-        stats, sums = workload.run(setting, 1.0, deferrable), plain.run(setting, second, deferrable)
+    for second, (setting, n) in enumerate(zip(knobs, classes, strict=True)):
+        stats, sums = workload.run(setting, 1.0, n), plain.run(setting, second, n)
         histogram += stats.latency_histogram
         for name in ("answered", "late", "expired"):
             getattr(twin, name)[:] += getattr(stats, name)
@@ -163,7 +164,7 @@ def play(problem: Problem, seed: int, knobs: list[Knobs], serve: list[bool]) -> 
 
 
 settings_of_a_second = st.tuples(
-    *(st.integers(0, 2) for _ in range(4)), st.sampled_from([0.6, 1.0]), st.booleans()
+    *(st.integers(0, 2) for _ in range(4)), st.sampled_from([0.6, 1.0]), st.sampled_from([0, 1, 1, 2, 2, 2])
 )
 
 
@@ -192,8 +193,8 @@ def test_equals_a_service_that_launches_every_batch(
         )
         for bias, batch, experts, ttt, pace, _ in (seconds[:1] * SECONDS if steady else seconds)
     ]
-    serve = [deferrable or share == 0.0 for *_, deferrable in seconds]
-    twin, plain, histogram = play(Problem.of(scenario), seed, knobs, serve)
+    classes = [2 if share == 0.0 else n for *_, n in seconds]
+    twin, plain, histogram = play(Problem.of(scenario), seed, knobs, classes)
     total = plain.answered.sum() + 1.0
     # A batch may fall on either side of an interval's end: one where the knobs stay, some where they change.
     edges = 1 if steady else 3

@@ -44,7 +44,7 @@ def start(fixed, seed, state, i):
 
 
 def serve(
-    fixed, knobs, index, arrivals, first_slot, shift, clock, serve_deferrable, state, i, work, histogram,
+    fixed, knobs, index, arrivals, first_slot, shift, clock, open_classes, state, i, work, histogram,
     slot_energy,
 ):  # fmt: skip
     """Five steps in a slot: free places are filled, interactive requests first, then each writes a token."""

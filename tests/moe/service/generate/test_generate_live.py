@@ -141,7 +141,7 @@ def test_deferrable_requests_get_the_places_that_admission_leaves_them() -> None
             workload.run(replace(STANDARD, admission=admission), 1.0)
         assert workload._sequences.n_running[1] <= most
         assert workload._sequences.running <= 16
-    held = workload.run(STANDARD, 1.0, serve_deferrable=False)
+    held = workload.run(STANDARD, 1.0, open_classes=1)
     assert held.answered[1] <= 16  # those that ran already
 
 
