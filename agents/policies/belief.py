@@ -97,13 +97,14 @@ class Belief:
         load = float(o["load"])
         slots = round(problem.scenario.interval_s / SLOT_S)
         self._fill_arrivals(np.full(slots, load), float(o["interactive_share"]))
+        at_limit = state.track["at_limit"].copy()
         step = self.twins.step(np.tile(levels_in_force(problem, o), (len(self._shifts), 1)))
         likeliest = self._likeliest(self._ranges.decode(step.observation), o)
         self.twins.fork(self.twins, likeliest)
         self._set_queue(o)
         self._set_device(o)
         state.track["stage"], state.track["temp_c"] = o["stage"], o["temp_c"]
-        self._set_limits(o)
+        self._set_limits(o, at_limit)
         self._expect_requests(load, float(o["load_slow"]), float(o["interactive_share"]))
         self._expect_budget(o)
 
@@ -172,19 +173,16 @@ class Belief:
         drift = self.state.drift_c[:, self._second :]
         drift[:] = seen["inlet_drift"] * np.exp(-np.arange(drift.shape[1]) / twin.inlet_drift_tau_s)
 
-    def _set_limits(self, o: dict[str, np.ndarray]) -> None:
-        """What limits that act hold down, and for how long, as observed."""
-        track, limits = self.state.track, self._problem.scenario.limits
+    def _set_limits(self, o: dict[str, np.ndarray], at_limit: np.ndarray) -> None:
+        """What limits that act hold down, as observed; `at_limit` [S] is of before the interval."""
+        track, slowdown = self.state.track, self._problem.scenario.limits.slowdown
         interval_s, drained = self._problem.scenario.interval_s, o["duty"] == 0.0
         left_s = np.rint(o["release_s"] / interval_s) * interval_s
         track["brake_left_s"], track["drain_left_s"] = np.where(drained, (0.0, left_s), (left_s, 0.0))
-        if limits.slowdown is None:
-            track["at_limit"] = o["margin_c"] <= 0.0
-        elif not drained:
-            track["at_limit"] = (o["duty"] <= limits.slowdown.duty) & (
-                o["margin_c"] < limits.slowdown.recover_c
-            )
         track["duty"] = 1.0 if drained else o["duty"]
+        margin_c = np.round(o["margin_c"], 3)  # an observation is of single precision
+        left = margin_c >= (0.0 if slowdown is None else slowdown.recover_c)
+        track["at_limit"] = np.where(margin_c <= 0.0, 1.0, np.where(left, 0.0, at_limit))
 
     def _fill_arrivals(self, load: np.ndarray, interactive: float) -> None:
         """Let requests arrive from now on: load per slot, float [slots], and the interactive share."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import gymnasium
+import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env as gym_check
 from stable_baselines3.common.env_checker import check_env as sb3_check
@@ -46,6 +47,60 @@ def test_the_scenario_s_adaptation_reaches_the_live_service() -> None:
     work = info["work"]
     assert work["ttt_refused"] == 2 * work["batches"] > 0 and work["ttt_steps"] == 0
     assert 0.0 < work["budget_share"] < 1.0
+
+
+@pytest.mark.parametrize(
+    ("scenario", "watts"), [("default", 400.0), ("tokens", 300.0)], ids=["answers", "tokens"]
+)
+def test_limits_act_on_a_live_service(scenario: str, watts: float) -> None:
+    """A real model at full load under a budget that it breaks at once: busy for no more than the duty."""
+    tight = {
+        "normal_w": watts / 2, "event_w": [watts / 2, watts / 2],
+        "brake": {"grace_s": 0.0, "duty": 0.3, "hold_s": 3.0},
+    }  # fmt: skip
+    full = {"kind": "poisson", "low_load": 2.0, "high_load": 2.0}
+    overrides = {"interval_s": 0.5, "traffic": full, "power_budget": tight, "episode_s": 12}
+    env = ThermalMoEEnv(scenario, world="live", overrides=overrides)
+    env.reset(seed=1)
+    held, busy_s, over = [], [], False
+    while not over:
+        *_, over, info = env.step(env.problem.knobs.action())
+        assert info["limits"]["duty"] == (0.3 if info["limits"]["why"] == "brake" else 1.0)
+        assert info["knobs"]["pace"] == 1.0
+        held.append(info["limits"]["why"] == "brake")
+        busy_s.append(info["work"]["busy_s"])
+    env.close()
+    assert sum(held) >= 12
+    # What runs when the brake engages goes on, and an interval waits for its last batch.
+    settled = [busy for busy, now, before in zip(busy_s[1:], held[1:], held, strict=False) if now and before]
+    assert sum(settled) <= 0.3 * 0.5 * len(settled) + 0.1
+    assert sum(settled) > 0.15 * 0.5 * len(settled)
+    assert busy_s[0] > 0.3
+
+
+def test_a_live_service_drains_at_its_limit() -> None:
+    limits = {"temperature_c": 40.0, "alarm": {"drain_s": 2.0}}
+    full = {"kind": "poisson", "low_load": 2.0, "high_load": 2.0}
+    overrides = {"interval_s": 0.5, "traffic": full, "limits": limits, "episode_s": 12}
+    env = ThermalMoEEnv(world="live", overrides=overrides)
+    if env.world != "live-cpu":
+        env.close()
+        pytest.skip("a card's temperature is its own")
+    env.reset(seed=1)
+    waiting, why, over = np.zeros(2), [], False
+    while not over:
+        *_, over, info = env.step(env.problem.knobs.action())
+        work, drained = info["work"], info["limits"]["why"] == "alarm"
+        why.append(drained)
+        arrived, answered, expired = (np.array(work[name]) for name in ("arrived", "answered", "expired"))
+        np.testing.assert_array_equal(arrived + waiting, answered + expired + np.array(work["waiting"]))
+        waiting = np.array(work["waiting"])
+        if drained and why[-2]:  # what ran has come back
+            assert not answered.any() and work["busy_s"] == 0.0
+    env.close()
+    change = np.diff(np.array(why, int))
+    begins, ends = np.flatnonzero(change == 1), np.flatnonzero(change == -1)
+    assert len(ends) >= 1 and (ends - begins[: len(ends)] == 4).all()
 
 
 def test_a_calibration_of_another_card_is_named(problem: Problem, caplog: pytest.LogCaptureFixture) -> None:

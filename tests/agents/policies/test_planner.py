@@ -110,6 +110,35 @@ def test_a_belief_of_a_card_without_a_memory_sensor_does_not_go_by_the_field_tha
         assert (nodes[0] == nodes[1]).all() == alike
 
 
+@pytest.mark.parametrize(
+    "acts",
+    [{"slowdown": {"duty": 0.6, "recover_c": 3.0}}, {"alarm": {"drain_s": 5.0}}],
+    ids=["slowdown", "alarm"],
+)
+def test_a_belief_knows_what_limits_hold_and_for_how_long(problem: Problem, acts: dict[str, Any]) -> None:
+    brake = {"grace_s": 1.0, "duty": 0.3, "hold_s": 4.0}
+    overrides = {
+        "limits": {"temperature_c": 54.0, **acts},
+        "power_budget": {"event_w": [330.0, 390.0], "gap_s": [2.0, 5.0], "brake": brake},
+        "traffic": {"low_load": 0.8, "high_load": 1.5},
+    }
+    held = Problem.of(load_scenario(problem.scenario, **overrides))
+    twins, chance = TwinBatch(held, 1), RandomPolicy(held.knobs.nvec, seed=4)
+    seen = twins.reset(SEEDS[:1])
+    belief, met = Belief(without_luck(held), MpcConfig(), seen[0]), set()
+    for _ in range(STEPS - 1):
+        seen = twins.step(held.knobs.indices(chance.predict(seen)[0], "multi_discrete")).observation
+        belief.follow(seen[0])
+        true, own = twins.state.track[0], belief.state.track[0]
+        if true["drain_left_s"] == 0.0:  # a drain hides what else may hold
+            for name in ("brake_left_s", "at_limit"):
+                assert own[name] == true[name], name
+            assert own["duty"] == pytest.approx(true["duty"], abs=1e-6)
+        assert own["drain_left_s"] == true["drain_left_s"]
+        met |= {name for name in ("brake_left_s", "at_limit", "drain_left_s") if true[name] > 0.0}
+    assert met == {"brake_left_s", "at_limit"} | ({"drain_left_s"} if "alarm" in acts else set())
+
+
 def test_a_belief_knows_the_queue_the_shift_and_the_adaptation(problem: Problem) -> None:
     chance = RandomPolicy(problem.knobs.nvec, seed=2)
     twins = TwinBatch(problem, len(SEEDS))

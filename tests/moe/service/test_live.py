@@ -328,6 +328,21 @@ def test_only_interactive_requests_are_served_on_demand():
     assert all(launch.ranges[1] == (0, 0) for launch in launches)
 
 
+@pytest.mark.parametrize("runner", [None, PipelinedRunner])
+def test_a_drained_service_begins_nothing_and_ends_what_runs(runner):
+    workload, _, launches = make(TrafficConfig(kind="poisson", low_load=3.0, high_load=3.0), runner=runner)
+    workload.reset(0)
+    knobs = Knobs(batch_size=32, expert_count=1)
+    waiting = assert_conserved(workload.run(knobs, 1.0), (0.0, 0.0))
+    before, running = len(launches), sum(flight.size for flight in workload._in_flight)
+    drained = [workload.run(knobs, 1.0, open_classes=0) for _ in range(3)]
+    assert len(launches) == before and sum(sum(s.answered) for s in drained) == running
+    assert sum(drained[-1].expired) > 0.0 and drained[-1].busy_s == 0.0
+    for stats in (*drained, workload.run(knobs, 1.0)):
+        waiting = assert_conserved(stats, waiting)
+    assert len(launches) > before
+
+
 def test_what_an_interval_reports():
     workload, _, _ = make()
     workload.reset(0)

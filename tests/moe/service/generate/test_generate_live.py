@@ -145,6 +145,23 @@ def test_deferrable_requests_get_the_places_that_admission_leaves_them() -> None
     assert held.answered[1] <= 16  # those that ran already
 
 
+def test_a_drained_service_admits_nobody_and_decodes_what_runs() -> None:
+    workload = make_workload(6.0)
+    workload.reset(5)
+    waiting = np.array(workload.run(STANDARD, 1.0).waiting)
+    running, admitted = workload._sequences.running, workload._next.copy()
+    assert running == 16
+    drained = [workload.run(STANDARD, 1.0, open_classes=0) for _ in range(4)]
+    assert sum(sum(stats.answered) for stats in drained) == running and drained[-1].busy_s == 0.0
+    assert workload._sequences.running == 0 and workload.engine.blocks.free_slots == 24
+    np.testing.assert_array_equal(workload._next - admitted, np.sum([s.expired for s in drained], axis=0))
+    for stats in (*drained, workload.run(STANDARD, 1.0)):
+        arrived, answered, expired = map(np.array, (stats.arrived, stats.answered, stats.expired))
+        np.testing.assert_array_equal(arrived + waiting, answered + expired + np.array(stats.waiting))
+        waiting = np.array(stats.waiting)
+    assert workload._sequences.running > 0
+
+
 def test_pace_caps_the_busy_share() -> None:
     workload = make_workload(6.0)
     workload.reset(6)
