@@ -178,7 +178,8 @@ class Belief:
         track, slowdown = self.state.track, self._problem.scenario.limits.slowdown
         interval_s, drained = self._problem.scenario.interval_s, o["duty"] == 0.0
         left_s = np.rint(o["release_s"] / interval_s) * interval_s
-        track["brake_left_s"], track["drain_left_s"] = np.where(drained, (0.0, left_s), (left_s, 0.0))
+        track["brake_left_s"] = 0.0 if drained else left_s
+        track["drain_left_s"] = left_s if drained else 0.0
         track["duty"] = 1.0 if drained else o["duty"]
         margin_c = np.round(o["margin_c"], 3)  # an observation is of single precision
         left = margin_c >= (0.0 if slowdown is None else slowdown.recover_c)

@@ -26,11 +26,12 @@ from thermoe_env.twin.score import batch_cost, terms_of
 _FIXED_POINT_STEPS = 12
 _SEEN = (
     "rate_0", "rate_1", "queue_0", "queue_1", "oldest_0", "oldest_1", "clock", "power_w", "budget_w",
-    "over_c", "shift",
+    "over_c", "shift", "duty",
 )  # fmt: skip
 _SEEN_DTYPE = np.dtype([(name, np.float64) for name in _SEEN])
 """What a prediction goes by: arrivals per second, waiting requests and the oldest's age per class; clock
-fraction that throttling leaves, power now, budget to keep, degrees above the limit to keep, input shift."""
+fraction that throttling leaves, power now, budget to keep, degrees above the limit to keep, input shift, and
+the duty that limits leave where requests are begun."""
 _DEVICE = ("idle_w", "low_clock_w", "low_clock", "cap_w", "r_die_c_per_w", "interval_s")
 _DEVICE_DTYPE = np.dtype([(name, np.float64) for name in _DEVICE])
 """All devices together: idle power at full and at the low clock, that clock's fraction, power cap."""
@@ -99,7 +100,7 @@ def _predict(cost, knobs, accuracy, floor, seen, device, terms, prices, reward):
     """
     batch_size, ttt_steps = int(knobs.batch_size), int(knobs.ttt_steps)
     clock = min(seen.clock, knobs.sm_clock)
-    slower = 1.0 / (clock * knobs.pace)
+    slower = 1.0 / (clock * min(knobs.pace, seen.duty))
     rates, left_s = (seen.rate_0, seen.rate_1), device.interval_s
     rate = rates[0] + rates[1]
     latency, joules, ttt_latency, ttt_joules = batch_cost(cost, batch_size)
@@ -218,11 +219,13 @@ class Greedy:
         problem, config = self._problem, self._config
         limits = problem.scenario.limits
         seen = np.zeros(len(o["load"]), _SEEN_DTYPE)
-        served = o["stage"] < limits.deferrable_below - 0.5
+        begun = o["duty"] > 0.0  # else the node drains
+        served = begun & (o["stage"] < limits.deferrable_below - 0.5)
         rate = o["load_fast"] * config.load_margin * problem.capacity_rps
-        seen["rate_0"] = rate * o["interactive_share"]
+        seen["duty"] = np.where(begun, o["duty"], 1.0)
+        seen["rate_0"] = np.where(begun, rate * o["interactive_share"], 0.0)
         seen["rate_1"] = np.where(served, rate * (1.0 - o["interactive_share"]), 0.0)
-        seen["queue_0"] = o["queue_interactive_s"] * problem.capacity_rps
+        seen["queue_0"] = np.where(begun, o["queue_interactive_s"] * problem.capacity_rps, 0.0)
         seen["queue_1"] = np.where(served, o["queue_deferrable_s"] * problem.capacity_rps, 0.0)
         seen["oldest_0"], seen["oldest_1"] = o["oldest_interactive_s"], o["oldest_deferrable_s"]
         seen["clock"], seen["power_w"] = o["sm_clock_share"], o["power_w"]

@@ -17,7 +17,6 @@ from moe.service.generate.lengths import token_lengths
 from moe.token_profile import load_token_profile
 from moe.training.checkpoint import WeightsError
 from thermoe_env.configs import config_path
-from thermoe_env.errors import ScenarioError
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 from thermoe_env.problem.tokens import request_profile
@@ -57,9 +56,18 @@ def test_a_profile_without_the_cells_is_refused() -> None:
         request_profile(replace(measured, cost=replace(measured.cost, cells=alone)), lengths)
 
 
-def test_the_twin_says_that_it_plays_no_tokens() -> None:
-    with pytest.raises(ScenarioError, match="make ThermalMoELive-v0"):
-        gym.make("ThermalMoETwin-v0", scenario="tokens")
+def test_the_twin_plays_the_same_scenario() -> None:
+    env = gym.make("ThermalMoETwin-v0", scenario="tokens", overrides={"episode_s": 30})
+    env.reset(seed=0)
+    tokens, answered, over = 0.0, 0.0, False
+    while not over:
+        _, reward, _, over, info = env.step(env.action_space.sample())
+        assert np.isfinite(float(reward))
+        tokens += info["work"]["output_tokens"]
+        answered += sum(info["work"]["answered"])
+    lengths = token_lengths(config_path("traces/requests", "azure-conv-2023", ".csv"), 1024)
+    assert tokens == pytest.approx(answered * lengths.output.mean(), rel=0.1)  # some are under way
+    assert 80.0 < info["reading"]["power_w"] < 700.0 and info["tokens_per_expert"].shape == (8, 64)
 
 
 @pytest.mark.parametrize(

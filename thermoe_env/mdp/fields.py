@@ -66,6 +66,17 @@ _INTERACTIVE_S, _DEFERRABLE_S = (
 )
 """Nobody waits for longer, looked at once per slot."""
 
+
+def _confidence_step(problem: Problem) -> float:
+    """Knobs do more to the confidence of tokens than to that of answers of one pass."""
+    if problem.scenario.generate is None:
+        return 0.1
+    return max(0.1, float(np.ptp(problem.profile.confidence)))
+
+
+_FALL = Derived("-(0.1, tokens: range of the profile)", lambda problem: -_confidence_step(problem))
+_RISE = Derived("0.1, tokens: range of the profile", _confidence_step)
+
 FIELDS: tuple[Field, ...] = (
     Field("temp_c", "degC", _COOL_C, _HOT_C, "hottest die sensor at the end of the interval"),
     Field("mem_temp_c", "degC", _COOL_C, _HOT_C, "hottest memory sensor"),
@@ -129,7 +140,7 @@ FIELDS: tuple[Field, ...] = (
     Field("busy", "1", 0.0, 1.2, "busy time of the device over the interval"),
     Field("confidence", "1", 0.0, 1.0, "mean probability of the answers given"),
     Field("entropy", "1", 0.0, 0.6, "mean entropy of the answers over its maximum"),
-    Field("confidence_change", "1", -0.1, 0.1, "confidence less that of the interval before"),
+    Field("confidence_change", "1", _FALL, _RISE, "confidence less that of the interval before"),
     Field("shift_indicator", "1", -0.2, 0.2, "confidence less its 20 s average: it moves when the inputs do"),
     Field(
         "since_change_s",

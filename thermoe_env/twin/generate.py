@@ -19,12 +19,12 @@ from moe.compiled import inlined, jit
 from moe.lm.config import AHEAD, BLOCK
 from moe.lm.engine.blocks import blocks_for
 from moe.service.queueing import SLOT_S, arrival_time, latency_bin, slot_of
-from thermoe_env.device.physics import clock_power_factor
 from thermoe_env.mdp.interval import as_record
 from thermoe_env.problem.problem import Problem
-from thermoe_env.problem.token_tables import PER_OCTAVE, SHARES, token_work
+from thermoe_env.problem.token_tables import token_work
 from thermoe_env.twin.score import drop_expired
 from thermoe_env.twin.service import Service, implement
+from thermoe_env.twin.token_steps import Steps, add_answers, either_class, own_prompts, steps_of
 
 KNOBS_READ = ("routing_bias", "batch_size", "expert_count", "pace", "sm_clock", "admission")
 """Those that move something here."""
@@ -47,9 +47,6 @@ TRANSIT = AHEAD + 1.0
 """Steps in which a place is taken and no row of an answer runs: those that were launched before its last
 token came back, and the one that reads the next prompt."""
 _ITERATIONS = 2
-_BITS = 52 - int(math.log2(PER_OCTAVE))
-_ONE = int(np.float64(1.0).view(np.int64))
-_IN_NODE, _PER_NODE = 2**_BITS - 1, 2.0**-_BITS
 
 
 class Terms(NamedTuple):
@@ -90,23 +87,6 @@ class GenerateState(NamedTuple):
     """Records of `SERVER_DTYPE` [n]."""
 
 
-class Steps(NamedTuple):
-    """Steps of a slot, on the mean."""
-
-    period_s: float
-    """From step to step while the device works; with the pause of the pace."""
-    busy_s: float
-    """Of a step."""
-    energy_j: float
-    mixed_share: float
-    """Of those that read prompts."""
-    mixed_s: float
-    """Time of these."""
-    pure_s: float
-    rows: float
-    """Of answers."""
-
-
 def generate_service(problem: Problem) -> Service:
     """The service of a problem of task `generate`."""
     work, scenario = token_work(problem), problem.scenario
@@ -133,71 +113,6 @@ def generate_service(problem: Problem) -> Service:
     return Service(Generate(*work.tables, as_record(terms)), KNOBS_READ, new_state, histograms=3)
 
 
-@inlined
-def _node(x):
-    """Which node of a table `x` (at least 1) lies behind, and how far towards the next."""
-    bits = np.float64(x).view(np.int64) - _ONE
-    return bits >> _BITS, (bits & _IN_NODE) * _PER_NODE
-
-
-@inlined
-def _steps_of(fixed, k, b, rows, filled, share, compute, pace):
-    """Steps with `rows` of answers, of which a share reads prompts.
-
-    Args:
-        fixed: `Generate`.
-        k: level of the experts per token.
-        b: level of the routing bias, which steps that read prompts do not have.
-        rows: at least 1.
-        filled: share of the rows that are left which prompts take in such a step, 0 to 1.
-        share: of these steps.
-        compute: one over the clock.
-        pace: cap on the device's busy share.
-    """
-    i, w = _node(rows)
-    j = min(int(filled * SHARES), SHARES - 1)
-    x = filled * SHARES - j
-    pure, mixed = fixed.pure[k, b], fixed.mixed[k]
-    pure_s = compute * (pure[i, 0] + w * (pure[i + 1, 0] - pure[i, 0])) + (
-        pure[i, 1] + w * (pure[i + 1, 1] - pure[i, 1])
-    )
-    factor = compute * clock_power_factor(1.0 / compute)
-    pure_j = factor * (pure[i, 2] + w * (pure[i + 1, 2] - pure[i, 2])) + (
-        pure[i, 3] + w * (pure[i + 1, 3] - pure[i, 3])
-    )
-    mixed_s = mixed_j = 0.0
-    if share > 0.0:
-        a, c = (1.0 - w) * (1.0 - x), (1.0 - w) * x
-        d, e = w * (1.0 - x), w * x
-        m0, m1, m2, m3 = mixed[i, j], mixed[i, j + 1], mixed[i + 1, j], mixed[i + 1, j + 1]
-        mixed_s = compute * (a * m0[0] + c * m1[0] + d * m2[0] + e * m3[0]) + (
-            a * m0[1] + c * m1[1] + d * m2[1] + e * m3[1]
-        )
-        mixed_j = factor * (a * m0[2] + c * m1[2] + d * m2[2] + e * m3[2]) + (
-            a * m0[3] + c * m1[3] + d * m2[3] + e * m3[3]
-        )
-    busy = pure_s + share * (mixed_s - pure_s)
-    return Steps(busy / pace, busy, pure_j + share * (mixed_j - pure_j), share, mixed_s, pure_s, rows)
-
-
-@inlined
-def _either(u, v):
-    """Share of steps that read a prompt of either class, which come evenly: so many per step."""
-    return 1.0 - (1.0 - min(1.0, u)) * (1.0 - min(1.0, v))
-
-
-@inlined
-def _own_prompts(u, rows):
-    """Prompts per step that an answer meets of its own class, whose next comes 1 / u steps behind its own.
-
-    Args:
-        u: prompts per step.
-        rows: of answers, mean; numbers of them are taken as exponentially distributed.
-    """
-    within = rows * u
-    return 1.0 / (rows * (math.exp(1.0 / within) - 1.0)) if within > 0.02 else 0.0
-
-
 def serve(
     fixed, knobs, index, arrivals, first_slot, shift, clock, open_classes, state, i, work, histogram,
     slot_energy,
@@ -218,7 +133,7 @@ def serve(
             server.begun[c] += server.next[c] - gone[c]
             server.ended[c] += server.next[c] - gone[c]
         wanted = (
-            arrivals[0, slot + 1] - server.begun[0],
+            (arrivals[0, slot + 1] - server.begun[0]) if open_classes > 0 else 0.0,
             (arrivals[1, slot + 1] - server.begun[1]) if deferrable > 0.0 else 0.0,
         )
         came = (
@@ -252,13 +167,13 @@ def serve(
             per_step /= max(busy, 1e-12)
             of_first = per_step * came[0] / max(1.0, came[0] + came[1])
             begun, crowded = (of_first, per_step - of_first), read < full
-            share = _either(begun[0], begun[1])
+            share = either_class(begun[0], begun[1])
             if crowded:  # whoever enters does so when another ends, at any time
                 share = 1.0 - math.exp(-per_step)
             needs = per_step * terms.prompt / max(1.0, terms.max_rows - rows)
             share = min(1.0, max(share, needs))
             filled = min(1.0, needs / share) if share > 0.0 else 0.0
-            steps = _steps_of(fixed, k, b, rows, filled, share, compute, pace)
+            steps = steps_of(fixed, k, b, rows, filled, share, compute, pace)
             period = steps.period_s
         server.period_s = period
         # Places are given to interactive requests first.
@@ -277,8 +192,8 @@ def serve(
         for c in range(2):
             ahead = behind = steps.mixed_share
             if not crowded:
-                ahead = _either(begun[1 - c], max(0.0, begun[c] - 0.5 / AHEAD))
-                behind = _either(begun[1 - c], _own_prompts(begun[c], terms.decoded))
+                ahead = either_class(begun[1 - c], max(0.0, begun[c] - 0.5 / AHEAD))
+                behind = either_class(begun[1 - c], own_prompts(begun[c], terms.decoded))
             first_s = busy * (AHEAD * (steps.pure_s / pace + ahead * extra_s) + 0.55 * period)
             first_s += steps.mixed_s + wait_unread
             token_s = steps.pure_s / pace + behind * extra_s
@@ -332,23 +247,11 @@ def serve(
         tokens += given
         work.prefill_tokens += read * terms.prompt
         running += mean + TRANSIT * read * period / SLOT_S + server.prompts[0] + server.prompts[1]
-        _add_answers(fixed, shift, k, b, steps, given, work)
+        add_answers(fixed, shift, k, b, steps, given, work)
     _sum_up(fixed, knobs, arrivals, first_slot, server, before, tokens, running, late, shift, work)
     work.ttft_s = ttft / max(1.0, began)
     work.tpot_s = tpot / finished if finished > 0.0 else 0.0
     work.sm_clock, work.shift_id = 1.0 / compute, shift
-
-
-@inlined
-def _add_answers(fixed, shift, k, b, steps, tokens, work):
-    """Add what so many tokens of a slot were worth."""
-    i, w = _node(steps.rows)
-    own, plain, mixed = fixed.answers[shift, k, b], fixed.answers[shift, k, 0], steps.mixed_share
-    a, c = (1.0 - mixed) * (1.0 - w), (1.0 - mixed) * w
-    d, e = mixed * (1.0 - w), mixed * w
-    work.right_tokens += tokens * (a * own[i, 0] + c * own[i + 1, 0] + d * plain[i, 0] + e * plain[i + 1, 0])
-    work.confidence += tokens * (a * own[i, 1] + c * own[i + 1, 1] + d * plain[i, 1] + e * plain[i + 1, 1])
-    work.entropy += tokens * (a * own[i, 2] + c * own[i + 1, 2] + d * plain[i, 2] + e * plain[i + 1, 2])
 
 
 @inlined

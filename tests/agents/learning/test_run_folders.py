@@ -33,14 +33,16 @@ from thermoe_env.problem.scenario import load_scenario
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A scenario whose profile, twin and request trace are files of the user's."""
+    """A scenario whose profile, twin, request trace and inlet are files of the user's."""
     folder = tmp_path_factory.mktemp("world")
     save_profile(make_profile(), folder / "profile.json")
     shutil.copy(config_path("twin", "h100", ".yaml"), folder / "twin.yaml")
     shutil.copy(config_path("traces/requests", "azure-conv-2023", ".csv"), folder / "trace.csv")
+    (folder / "aisle.csv").write_text("t_s,offset_c\n0,0.5\n100,1.5\n")
     said = {
         "name": "mine", "base": "default", "profile": "profile.json", "twin": "twin.yaml", "episode_s": STEPS,
         "traffic": {"kind": "trace", "trace": "trace.csv"},
+        "inlet": {"kind": "trace", "trace": "aisle.csv"},
     }  # fmt: skip
     (folder / "mine.yaml").write_text(yaml.safe_dump(said))
     return folder
@@ -70,6 +72,7 @@ CHANGES = {
     "the twin": ("twin.yaml", "r_sink_c_per_w: 0.02", "r_sink_c_per_w: 0.03"),
     "the profile": ("profile.json", "{", "{ "),
     "the trace": ("trace.csv", "18:44:00", "18:44:01"),
+    "the inlet": ("aisle.csv", "0,0.5", "0,0.6"),
     "the scenario": ("run/scenario.yaml", "heat: 1.0", "heat: 2.0"),
 }
 """What is said to have changed: file, old and new text."""

@@ -67,6 +67,27 @@ def test_best_next_interval(problem: Problem, load: float, budget_w: float, shif
     assert np.median(off) < 0.04 and np.quantile(off, 0.9) < 0.12  # 1 is the standard service's interval
 
 
+@pytest.mark.parametrize("duty", [0.5, 0.9])
+def test_the_next_interval_is_predicted_under_the_duty_that_a_brake_leaves(
+    problem: Problem, duty: float
+) -> None:
+    brake = {"grace_s": 1.0, "duty": duty, "hold_s": 20.0}
+    braked = Problem.of(
+        load_scenario(problem.scenario, power_budget={"event_w": [140.0, 140.0], "brake": brake})
+    )
+    greedy = Greedy(braked, GreedyConfig(heat_margin_c=0.0))
+    twins, seen = steady(braked, 0.3, 140.0, 0, len(greedy.actions))
+    predicted = greedy.predicted(seen[:1])[0]
+    played = twins.step(braked.knobs.indices(greedy.actions, "multi_discrete")).reward
+    assert (twins.raw["duty"] == duty).all()
+    smooth = (twins.cost[:, 1] == 0.0) & (twins.raw["queue_interactive_s"] < 0.02)
+    assert smooth.sum() > 10
+    assert np.median(np.abs(predicted - played)[smooth]) < 0.04
+    paces = np.array([braked.knobs.levels["pace"][level] for level in greedy.actions[:, KNOBS.index("pace")]])
+    full, capped = predicted[paces == 1.0], predicted[paces == 0.8]
+    assert (full == capped).all() == (duty == 0.5)
+
+
 def test_never_adapts_and_has_no_memory(tmp_path: Path) -> None:
     problem = make_problem(tmp_path, ["batch_size", "expert_count", "ttt_steps"])
     greedy = make_policy("greedy", problem)
