@@ -19,13 +19,15 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba.core import types
+from llvmlite import ir
+from numba.core import cgutils, types
 from numba.core.caching import (
     CompileResultCacheImpl,
     FunctionCache,
     IndexDataCacheFile,
     UserWideCacheLocator,
 )
+from numba.extending import intrinsic
 
 _LOG = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parents[1]
@@ -165,6 +167,65 @@ inlined = compiler(inline="always")
 """For small functions of the hottest loops: a call that hands over arrays costs more than they do."""
 parallel = compiler(parallel=True)
 """For functions with a `numba.prange` whose turns may run at once."""
+
+
+@intrinsic
+def uncounted(typing: Any, value: Any) -> Any:
+    """An array, or a tuple of arrays, whose references nobody counts.
+
+    Each count is an atomic operation on memory that threads share, and every look into a tuple and every row
+    of an array is one or two. Only for as long as the caller holds what was handed over.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _without_owner(context, builder, value, arguments[0])
+
+    return value(value), build
+
+
+def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    """`value` with no owner where it is an array, and likewise what a tuple holds."""
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value)
+        array.meminfo = cgutils.get_null_value(array.meminfo.type)
+        return array._getvalue()
+    if isinstance(kind, types.BaseTuple):
+        parts = [
+            _without_owner(context, builder, part, builder.extract_value(value, i)) for i, part in enumerate(kind)
+        ]
+        return context.make_tuple(builder, kind, parts)
+    return value
+
+
+_LINE_BYTES = 64
+
+
+@intrinsic
+def prefetch(typing: Any, arrays: Any, i: Any) -> Any:
+    """Have the processor bring row `i` of each array of a tuple while something else is computed.
+
+    Rows of many arrays at once are more streams than it foresees, and waiting for memory that is not near takes
+    as long as hundreds of operations.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value, row = arguments
+        address, word = context.get_value_type(types.intp), ir.IntType(32)
+        pointer = ir.PointerType(ir.IntType(8))
+        ask = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), (pointer, word, word, word)), "llvm.prefetch.p0i8"
+        )
+        write, near, data = word(1), word(3), word(1)
+        for number, kind in enumerate(arrays):
+            array = context.make_array(kind)(context, builder, builder.extract_value(value, number))
+            length = builder.extract_value(array.strides, 0)
+            begin = builder.add(builder.ptrtoint(array.data, address), builder.mul(row, length))
+            last = builder.add(begin, length)
+            with cgutils.for_range_slice(builder, begin, last, address(_LINE_BYTES)) as (at, _):
+                builder.call(ask, (builder.inttoptr(at, pointer), write, near, data))
+        return context.get_dummy_value()
+
+    return types.void(arrays, types.intp), build
 
 
 @inlined

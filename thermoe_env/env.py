@@ -129,7 +129,7 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
             np.zeros(1, WORK_DTYPE),
         )
         self._raw = np.zeros(1, RAW_DTYPE)
-        self._raw_row = self._raw.view(np.float64)
+        self._view_rows()
         self._experts = self.problem.expert_tokens.shape[2:]
         self._terms, self._cost = np.zeros(len(REWARD_TERMS)), np.zeros(len(COST_NAMES))
         self._seed: int | None = None
@@ -139,7 +139,13 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the place of what was copied, with two views of one memory again."""
         self.__dict__.update(state)
-        self._raw_row = self._raw.view(np.float64)
+        self._view_rows()
+
+    def _view_rows(self) -> None:
+        """The memory of records as plain numbers, which are filled and read several times faster."""
+        self._raw_row, self._work_row, self._gpu_row = (
+            record.view(np.float64) for record in (self._raw, self._work, self._gpu)
+        )
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -197,8 +203,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self._running = False  # an interval that fails ends the episode
         work = self._world.workload.run(knobs.under(duty), scenario.interval_s, open_classes)
         reading = self._world.telemetry.read(work, scenario.interval_s)
-        _pack_work(self._work.data, 0, *work.row)
-        _pack_reading(self._gpu.data, 0, *_reading_row(reading))
+        _pack_work(self._work_row, 0, *work.row)
+        _pack_reading(self._gpu_row, 0, *_reading_row(reading))
         reward, self._coming = settle_one(
             self._rules, self._prices, self.problem.quality_floor, limit_c, self._track, self._work,
             self._gpu, self._budget, index, self._raw, self._raw_row, self._terms, self._cost,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from moe.compiled import copy_row, fill, jit, parallel
+from moe.compiled import copy_row, fill, jit, parallel, prefetch, uncounted
 from moe.randomness import derive
 from moe.service.queueing import SLOT_S
 from moe.service.traffic import fill_stream, traffic_of
@@ -164,13 +164,24 @@ def _begin(fixed, traffic, service, state, servers, now, i, observation):
 @jit
 def _advance_rows(todo, autoreset, fixed, traffic, service, state, servers, now, step, first, end):
     """`_advance_all` for the environments from `first` up to `end`."""
-    # Out of their tuples once: each look into one counts references.
+    fixed, traffic, service, state, servers = uncounted((fixed, traffic, service, state, servers))
+    now, step = uncounted((now, step))
     rules, prices, floor, device_share, level_table, low, scale = fixed[:7]
     arrivals, shift, budget_w, drift_c, all_devices, track = state[2:]
     index, index_rows, knobs, knob_rows, work, work_rows, gpu, raw, raw_rows = now[:9]
     histogram, slot_energy, terms, cost = now[9:13]
     observation, reward, terminated, truncated, final_observation = step
+    slots, rows = slot_energy.shape[1], (index_rows, knob_rows, work_rows, gpu, raw_rows, slot_energy, terms)
     for i in range(first, end):
+        if i + 2 < end:
+            prefetch(rows, i + 2)
+            prefetch((cost, all_devices, track), i + 2)
+            prefetch(servers, i + 2)
+        if i + 1 < end:  # of what was drawn at the episode's beginning: the interval's
+            number = int(track[i + 1].step)
+            prefetch((arrivals[i + 1, 0], arrivals[i + 1, 1]), number * slots)
+            prefetch((shift[i + 1],), int(number * rules[0].interval_s))
+            prefetch((drift_c[i + 1], budget_w[i + 1]), number + 1)
         begins = todo[i] == _BEGIN
         if todo[i] == _PLAY:
             levels, devices, number = index[i], all_devices[i], int(track[i].step)
@@ -180,7 +191,7 @@ def _advance_rows(todo, autoreset, fixed, traffic, service, state, servers, now,
             fill(work_rows[i], 0.0)
             fill(histogram[i], 0)
             serve(
-                service, knobs[i], levels, arrivals[i], number * slot_energy.shape[1], shift[i, second],
+                service, knobs[i], levels, arrivals[i], number * slots, shift[i, second],
                 slowest_clock(devices), open_classes(rules[0], track[i]), servers, i, work[i], histogram[i],
                 slot_energy[i],
             )  # fmt: skip
