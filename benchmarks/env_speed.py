@@ -1,9 +1,9 @@
 """How fast the twin is: `python -m benchmarks.env_speed [--json]`.
 
 Steps per second after warm-up, with random actions and with the resets that whole episodes bring: the single
-environment through `gymnasium.make`, the batched core, and Gymnasium's vectorised CartPole beside it; time of
-the first call, compiled and from the cache; PPO's training rate on the twin over its rate on an environment
-that costs nothing.
+environment through `gymnasium.make` and the batched core, each by turns with Gymnasium's CartPole and over
+its rate; what the parts of an interval take (`benchmarks.env_parts`); time of the first call, compiled and
+from the cache; PPO's training rate on the twin over its rate on an environment that costs nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import thermoe_env  # noqa: F401  (registers the ids)
 from agents.learning.config import load_train_config
 from agents.learning.training import build_model
 from agents.learning.vec import TwinVecEnv
+from benchmarks.env_parts import interval_parts
 from moe.errors import one_line_errors
 from thermoe_env.mdp.fields import FIELDS
 from thermoe_env.problem.problem import Problem
@@ -73,28 +74,40 @@ def main(options: Options) -> dict[str, Any]:
         }
         | {"python": platform.python_version()},
         "first_call_s": {name: _first_call(code) for name, code in _FIRST_CALL.items()},
-        "single_steps_per_s": _spread(_single(scenario.steps), options.repeats),
-        "batch_steps_per_s": {
-            f"{n} copies, {count} threads": _spread(_batch(problem, n, count), options.repeats)
+        "single": _by_turns({"twin": _single(scenario.steps), "CartPole": _cartpole()}, options.repeats),
+        "batch": {
+            f"{n} copies": _by_turns(
+                {f"{count} threads": _batch(problem, n, count) for count in threads}
+                | {"CartPole": _cartpoles(n, scenario.steps)},
+                options.repeats,
+            )
             for n in options.sizes
-            for count in threads
         },
-        "cartpole_steps_per_s": {
-            f"{n} copies": _spread(_cartpole(n, scenario.steps), options.repeats) for n in options.sizes
-        },
+        "interval_ns": interval_parts(problem, max(options.sizes), episodes=options.repeats),
         "ppo": _ppo(problem, options),
     }
 
 
-def _spread(play: Callable[[], float], repeats: int) -> dict[str, float]:
-    """Median, lowest and highest of a rate, after one round to warm up."""
-    play()
-    rates = sorted(play() for _ in range(repeats))
-    return {"median": float(np.median(rates)), "low": rates[0], "high": rates[-1]}
+def _by_turns(plays: dict[str, Callable[[], float]], repeats: int) -> dict[str, Any]:
+    """Steps per second of each, by turns after a round to warm up, and over CartPole's in the same round."""
+    rounds = [{name: play() for name, play in plays.items()} for _ in range(repeats + 1)][1:]
+    return {
+        "steps_per_s": {name: _spread([rates[name] for rates in rounds]) for name in plays},
+        "over_cartpole": {
+            name: _spread([rates[name] / rates["CartPole"] for rates in rounds])
+            for name in plays
+            if name != "CartPole"
+        },
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
+    return {"median": float(np.median(values)), "low": min(values), "high": max(values)}
 
 
 def _single(steps: int) -> Callable[[], float]:
-    env = gymnasium.make("ThermalMoETwin-v0")
+    env = gymnasium.make("ThermalMoE-v0", world="twin")
     env.reset(seed=0)
     actions = [env.action_space.sample() for _ in range(64)]
 
@@ -134,7 +147,23 @@ def _batch(problem: Problem, n: int, threads: int) -> Callable[[], float]:
     return play
 
 
-def _cartpole(n: int, steps: int) -> Callable[[], float]:
+def _cartpole(steps: int = 6000) -> Callable[[], float]:
+    env = gymnasium.make("CartPole-v1")
+    env.reset(seed=0)
+    actions = np.random.default_rng(0).integers(0, 2, steps).tolist()
+
+    def play() -> float:
+        start = time.perf_counter()
+        for action in actions:
+            _, _, terminated, truncated, _ = env.step(action)
+            if terminated or truncated:
+                env.reset()
+        return steps / (time.perf_counter() - start)
+
+    return play
+
+
+def _cartpoles(n: int, steps: int) -> Callable[[], float]:
     env = gymnasium.make_vec("CartPole-v1", num_envs=n, vectorization_mode="vector_entry_point")
     env.reset(seed=0)
     actions = np.random.default_rng(0).integers(0, 2, (16, n))
@@ -190,12 +219,9 @@ def _ppo(problem: Problem, options: Options) -> dict[str, Any]:
         torch.set_num_threads(before[0])
         numba.set_num_threads(before[1])
     ratio = np.array(rates["twin"]) / np.array(rates["zero_cost"])
-    spread = {
-        name: {"median": float(np.median(r)), "low": min(r), "high": max(r)} for name, r in rates.items()
-    }
     return {
-        "steps_per_s": spread,
-        "share_of_zero_cost": {"median": float(np.median(ratio)), "low": ratio.min(), "high": ratio.max()},
+        "steps_per_s": {name: _spread(r) for name, r in rates.items()},
+        "share_of_zero_cost": _spread(ratio.tolist()),
     }
 
 
@@ -234,13 +260,22 @@ def _show(result: dict[str, Any]) -> None:
     """Print tables."""
     console = Console()
     table = Table("steps per second", "median", "low", "high", title=f"{result['machine']['cpu']}")
-    rows = {"single, gymnasium.make": result["single_steps_per_s"]}
-    rows |= {f"core, {name}": row for name, row in result["batch_steps_per_s"].items()}
-    rows |= {f"CartPole, {name}": row for name, row in result["cartpole_steps_per_s"].items()}
-    rows |= {f"PPO on {name}": row for name, row in result["ppo"]["steps_per_s"].items()}
+    groups = {"single": result["single"], **result["batch"], "PPO": result["ppo"]}
+    rows = {
+        f"{group}, {name}": row
+        for group, measured in groups.items()
+        for name, row in measured["steps_per_s"].items()
+    }
     for name, row in rows.items():
         table.add_row(name, *(f"{row[key]:,.0f}" for key in ("median", "low", "high")))
     console.print(table)
+    table = Table("over Gymnasium's CartPole, same round", "median", "low", "high")
+    for group in ("single", *result["batch"]):
+        for name, row in groups[group]["over_cartpole"].items():
+            table.add_row(f"{group}, {name}", *(f"{row[key]:.3f}" for key in ("median", "low", "high")))
+    console.print(table)
+    parts = ", ".join(f"{name} {spent:,.0f}" for name, spent in result["interval_ns"].items())
+    console.print(f"ns of one thread per interval and copy, each part over all copies: {parts}")
     share = result["ppo"]["share_of_zero_cost"]
     console.print(
         f"PPO on the twin over PPO on nothing: {share['median']:.1%} "

@@ -27,8 +27,9 @@ from numba.core.caching import (
     IndexDataCacheFile,
     UserWideCacheLocator,
 )
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _untyped_intrinsic
 
+intrinsic: Any = _untyped_intrinsic  # the function that it makes has one argument less
 _LOG = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = "moe", "thermoe_env"
@@ -190,8 +191,10 @@ def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
         array.meminfo = cgutils.get_null_value(array.meminfo.type)
         return array._getvalue()
     if isinstance(kind, types.BaseTuple):
+        kinds: Any = kind
         parts = [
-            _without_owner(context, builder, part, builder.extract_value(value, i)) for i, part in enumerate(kind)
+            _without_owner(context, builder, part, builder.extract_value(value, i))
+            for i, part in enumerate(kinds)
         ]
         return context.make_tuple(builder, kind, parts)
     return value
@@ -204,8 +207,8 @@ _LINE_BYTES = 64
 def prefetch(typing: Any, arrays: Any, i: Any) -> Any:
     """Have the processor bring row `i` of each array of a tuple while something else is computed.
 
-    Rows of many arrays at once are more streams than it foresees, and waiting for memory that is not near takes
-    as long as hundreds of operations.
+    Rows of many arrays at once are more streams than it foresees, and waiting for memory that is not near
+    takes as long as hundreds of operations.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:

@@ -16,7 +16,6 @@ import pandas as pd
 from agents.evaluation.figures import power_temperature
 from agents.policies.registry import make_policy
 from agents.policies.throttles import THROTTLES
-from moe.workload import KNOB_NAMES
 from studies.plays import Options, Play, Variant, episodes_of
 from studies.rq_figures import ENERGY, GOODPUT, P95, P99, POWER, QUALITY, Panel, curves, fronts
 from studies.rq_report import (
@@ -30,6 +29,7 @@ from studies.rq_report import (
     trade,
 )
 from thermoe_env.mdp.fields import FIELDS
+from thermoe_env.twin.score import KNOBS_READ
 
 QUESTION = "What does each throttle do to efficiency and latency?"
 STANDARD = "static"
@@ -149,7 +149,7 @@ class Study:
         )  # fmt: skip
 
 
-_ALL = {"knobs": list(KNOB_NAMES)}
+_ALL = {"knobs": list(KNOBS_READ)}
 
 
 def _levels_of(variant: Variant, base: str, options: Options, **overrides: Any) -> dict[str, float]:

@@ -203,8 +203,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self._running = False  # an interval that fails ends the episode
         work = self._world.workload.run(knobs.under(duty), scenario.interval_s, open_classes)
         reading = self._world.telemetry.read(work, scenario.interval_s)
-        _pack_work(self._work_row, 0, *work.row)
-        _pack_reading(self._gpu_row, 0, *_reading_row(reading))
+        _pack_work(self._work_row.data, 0, *work.row)
+        _pack_reading(self._gpu_row.data, 0, *_reading_row(reading))
         reward, self._coming = settle_one(
             self._rules, self._prices, self.problem.quality_floor, limit_c, self._track, self._work,
             self._gpu, self._budget, index, self._raw, self._raw_row, self._terms, self._cost,

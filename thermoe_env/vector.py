@@ -16,7 +16,8 @@ from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Scenario, as_overrides, load_scenario
 from thermoe_env.seeding import as_seed
-from thermoe_env.twin.core import BatchStep, TwinBatch
+from thermoe_env.twin.core import TwinBatch
+from thermoe_env.twin.records import BatchStep
 
 
 class ThermalMoEVectorEnv(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):

@@ -143,7 +143,7 @@ def test_the_shipped_profile_of_an_h200_says_what_it_should() -> None:
     profile = load_token_profile(H200)
     tables = profile.summary()
     assert profile.cost.device == "NVIDIA H200" and profile.quality.size == "base"
-    assert {cell.readable for cell in profile.cost.cells if not cell.held_out} == {64, 32, 16}
+    assert {cell.readable for cell in profile.cost.cells if not cell.held_out} == {64, 40, 28, 16}
     quality, energy = tables["quality_by_bias"][32], tables["energy_per_token_by_bias"][32]
     assert quality[1.0] < quality[0.0] and energy[1.0] < energy[0.0]
     assert tables["quality_by_k"][2] < tables["quality_by_k"][8]

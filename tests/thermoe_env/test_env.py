@@ -62,6 +62,7 @@ def test_every_observed_field_is_written(problem: Problem) -> None:
     assert still <= {
         "pace_level",
         "sm_clock_level",
+        "admission_level",
         "sm_clock_share",
         "power_capped_s",
         "thermal_throttle_s",

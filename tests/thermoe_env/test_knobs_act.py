@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe.workload import KNOB_NAMES
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.mdp.fields import ranges_of
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
+from thermoe_env.twin.score import KNOBS_READ
 
 SECONDS = 20
 STATIC = {
@@ -24,7 +24,7 @@ def overloaded(problem: Problem) -> Problem:
     """Every batch is full, and the device is never free but where pace lets it idle."""
     traffic = {"kind": "poisson", "low_load": 5.0, "high_load": 5.0, "shifts": [0]}
     overrides: dict[str, Any] = {
-        "knobs": [n for n in KNOB_NAMES if n != "admission"],
+        "knobs": list(KNOBS_READ),
         "static": STATIC,
         "episode_s": SECONDS,
     }

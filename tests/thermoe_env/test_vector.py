@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import thermoe_env  # noqa: F401  (registers the ids)
-from moe.workload import KNOB_NAMES
 from thermoe_env.problem.knobs import ACTION_MODES
 from thermoe_env.problem.problem import Problem
 from thermoe_env.twin.core import TwinBatch
+from thermoe_env.twin.score import KNOBS_READ
 from thermoe_env.vector import ThermalMoEVectorEnv
 
 STEPS = 12
@@ -36,7 +36,7 @@ def make(problem: Problem, n: int, **arguments) -> ThermalMoEVectorEnv:
 @given(
     seed=st.integers(0, 2**40),
     mode=st.sampled_from(ACTION_MODES),
-    knobs=st.sets(st.sampled_from(KNOB_NAMES), min_size=1),
+    knobs=st.sets(st.sampled_from(KNOBS_READ), min_size=1),
     kind=st.sampled_from(["poisson", "bursts", "diurnal"]),
     load=st.tuples(st.floats(0.05, 0.7), st.floats(0.7, 1.6)),
     interval_s=st.sampled_from([0.5, 1.0]),
@@ -52,7 +52,7 @@ def test_equals_single_environments(
     overrides = {
         "episode_s": STEPS,
         "interval_s": interval_s,
-        "knobs": [name for name in KNOB_NAMES if name in knobs],
+        "knobs": [name for name in KNOBS_READ if name in knobs],
         "traffic": {"kind": kind, "low_load": load[0], "high_load": load[1]},
         "limits": {"temperature_c": limit},
         "devices": devices,

@@ -48,8 +48,10 @@ class InletConfig:
     def __post_init__(self) -> None:
         takes = _KEYS[self.kind]
         given = {name for keys in _KEYS.values() for name in keys if getattr(self, name) is not None}
-        optional = () if self._returns else ("back_from_s", "back_to_s")
-        if given - set(takes) or set(takes) - given - set(optional):
+        optional = {"by_c"} if self.kind == "constant" else set()
+        if not self._returns:
+            optional |= {"back_from_s", "back_to_s"}
+        if given - set(takes) or set(takes) - given - optional:
             raise ValueError(
                 f"inlet of kind {self.kind!r} takes {takes} (back_from_s and back_to_s both or neither), got "
                 f"{sorted(given)}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -45,6 +45,7 @@ from thermoe_env.twin.heat import (
     spread_of,
     start_devices,
 )
+from thermoe_env.twin.records import BatchState, BatchStep, Fixed, Interval
 from thermoe_env.twin.service import HISTOGRAM_BINS, serve, start
 from thermoe_env.twin.services import service_of
 
@@ -54,93 +55,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _PLAY, _BEGIN, _LEAVE = range(3)
 """What a call does with an environment: one interval, the beginning of an episode, nothing."""
-
-
-class Fixed(NamedTuple):
-    """What no episode changes, as compiled code reads it: arrays, those of one record among them."""
-
-    rules: np.ndarray
-    prices: np.ndarray
-    quality_floor: np.ndarray  # [S]
-    device_share: np.ndarray  # [K, B, D]
-    level_table: np.ndarray  # [knobs, most levels]
-    low: np.ndarray  # [fields], see `Ranges`
-    scale: np.ndarray
-    default_index: np.ndarray  # int64 [knobs]
-    budget: np.ndarray
-    spread: np.ndarray
-    nominal: np.ndarray
-    """Records of `DEVICE_DTYPE` [D]."""
-    steps: int
-    """Intervals after which an episode is truncated."""
-    inlet_offset_c: np.ndarray  # [seconds]
-
-
-class BatchState(NamedTuple):
-    """What environments [n] are between two intervals. Rows of arrays that a twin may be forked from."""
-
-    seeds: np.ndarray
-    """uint64 [n]."""
-    episodes: np.ndarray
-    """uint64 [n]: number of the episode of the seed."""
-    arrivals: np.ndarray
-    """int32 [n, 2, slots + 1], as in `moe.service.traffic.RequestStream`."""
-    shift: np.ndarray
-    """int64 [n, seconds]: input shift in force."""
-    budget_w: np.ndarray
-    """float64 [n, steps + notice + 1]."""
-    drift_c: np.ndarray
-    """float64 [n, seconds]: offset of the inlet."""
-    devices: np.ndarray
-    """Records of `DEVICE_DTYPE` [n, D]."""
-    track: np.ndarray
-    """Records of `TRACK_DTYPE` [n]."""
-
-
-class Interval(NamedTuple):
-    """The interval just played and what it came to: records, and their memory as rows where loops need it."""
-
-    levels: np.ndarray
-    """Records of `INDEX_DTYPE` [n]."""
-    index_rows: np.ndarray
-    knobs: np.ndarray
-    """Records of `VALUE_DTYPE` [n]: those in force."""
-    knob_rows: np.ndarray
-    work: np.ndarray
-    work_rows: np.ndarray
-    gpu: np.ndarray
-    raw: np.ndarray
-    raw_rows: np.ndarray
-    histogram: np.ndarray
-    """int64 [n, bins]."""
-    slot_energy: np.ndarray
-    """float64 [n, slots]: J above idle."""
-    terms: np.ndarray
-    """float64 [n, terms of the reward]."""
-    cost: np.ndarray
-    """float64 [n, costs]."""
-    first_gpu: np.ndarray
-    """Where an episode's beginning is written, apart from the interval that ended the one before."""
-    first_raw: np.ndarray
-    first_raw_rows: np.ndarray
-    track_rows: np.ndarray
-    """The memory of `BatchState.track`."""
-
-
-class BatchStep(NamedTuple):
-    """What one step of all environments returned. The arrays are the caller's, `final_observation` aside."""
-
-    observation: np.ndarray
-    """float32 [n, fields]; of a finished environment: the first of its next episode."""
-    reward: np.ndarray
-    """float64 [n]."""
-    terminated: np.ndarray
-    """bool [n]: a device shut itself down."""
-    truncated: np.ndarray
-    """bool [n]: the episode's time is over."""
-    final_observation: np.ndarray
-    """float32 [n, fields], the core's own: in a finished environment's row, the last one of its episode;
-    the other rows mean nothing."""
 
 
 @jit
@@ -171,11 +85,11 @@ def _advance_rows(todo, autoreset, fixed, traffic, service, state, servers, now,
     index, index_rows, knobs, knob_rows, work, work_rows, gpu, raw, raw_rows = now[:9]
     histogram, slot_energy, terms, cost = now[9:13]
     observation, reward, terminated, truncated, final_observation = step
-    slots, rows = slot_energy.shape[1], (index_rows, knob_rows, work_rows, gpu, raw_rows, slot_energy, terms)
+    slots = slot_energy.shape[1]
+    near = index_rows, knob_rows, work_rows, gpu, raw_rows, slot_energy, terms, cost, all_devices, track
     for i in range(first, end):
         if i + 2 < end:
-            prefetch(rows, i + 2)
-            prefetch((cost, all_devices, track), i + 2)
+            prefetch(near, i + 2)
             prefetch(servers, i + 2)
         if i + 1 < end:  # of what was drawn at the episode's beginning: the interval's
             number = int(track[i + 1].step)
@@ -223,10 +137,7 @@ def _advance_rows(todo, autoreset, fixed, traffic, service, state, servers, now,
 
 @parallel
 def _advance_all(threads, todo, autoreset, fixed, traffic, service, state, servers, now, step):
-    """What `todo` [n] says of every environment.
-
-    With `autoreset` the next episode begins where one ended.
-    """
+    """What `todo` [n] says of every environment; with `autoreset` the next episode begins where one ended."""
     n = now.levels.shape[0]
     # One call per thread, since a call counts references to every array of its tuples. And nothing but a
     # call: a parallel loop of numba loses what is written to attributes of tuples.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe.compiled import inlined, jit
+from moe.compiled import inlined, jit, uncounted
 from moe.lm.config import AHEAD, BLOCK
 from moe.lm.engine.blocks import blocks_for
 from moe.service.queueing import SLOT_S, arrival_time, latency_bin, slot_of
@@ -118,6 +118,8 @@ def serve(
     slot_energy,
 ):  # fmt: skip
     """Serve one interval, see `thermoe_env.twin.service.serve`."""
+    fixed, state, arrivals = uncounted((fixed, state, arrivals))
+    histogram, slot_energy = uncounted((histogram, slot_energy))
     terms, server = fixed.terms[0], state.server[i]
     k, b = index.expert_count, index.routing_bias
     compute, pace = 1.0 / min(clock, knobs.sm_clock), knobs.pace

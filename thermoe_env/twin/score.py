@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe.compiled import copy_row, inlined, jit
+from moe.compiled import copy_row, inlined, jit, uncounted
 from moe.service.adaptation import adapt, answer_quality, start_unadapted
 from moe.service.batching import (
     full_launches,
@@ -224,6 +224,8 @@ def serve(
     slot_energy,
 ):  # fmt: skip
     """Serve one interval, see `thermoe_env.twin.service.serve`."""
+    fixed, state, arrivals = uncounted((fixed, state, arrivals))
+    histogram, slot_energy = uncounted((histogram, slot_energy))
     terms, server, weights, purse = fixed.terms[0], state.server[i], state.weights[i], state.purse[i]
     cost = fixed.cost[index.expert_count, index.routing_bias]
     batch_size, ttt_steps, pace = int(knobs.batch_size), int(knobs.ttt_steps), knobs.pace

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from agents.policies.registry import make_policy
 from agents.policies.throttles import THROTTLES, Throttle, ThrottleConfig, cheapest_level, strain_of
 from moe.profiles import save_profile
-from moe.workload import KNOB_NAMES
 from tests.agents.policies.observations import RANGES, observation
 from tests.thermoe_env.conftest import make_profile
 from thermoe_env.configs import load_settings
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
+from thermoe_env.twin.score import KNOBS_READ
 
 STRAINED = observation(power_w=600.0, budget_ahead_w=300.0)
 HOT = observation(margin_c=-8.0)
@@ -30,7 +30,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     """All knobs controlled."""
     path = tmp_path_factory.mktemp("profile") / "made-up.json"
     save_profile(make_profile(), path)
-    return Problem.of(load_scenario("default", profile=str(path), knobs=KNOB_NAMES))
+    return Problem.of(load_scenario("default", profile=str(path), knobs=KNOBS_READ))
 
 
 def levels(policy: Any, sequence: list[np.ndarray]) -> np.ndarray:

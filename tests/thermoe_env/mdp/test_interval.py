@@ -10,16 +10,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moe.workload import KNOB_NAMES, REQUEST_CLASSES, Workload, WorkStats
+from moe.workload import REQUEST_CLASSES, Workload, WorkStats
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.mdp.fields import FIELD_NAMES, ranges_of
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
+from thermoe_env.twin.score import KNOBS_READ
 
 WEIGHTS = {"good": 1.5, "energy": 0.7, "late": 2.0, "over_budget": 3.0, "heat": 0.5, "quality": 4.0}
 LIMIT_C, NOTICE_S, EPISODE_S = 42.0, 6, 90
 HARD = {
-    "knobs": list(KNOB_NAMES),
+    "knobs": list(KNOBS_READ),
     "episode_s": EPISODE_S,
     "limits": {"temperature_c": LIMIT_C},
     "reward": WEIGHTS,
@@ -78,7 +79,7 @@ def play(problem: Problem, seed: int) -> tuple[pd.DataFrame, pd.DataFrame, dict[
             | {f"gpu_{name}": value for name, value in info["reading"].items()}
             | {f"term_{name}": value for name, value in info["reward_terms"].items()}
             | {f"cost_{name}": value for name, value in info["cost"].items()}
-            | {f"level_{name}": level for name, level in zip(KNOB_NAMES, action.tolist(), strict=True)}
+            | {f"level_{name}": level for name, level in zip(KNOBS_READ, action.tolist(), strict=True)}
             | {"budget_now_w": info["budget_w"], "reward": reward}
         )
     return pd.DataFrame(seen).astype(float), pd.DataFrame(facts).astype(float), first
@@ -134,7 +135,7 @@ def test_the_observation_is_what_its_table_says(hard: Problem) -> None:
         "time_left": 1.0 - (w.index.to_series() + 1) * dt / EPISODE_S,
     } | {
         f"{name}_level": w[f"level_{name}"] / (len(hard.knobs.levels[name]) - 1)
-        for name in KNOB_NAMES
+        for name in KNOBS_READ
     }  # fmt: skip
     for name, low, high in zip(FIELD_NAMES, *ranges_of(hard), strict=True):
         if name in expected:

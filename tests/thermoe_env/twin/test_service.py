@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from moe.workload import KNOB_NAMES, Knobs
+from moe.workload import Knobs
 from thermoe_env.errors import ScenarioError
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
@@ -15,6 +15,7 @@ from thermoe_env.seeding import episode_seed
 from thermoe_env.twin import services
 from thermoe_env.twin.core import TwinBatch
 from thermoe_env.twin.heat import TwinTelemetry
+from thermoe_env.twin.score import KNOBS_READ
 from thermoe_env.twin.service import Service, implement
 from thermoe_env.twin.workload import TwinWorkload
 
@@ -186,7 +187,7 @@ def test_a_knob_that_the_service_does_not_read_is_refused(tokens: Problem) -> No
             build()
 
 
-@pytest.mark.parametrize("name", KNOB_NAMES)
+@pytest.mark.parametrize("name", KNOBS_READ)
 def test_every_knob_has_its_own_effect(problem: Problem, name: str) -> None:
     """Each knob moved alone, from its lowest to its highest level, at half load."""
     traffic = {"kind": "poisson", "low_load": 0.5, "high_load": 0.5}
