@@ -87,6 +87,7 @@ def test_wheel_says_what_it_is(wheel: Path) -> None:
     assert set(about.get_all("Provides-Extra", [])) == {"dev", "ecosystem", "hf", "ray"}
 
 
+@pytest.mark.slow  # the other test of the wheel trains and evaluates
 def test_installed_wheel_plays_what_the_checkout_plays(installed: Path, tmp_path: Path) -> None:
     from_wheel, from_checkout = play(installed, tmp_path), play(ROOT, tmp_path)
     assert all(path.startswith(str(installed)) for path in from_wheel["from"])

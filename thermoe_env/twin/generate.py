@@ -221,7 +221,7 @@ def serve(
                 if histogram.shape[0] > 0:
                     _record(
                         histogram, first_s + low, first_s + high, last - first,
-                        terms.decoded * token_s, token_s,
+                        terms.decoded, token_s, noise, steps.pure_s / pace,
                     )  # fmt: skip
                 server.next[c] = last
             took = (server.prompts[c] + enter[c]) * of_read
@@ -290,14 +290,27 @@ def _sum_up(fixed, knobs, arrivals, first_slot, server, before, tokens, running,
 
 
 @jit
-def _record(histogram, low, high, requests, decode_s, period):
-    """Add answers whose times to first token lie evenly from `low` to `high` to the three histograms."""
+def _record(histogram, low, high, requests, decoded, token_s, noise, least_s):
+    """Add answers to the three histograms.
+
+    Args:
+        histogram: int64 [bins of all].
+        low: least time to first token; they lie evenly up to `high`.
+        high: likewise.
+        requests: how many.
+        decoded: rows of an answer.
+        token_s: mean time per output token; single answers are spread about it as by a logistic distribution.
+        noise: standard deviation of that.
+        least_s: time of a step that reads no prompt.
+    """
     bins = histogram.shape[0] // 3
     for part in range(requests):
-        first = low + (part + 0.5) / requests * (high - low)
-        histogram[latency_bin(first + decode_s)] += 1
+        share = (part + 0.5) / requests
+        first = low + share * (high - low)
+        each = max(least_s, token_s + 0.55 * noise * math.log(share / (1.0 - share)))
+        histogram[latency_bin(first + decoded * token_s)] += 1
         histogram[bins + latency_bin(first)] += 1
-        histogram[2 * bins + latency_bin(10.0 * period)] += 1
+        histogram[2 * bins + latency_bin(10.0 * each)] += 1  # edges are a tenth of those of whole answers
 
 
 def start(fixed, seed, state, i):

@@ -106,11 +106,11 @@ class GenerateWorkload:
                 f"requests of {longest} tokens do not fit documents of {texts.reference.shape[1]}: fit the "
                 "lengths to the model's context"
             )
-        self.engine, self._lengths = engine, lengths
+        self.engine, self.lengths = engine, lengths
         self._traffic, self._capacity_rps, self._episode_s = traffic, capacity_rps, math.ceil(episode_s)
         self._promises = np.array([promises.ttft_s, promises.tpot_s, promises.deadline_s])  # [3, 2]
         self._expire_after_s = promises.expire_after_s
-        self._clock, self._sleep, self._texts = clock, sleep, texts
+        self._clock, self._sleep, self.texts = clock, sleep, texts
         self._stream: RequestStream | None = None
 
     def warm_up(self) -> None:
@@ -133,7 +133,7 @@ class GenerateWorkload:
         self.engine.reset()
         self._seed = np.uint64(seed)
         self._stream = draw_stream(self._traffic, seed, self._episode_s, self._capacity_rps)
-        self._sequences = Sequences(self._texts, self.engine.blocks.slots)
+        self._sequences = Sequences(self.texts, self.engine.blocks.slots)
         self._next = np.zeros(2, np.int64)  # number of the next request to admit
         self._head = np.zeros(2, np.int64)  # a slot of arrivals not later than its
         self._arrived = np.zeros(2, np.int64)
@@ -224,8 +224,8 @@ class GenerateWorkload:
     def _start(self, c: int, now: float) -> bool:
         """Admit the next request of a class; returns whether the cache had room for all its tokens."""
         number = int(self._next[c])
-        row = row_of(self._seed, c, number, len(self._lengths.prompt))
-        prompt, output = int(self._lengths.prompt[row]), int(self._lengths.output[row])
+        row = row_of(self._seed, c, number, len(self.lengths.prompt))
+        prompt, output = int(self.lengths.prompt[row]), int(self.lengths.output[row])
         if not self.engine.blocks.has_room(prompt + output - 1):
             return False
         documents = self._of_domain[self._shift_at(now)]

@@ -163,7 +163,7 @@ def differences(one: Path, other: Path) -> list[str]:
     return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
 
-@pytest.mark.parametrize("algo", ["ppo", "sac"])
+@pytest.mark.parametrize("algo", ["ppo", pytest.param("sac", marks=pytest.mark.slow)])
 def test_a_killed_training_ends_where_an_undisturbed_one_does(
     algo: str, configs: dict[str, TrainConfig], tmp_path: Path
 ) -> None:
