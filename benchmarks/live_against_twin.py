@@ -9,6 +9,7 @@ changed, only it plays again.
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -215,8 +216,6 @@ def main(arguments: Arguments) -> None:
     Raises:
         FileNotFoundError: no recording and no card.
     """
-    import time
-
     scenario = load_scenario("tokens")
     arguments.out.mkdir(parents=True, exist_ok=True)
     path, profile = arguments.out / "recorded.json", arguments.out / "profile.json"

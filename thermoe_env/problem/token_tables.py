@@ -69,14 +69,12 @@ def token_work(problem: Problem) -> TokenWork:
     generate, profile = problem.scenario.generate, problem.tokens
     assert generate is not None and profile is not None
     levels = problem.knobs.levels
-    key = *profile.digests().values(), generate.lengths, *levels["expert_count"], *levels["routing_bias"]
+    top_ks, biases, power_w = levels["expert_count"], levels["routing_bias"], problem.serving_power_w
+    key = *profile.digests().values(), generate.lengths, top_ks, biases, power_w
     if key not in _KNOWN:
         room = ENGINE["cpu" if profile.cost.copy_bytes_per_s is None else "cuda"]
         cost, lengths = StepCost(profile), token_lengths(generate.lengths, profile.cost.config["context"])
-        tables = tables_of(
-            profile, cost, lengths, room["max_rows"], tuple(map(int, levels["expert_count"])),
-            levels["routing_bias"], problem.serving_power_w,
-        )  # fmt: skip
+        tables = tables_of(profile, cost, lengths, room["max_rows"], tuple(map(int, top_ks)), biases, power_w)
         _KNOWN[key] = TokenWork(tables, lengths, cost, profile, room["max_rows"], room["slots"])
     return _KNOWN[key]
 

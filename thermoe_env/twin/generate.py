@@ -126,7 +126,7 @@ def serve(
     places = min(knobs.batch_size, terms.places)
     deferrable = knobs.admission * places if open_classes > 1 else 0.0
     before = (int(server.ended[0] + 1e-9), int(server.ended[1] + 1e-9))
-    late, tokens, running = 0.0, 0.0, 0.0
+    tokens, running = 0.0, 0.0
     ttft, tpot, began, finished = 0.0, 0.0, 0.0, 0.0
     for slot in range(first_slot, first_slot + terms.slots):
         gone = (server.next[0], server.next[1])
@@ -146,7 +146,6 @@ def serve(
         decoding, unread = old[0] + old[1], server.prompts[0] + server.prompts[1]
         period = server.period_s
         rows = decoding
-        enter = (0.0, 0.0)
         read, left, mean, busy, per_step = 0.0, 1.0, 0.0, 0.0, 0.0
         begun, crowded, second, z = (0.0, 0.0), False, 0.0, 0.0
         steps = Steps(period, period, 0.0, 0.0, 0.0, 0.0, 1.0)
@@ -190,7 +189,6 @@ def serve(
         noise = (
             extra_s * math.sqrt(steps.mixed_share * (1.0 - steps.mixed_share) / terms.decoded) + 0.01 * period
         )  # fmt: skip
-        slow = 0.0
         for c in range(2):
             ahead = behind = steps.mixed_share
             if not crowded:
@@ -236,9 +234,7 @@ def serve(
             over = (token_s - terms.tpot_s[c]) / noise
             slow = 1.0 / (1.0 + math.exp(-1.7 * over)) if abs(over) < 20.0 else (1.0 if over > 0.0 else 0.0)
             server.late[c] -= share * done
-            missed = done * (1.0 - (1.0 - share) * (1.0 - slow))
-            work.late[c] += missed
-            late += missed
+            work.late[c] += done * (1.0 - (1.0 - share) * (1.0 - slow))
             tpot += done * token_s
             finished += done
         count = busy * SLOT_S / period
@@ -250,14 +246,14 @@ def serve(
         work.prefill_tokens += read * terms.prompt
         running += mean + TRANSIT * read * period / SLOT_S + server.prompts[0] + server.prompts[1]
         add_answers(fixed, shift, k, b, steps, given, work)
-    _sum_up(fixed, knobs, arrivals, first_slot, server, before, tokens, running, late, shift, work)
+    _sum_up(fixed, knobs, arrivals, first_slot, server, before, tokens, running, shift, work)
     work.ttft_s = ttft / max(1.0, began)
     work.tpot_s = tpot / finished if finished > 0.0 else 0.0
     work.sm_clock, work.shift_id = 1.0 / compute, shift
 
 
 @inlined
-def _sum_up(fixed, knobs, arrivals, first_slot, server, before, tokens, running, late, shift, work):
+def _sum_up(fixed, knobs, arrivals, first_slot, server, before, tokens, running, shift, work):
     """Fill what is told of an interval at its end."""
     terms = fixed.terms[0]
     end_slot = first_slot + terms.slots
