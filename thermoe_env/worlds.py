@@ -175,7 +175,7 @@ def _live_problem(scenario: Scenario, on_gpu: bool, checkpoint: Checkpoint | Non
     return Problem.of(scenario, profile_of(scenario, f"cpu-{scenario.task}"))
 
 
-def _runner(problem: Problem, device: str, checkpoint: Checkpoint | None) -> Runner:
+def runner_of(problem: Problem, device: str, checkpoint: Checkpoint | None) -> Runner:
     """What answers in a live world."""
     import torch
 
@@ -231,7 +231,7 @@ def _live(scenario: Scenario, checkpoint: Checkpoint | None) -> World:
     if tokens is not None:
         return World(name, problem, tokens if on_gpu else Shadow(tokens, problem), telemetry)
     try:
-        runner = _runner(problem, "cuda" if on_gpu else "cpu", checkpoint)
+        runner = runner_of(problem, "cuda" if on_gpu else "cpu", checkpoint)
         live = LiveWorkload(
             runner, scenario.traffic, problem.capacity_rps, scenario.episode_s + 1, scenario.service,
             budget=problem.step_budget(),
