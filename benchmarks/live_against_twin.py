@@ -25,6 +25,7 @@ from benchmarks.live_against_twin_runs import (
     is_recorded,
     predict,
     record,
+    twin_of,
 )
 from moe.errors import one_line_errors
 from moe.files import write_file
@@ -32,6 +33,7 @@ from moe.profiles import load_profile
 from moe.service.queueing import latency_quantile
 from moe.token_profile import load_token_profile
 from thermoe_env.problem.scenario import load_scenario
+from thermoe_env.problem.token_tables import POSTERIOR
 
 COLUMNS: dict[Service, dict[str, float]] = {
     "tokens": {
@@ -44,6 +46,8 @@ COLUMNS: dict[Service, dict[str, float]] = {
     },
 }  # fmt: skip
 """What is compared, and how far the twin may be off, relative; of the accuracy in points."""
+STEP_COLUMNS = ("tpot_s", "ttft_s", "energy_j")
+"""What follows from the cost of steps: between the draws of its posterior live runs should lie."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,20 +124,30 @@ def main(arguments: Arguments) -> None:
     if kept["service"] != service:
         raise ValueError(f"{arguments.out} has runs of {kept['service']}: give --service {kept['service']}")
     load = load_token_profile(profile).cost if service == "tokens" else load_profile(profile)
+    fit, spread_out = (twin_of(service, scenario, profile, kept["seconds"], spread) for spread in (0.0, 1.0))
+    draws = range(POSTERIOR if service == "tokens" else 0)
     rows: dict[str, Any] = {}
     for run in (*RUNS, AGAIN):
         if run.name not in kept["runs"]:
             continue
         live = measures(**kept["runs"][run.name], idle_w=load.idle_power_w)
-        played = predict(service, scenario, run, kept["capacity_rps"], profile, kept["seconds"])
-        twin = measures(played, [], None)
+        twin = measures(predict(service, fit, run, kept["capacity_rps"]), [], None)
         rows[run.name] = {"live": live, "twin": twin, "off": _off(service, twin, live)}
+        others = [
+            measures(predict(service, spread_out, run, kept["capacity_rps"], draw), [], None)
+            for draw in draws
+        ]
+        if others:
+            rows[run.name]["within"] = {
+                name: bool(min(o[name] for o in others) <= live[name] <= max(o[name] for o in others))
+                for name in STEP_COLUMNS
+            }
     spread = {}
     if AGAIN.name in rows:
         spread = _off(service, rows[AGAIN.name]["live"], rows[TWICE.name]["live"])
     document = {
         "service": service, "device": kept["device"], "seconds": kept["seconds"], "runs": rows,
-        "own_spread": spread, "allowed": COLUMNS[service],
+        "own_spread": spread, "allowed": COLUMNS[service], "draws": len(draws),
     }  # fmt: skip
     write_file(arguments.out / "compared.json", json.dumps(document, indent=1))
     print(json.dumps(document) if arguments.json else table(document))
@@ -158,7 +172,15 @@ def table(document: dict[str, Any]) -> str:
     ]
     if document["own_spread"]:
         lines.append(_row("the card against itself", document["own_spread"]))
-    return "\n".join([*lines, _row("allowed", columns)])
+    lines.append(_row("allowed", columns))
+    within = [run["within"].values() for run in document["runs"].values() if "within" in run]
+    if within:
+        inside, n = sum(sum(flags) for flags in within), document["draws"]
+        lines.append(
+            f"{inside} of {len(within) * len(STEP_COLUMNS)} values of {', '.join(STEP_COLUMNS)} lie between "
+            f"the lowest and the highest of {n} draws of the posterior; {(n - 1) / (n + 1):.0%} should"
+        )
+    return "\n".join(lines)
 
 
 def _row(name: str, off: dict[str, float]) -> str:

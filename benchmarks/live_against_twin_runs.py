@@ -198,26 +198,35 @@ def summary_of(work: WorkStats) -> dict[str, Any]:
     return numbers
 
 
-def predict(
-    service: Service, scenario: Scenario, run: Run, capacity_rps: float, profile: Path, seconds: int
-) -> list[dict[str, Any]]:
-    """The run in the twin, told nothing but the requests and the knobs."""
-    asked = traffic_of(replace(scenario, episode_s=seconds), run.load)
+def twin_of(service: Service, scenario: Scenario, profile: Path, seconds: int, spread: float) -> Problem:
+    """The problem that the twin plays; `spread` as in `Randomize.steps`."""
+    randomize = replace(scenario.randomize, steps=spread)
+    asked = replace(scenario, episode_s=seconds, randomize=randomize)
     if service == "tokens":
-        tokens = load_token_profile(profile)
-        own = Problem.of(asked, profile_of(asked, str(profile)), tokens)
-    else:
-        own = Problem.of(asked, load_profile(profile))
-        own = replace(own, profile=own.metered_profile)
+        return Problem.of(asked, profile_of(asked, str(profile)), load_token_profile(profile))
+    own = Problem.of(asked, load_profile(profile))
+    return replace(own, profile=own.metered_profile)
+
+
+def predict(
+    service: Service, twin: Problem, run: Run, capacity_rps: float, draw: int = 0
+) -> list[dict[str, Any]]:
+    """The run in the twin, told nothing but the requests and the knobs; `draw` is of what steps cost."""
+    asked = traffic_of(twin.scenario, run.load)
     # Load 1.0 is what it was live: the same requests.
-    ratio = capacity_rps / own.capacity_rps
+    ratio = capacity_rps / twin.capacity_rps
     traffic = replace(
         asked.traffic, low_load=asked.traffic.low_load * ratio, high_load=asked.traffic.high_load * ratio
     )
-    problem = replace(own, scenario=replace(own.scenario, traffic=traffic))
+    problem = replace(twin, scenario=replace(asked, traffic=traffic))
     workload = TwinWorkload(problem, lambda: 1.0)
     workload.reset(run.seed)
-    return [summary_of(workload.run(run.knobs(service, second, problem), 1.0)) for second in range(seconds)]
+    if service == "tokens":
+        workload.state.server["draw"] = draw
+    return [
+        summary_of(workload.run(run.knobs(service, second, problem), 1.0))
+        for second in range(twin.scenario.episode_s)
+    ]
 
 
 def is_recorded(folder: Path) -> bool:

@@ -81,18 +81,31 @@ class Fit:
     covariance: np.ndarray
     residuals: Residuals
 
-    @property
-    def spread(self) -> float:
-        """Standard deviation of the relative residuals."""
-        return float(self.residuals.fitted.std(ddof=int((self.rate > 0.0).sum())))
+    def draws(self, number: int, spread: float, rng: np.random.Generator) -> np.ndarray:
+        """Rates as they might be as well, none below zero.  # [number, F].
+
+        The covariance alone says how sure the rates are if the form is right. It is not quite: so draws are
+        spread until what they say of the measured steps is off by as much, on the mean, as the form is.
+
+        Args:
+            number: how many.
+            spread: times that; 0 gives the fit itself.
+            rng: of the draws.
+        """
+        free = max(1, int((self.rate > 0.0).sum()))
+        wider = self.covariance * len(self.residuals.fitted) / free
+        values, vectors = np.linalg.eigh(wider)  # of a bound rate 0, so it may be singular
+        root = vectors * np.sqrt(np.maximum(values, 0.0))
+        return np.maximum(0.0, self.rate + spread * rng.standard_normal((number, len(self.rate))) @ root.T)
 
 
 class ExpertReads:
     """Experts of a layer that rows read, between counted numbers.
 
     With e read of E, -log(1 - e/E) is the rows' *pressure*: it adds up over rows that choose independently.
-    Its logarithm is a straight line between counts over that of the rows, of answers (as counted over whole
-    ones) and of prompts apart. Rows of both overlap: how much is one number, fitted to steps that had both.
+    Its logarithm is a straight line between counts over that of the rows, of answers and of prompts apart.
+    Answers about one domain read what was counted over whole ones of that domain. Rows of both overlap: how
+    much is one number, fitted to steps that had both.
     """
 
     def __init__(self, profile: TokenProfile) -> None:
@@ -103,15 +116,17 @@ class ExpertReads:
         """
         cells = [cell for cell in profile.cost.cells if not cell.held_out]
         self.n_experts = profile.cost.config["n_experts"]
-        self._answers: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._answers: dict[tuple[int, str | None], tuple[np.ndarray, np.ndarray]] = {}
         self._prompts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for k in sorted({cell.top_k for cell in cells}):
             here = [cell for cell in cells if cell.top_k == k]
-            every = [c for c in here if not c.prefill_rows and c.readable == self.n_experts]
-            longest = max((c.context for c in every), default=0)
-            steps = {c.decode_rows: c.experts_read for c in every if c.context == longest}
+            steps = {
+                c.decode_rows: c.experts_read
+                for c in profile.cost.decode_grid()
+                if c.top_k == k and c.readable == self.n_experts
+            }
             whole = {
-                c.running: c.experts_read
+                c.running: c.by_domain
                 for c in profile.quality.cells
                 if c.top_k == k and c.routing_bias == 0.0
             }
@@ -122,10 +137,11 @@ class ExpertReads:
                     "rows of answers, one of prompts and a quality are needed; measure it again: python -m "
                     "moe.profiling tokens"
                 )
-            rows, pressure = self._curve(steps)
-            at, counted = self._curve(whole)
-            off = counted - _line(at, rows, pressure)
-            self._answers[k] = rows, pressure + np.interp(rows, at, off)
+            rows, pressure = self._answers[k, None] = self._curve(steps)
+            for name in profile.quality.standard:
+                at, counted = self._curve({n: of[name].experts_read for n, of in whole.items()})
+                off = counted - _line(at, rows, pressure)
+                self._answers[k, name] = rows, pressure + np.interp(rows, at, off)
             self._prompts[k] = self._curve(prompts)
         both = [cell for cell in cells if cell.decode_rows and cell.prefill_rows]
         self._overlap = 0.0
@@ -142,17 +158,25 @@ class ExpertReads:
             best: Any = minimize_scalar(error, bounds=(0.0, 1.0), method="bounded")
             self._overlap = float(best.x)
 
-    def __call__(self, decode_rows: Any, prompt_rows: Any, top_k: Any, readable: Any) -> np.ndarray:
-        """Experts that steps read; arguments broadcast. `top_k` must be one that was measured."""
+    def __call__(
+        self, decode_rows: Any, prompt_rows: Any, top_k: Any, readable: Any, domain: str | None = None
+    ) -> np.ndarray:
+        """Experts that steps read; arguments broadcast. `top_k` must be one that was measured.
+
+        Answers are about `domain`; None: about text as mixed as that of the measured steps.
+        """
         n, m, k, limit = np.broadcast_arrays(*map(np.asarray, (decode_rows, prompt_rows, top_k, readable)))
-        free = self._unlimited(n, m, k)
+        free = self._unlimited(n, m, k, domain)
         return (free**-_SHARPNESS + limit.astype(float) ** -_SHARPNESS) ** (-1.0 / _SHARPNESS)
 
-    def _unlimited(self, n: np.ndarray, m: np.ndarray, k: np.ndarray) -> np.ndarray:
+    def _unlimited(
+        self, n: np.ndarray, m: np.ndarray, k: np.ndarray, domain: str | None = None
+    ) -> np.ndarray:
         found = np.empty(n.shape)
         for top_k in np.unique(k):
             at = k == top_k
-            (rows, pressure), prompts = self._answers[int(top_k)], self._prompts[int(top_k)]
+            rows, pressure = self._answers[int(top_k), domain]
+            prompts = self._prompts[int(top_k)]
             answers = np.where(n[at] > 0, np.exp(_line(np.log(np.maximum(n[at], 1e-9)), rows, pressure)), 0.0)
             beside = np.where(m[at] > 0, np.exp(_line(np.log(np.maximum(m[at], 1e-9)), *prompts)), 0.0)
             # As many rows of answers as would read what the prompts do, for those that choose alike.

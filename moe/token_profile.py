@@ -68,10 +68,28 @@ class TokenCost:
     provenance: dict[str, Any]
     """Where, when, with what versions, seed and options it was measured."""
 
+    def decode_grid(self) -> list[CostCell]:
+        """Steps without prompts at the context at which most of them were measured, held-out ones apart."""
+        alone = [cell for cell in self.cells if not cell.prefill_rows and not cell.held_out]
+        contexts = [cell.context for cell in alone]
+        at = max(sorted(set(contexts)), key=contexts.count)
+        return [cell for cell in alone if cell.context == at]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OfDomain:
+    """Answers about text of one domain; all sequences that run are of it."""
+
+    accuracy: Share
+    minus_standard: Number
+    """Accuracy less that of the same tokens at the trained top k and bias 0."""
+    experts_read: NotNegative
+    """Experts of a layer that a decode step read, mean over layers and steps."""
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class QualityCell:
-    """Answers of the documents under knobs; the prompts are read at the same experts per token."""
+    """Answers about the documents under knobs, domain by domain; prompts are read at the same top k."""
 
     running: Count
     """Sequences that decode together."""
@@ -80,16 +98,14 @@ class QualityCell:
     tokens: Count
     """Output tokens that were scored."""
     accuracy: Share
-    standard_error: NotNegative
-    """Of `minus_standard`, over documents."""
     minus_standard: Number
-    """Accuracy less that of the same tokens at the trained top k and bias 0."""
+    standard_error: NotNegative
+    """Of `minus_standard`, over passages."""
     confidence: Share
     entropy: Share
     experts_read: NotNegative
-    """Experts of a layer that a decode step read, mean over layers and steps."""
-    by_domain: dict[str, Share]
-    """Accuracy."""
+    by_domain: dict[str, OfDomain]
+    """Of which the others are means."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -101,6 +117,8 @@ class TokenQuality:
     documents_sha256: Digest
     top_k: Count
     """Experts per token in training."""
+    standard: dict[str, tuple[Share, ...]]
+    """Accuracy at the trained top k and bias 0 by domain, in equal parts of the context, the first first."""
     cells: tuple[QualityCell, ...]
     provenance: dict[str, Any]
 
@@ -128,15 +146,12 @@ class TokenProfile:
             `quality_by_k` {k: accuracy} at bias 0, with the most sequences; `quality_by_bias`
             {running: {bias: accuracy}} at the trained k; `energy_per_token_by_k` {running: {k: joules}} where
             all experts may be read; `energy_per_token_by_bias` {running: {bias: joules}} at the trained k.
-            Joules are above idle, at the middle of the measured contexts (the longer of two); null without a
-            meter.
+            Joules are above idle, at the context of `TokenCost.decode_grid`; null without a meter.
         """
         trained, n_experts = self.quality.top_k, self.cost.config["n_experts"]
         quality = sorted(self.quality.cells, key=lambda cell: (cell.running, cell.top_k, cell.routing_bias))
         most = quality[-1].running
-        decode = [cell for cell in self.cost.cells if not cell.prefill_rows and not cell.held_out]
-        contexts = sorted({cell.context for cell in decode})
-        decode = [cell for cell in decode if cell.context == contexts[len(contexts) // 2]]
+        decode = self.cost.decode_grid()
         tables: dict[str, Any] = {
             "quality_by_k": {
                 cell.top_k: cell.accuracy
@@ -220,6 +235,13 @@ def _fault(profile: TokenProfile) -> str | None:
         return "cost.cells: none is a decode step that is not held out"
     if not any(cell.top_k == trained and cell.routing_bias == 0.0 for cell in quality.cells):
         return f"quality.cells: none is at the trained top_k {trained} and routing bias 0"
+    parts = {len(shares) for shares in quality.standard.values()}
+    if len(parts) != 1 or 0 in parts:
+        return f"quality.standard: needs as many parts in every domain, got {sorted(parts)}"
+    for number, cell in enumerate(quality.cells):
+        if cell.by_domain.keys() != quality.standard.keys():
+            found = f"{sorted(cell.by_domain)}, quality.standard {sorted(quality.standard)}"
+            return f"quality.cells.{number}.by_domain: is of other domains: {found}"
     for part, keys in (
         ("cost", [(*astuple(cell)[:5], cell.held_out) for cell in cost.cells]),
         ("quality", [astuple(cell)[:3] for cell in quality.cells]),

@@ -60,8 +60,9 @@ def places(engine: Engine, *, thorough: bool) -> list[Place]:
     c = engine.model.config
     cuda = engine.documents.is_cuda
     running = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512) if cuda else (1, 4, 16, 48)
-    chunks = (64, 256, 512) if cuda else (16, 64)
-    contexts = (256, 640) if cuda else (128, 512)
+    # Of prompts' rows, and how many of them a prompt has: one prompt, or several.
+    chunks = ((64, 64), (256, 256), (512, 512), (512, 256), (1024, 256)) if cuda else ((16, 16), (64, 64))
+    contexts = (768, 300) if cuda else (512, 128)
     biases = MORE_BIASES if thorough else BIASES
     top_ks = tuple(k for k in (8, 4, 2, 1) if k <= c.top_k)
     last = engine.documents.shape[1] - 2
@@ -73,8 +74,11 @@ def places(engine: Engine, *, thorough: bool) -> list[Place]:
         ]
     for n in running[1::2]:  # how the context counts
         fitted.append(Place(n, 0, min(contexts[0], last), c.top_k, c.n_experts))
-    for chunk, k in itertools.product(chunks, top_ks):
-        fitted += [Place(n, chunk, min(chunk, last), k, c.n_experts) for n in (0, running[-3])]
+    for (chunk, prompt), k in itertools.product(chunks, top_ks):
+        fitted += [
+            Place(n, min(chunk, engine.max_rows - n), min(prompt, last), k, c.n_experts)
+            for n in ((0, 32, 128) if cuda else (0, running[-3]))
+        ]
     held_out = [
         Place(n, chunk, min(context, last), k, max(k, round(share * c.n_experts)), held_out=True)
         for n, chunk, context, k, share in (
@@ -177,7 +181,8 @@ def read_texts(engine: Engine, sequences: int, positions: int) -> None:
     """
     engine.reset()
     slots = _reserve(engine, sequences)
-    read_prompts(engine, slots, _documents(engine, slots), positions, engine.model.config.top_k)
+    lengths = np.full(sequences, positions)
+    read_prompts(engine, slots, _documents(engine, slots), lengths, engine.model.config.top_k)
     engine.reset()
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from moe.device.meter import EnergyMeter, open_meter
 from moe.device.torch_device import device_name, pick_device
@@ -34,7 +34,7 @@ from moe.profiling.token_cost import (
     measure_places,
     places,
 )
-from moe.profiling.token_quality import measure_token_quality
+from moe.profiling.token_quality import measure_token_quality, standard_by_position
 from moe.service.generate.sequences import Texts
 from moe.token_profile import (
     CostCell,
@@ -45,10 +45,10 @@ from moe.token_profile import (
     save_token_profile,
 )
 
-PLAN: dict[str, dict[int, int]] = {"cuda": {1: 16, 8: 64, 32: 128, 128: 256}, "cpu": {1: 6, 8: 48, 24: 72}}
-"""Documents that are scored, by device and running sequences; see `measure_token_quality`."""
-SCORED_TOKENS = {"cuda": 512, "cpu": 96}
-"""Of each document, from its middle on."""
+PLAN: dict[str, dict[int, int]] = {"cuda": {1: 8, 8: 3, 32: 2, 128: 1}, "cpu": {1: 2, 8: 2, 24: 1}}
+"""Groups of passages of each domain, by device and running sequences; see `measure_token_quality`."""
+SCORED_TOKENS = {"cuda": 128, "cpu": 64}
+"""Of each passage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +106,9 @@ def measure(options: TokenOptions) -> TokenProfile:
     meter = open_meter(device)
     began = time.monotonic()
     kept = _Kept(options, device)
-    if not kept.path.exists():
-        kept.idle_w = idle_power_w(meter) if meter else None
     engine, texts = open_engine(options.size, device)
+    if kept.idle_w is None and meter:  # with the model in memory: that alone raises the clocks
+        kept.idle_w = idle_power_w(meter)
     kept.quality = quality = kept.quality or measure_quality(options.size, engine, texts)
     kept.save()
     measure_places(
@@ -130,13 +130,15 @@ def measure(options: TokenOptions) -> TokenProfile:
 def measure_quality(size: Size, engine: Engine, texts: Texts) -> TokenQuality:
     """Measure how good the answers of an engine's weights are."""
     device = engine.documents.device
+    domain = documents().domain
     cells = measure_token_quality(
-        engine, texts, documents().domain, DOMAINS, PLAN[device.type], SCORED_TOKENS[device.type]
+        engine, texts, domain, DOMAINS, PLAN[device.type], SCORED_TOKENS[device.type]
     )
     here = identity(size)
     return TokenQuality(
         size=size, weights_sha256=here["weights_sha256"], documents_sha256=here["data_sha256"],
-        top_k=engine.model.config.top_k, cells=cells, provenance=provenance(device, None),
+        top_k=engine.model.config.top_k, standard=standard_by_position(texts, domain, DOMAINS), cells=cells,
+        provenance=provenance(device, None),
     )  # fmt: skip
 
 
@@ -186,8 +188,7 @@ class _Kept:
                 cell = CostCell(**values)
                 self.cells[Place(*(getattr(cell, name) for name in Place._fields))] = cell
             if document["quality"] is not None:
-                cells = document["quality"].pop("cells")
-                self.quality = TokenQuality(**document["quality"], cells=tuple(cells))
+                self.quality = TypeAdapter(TokenQuality).validate_python(document["quality"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             what = first_fault(error) if isinstance(error, ValidationError) else repr(error)
             raise ProfileError(

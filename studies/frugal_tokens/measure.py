@@ -15,7 +15,7 @@ from moe.lm.model import LanguageModel
 from moe.lm.text import Documents
 from moe.profiling.cost import idle_power_w
 from moe.profiling.token_cost import Place, measure_place, read_texts
-from moe.profiling.token_quality import score
+from moe.profiling.token_quality import Passages, score
 
 
 def measure(
@@ -47,12 +47,14 @@ def measure(
     for running, n_documents in plan.items():
         # Evenly from all domains, which lie one behind the other.
         chosen = np.linspace(0, len(text.domain) - 1, n_documents).round().astype(np.int32)
+        half = np.full(n_documents, c.context // 2, np.int32)
+        halves = Passages(chosen, half, c.context - c.context // 2)
         settings = []
         for share, bias in serve:
             top_k = max(1, round(share * c.top_k))
             settings.append((share, bias, top_k, readable_experts(bias, c.n_experts, top_k)))
         scores = [
-            score(engine, text.tokens, chosen, running, top_k, [readable], c.context // 2, c.context)[0]
+            score(engine, text.tokens, halves, running, top_k, [readable])[0]
             for _, _, top_k, readable in settings
         ]
         read_texts(engine, running, max(contexts))

@@ -15,6 +15,7 @@ from moe.profiles import ProfileError
 from moe.profiling.token_cost import BIASES
 from moe.token_profile import (
     CostCell,
+    OfDomain,
     QualityCell,
     TokenCost,
     TokenProfile,
@@ -25,6 +26,7 @@ from moe.token_profile import (
 
 H200 = Path(__file__).parents[2] / "configs/profiles/h200-generate.json"
 THIRD = 1.0 / 3.0
+BY_DOMAIN = (("prose", THIRD), ("c", 0.5))
 
 
 def cost_cell(rows: int, top_k: int, readable: int, **other: Any) -> CostCell:
@@ -40,7 +42,11 @@ def quality_cell(running: int, top_k: int, bias: float) -> QualityCell:
     return QualityCell(
         running=running, top_k=top_k, routing_bias=bias, tokens=1000, accuracy=(top_k - bias) / 7,
         standard_error=THIRD / 100, minus_standard=-THIRD / 10, confidence=THIRD, entropy=THIRD,
-        experts_read=8 * THIRD, by_domain={"prose": THIRD, "c": 0.5},
+        experts_read=8 * THIRD,
+        by_domain={
+            name: OfDomain(accuracy=share, minus_standard=-share, experts_read=9 * share)
+            for name, share in BY_DOMAIN
+        },
     )  # fmt: skip
 
 
@@ -67,7 +73,8 @@ def made_up_profile() -> TokenProfile:
         for n in (8, 1) for k in (4, 1, 2) for bias in ((1.0, 0.0, 0.5, 0.75) if n > 1 else (0.0,))
     ]  # fmt: skip
     quality = TokenQuality(
-        size="small", weights_sha256="a" * 64, documents_sha256="b" * 64, top_k=4, cells=tuple(answers),
+        size="small", weights_sha256="a" * 64, documents_sha256="b" * 64, top_k=4,
+        standard={name: (share, 0.5) for name, share in BY_DOMAIN}, cells=tuple(answers),
         provenance={"seconds": THIRD},
     )  # fmt: skip
     return TokenProfile(cost=cost, quality=quality)
@@ -196,7 +203,9 @@ FIRST_COST, FIRST_QUALITY = "cost.cells.0", "quality.cells.0"
         ("quality.weights_sha256", "abc", "quality.weights_sha256"),
         (f"{FIRST_QUALITY}.accuracy", 1.5, f"{FIRST_QUALITY}.accuracy"),
         (f"{FIRST_QUALITY}.routing_bias", -0.1, f"{FIRST_QUALITY}.routing_bias"),
-        (f"{FIRST_QUALITY}.by_domain", {"c": 2.0}, f"{FIRST_QUALITY}.by_domain.c"),
+        (f"{FIRST_QUALITY}.by_domain.c.accuracy", 2.0, f"{FIRST_QUALITY}.by_domain.c.accuracy"),
+        (f"{FIRST_QUALITY}.by_domain", {}, "is of other domains: [], quality.standard ['c', 'prose']"),
+        ("quality.standard.c", [0.5], "needs as many parts in every domain, got [1, 2]"),
         (f"{FIRST_QUALITY}.routing_bias", 0.0, "quality.cells: one is there twice"),
     ],
 )  # fmt: skip

@@ -8,34 +8,40 @@ lengths, where what finds no room in a step is read in the next.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe.lm.config import ENGINE, readable_experts
-from moe.lm.text import DOMAINS
 from moe.service.generate.lengths import TokenLengths, token_lengths
 from moe.step_cost import TERMS, StepCost, StepWork
 from moe.token_profile import QualityCell, TokenProfile
 from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.tokens import standard_accuracy
 
 PER_OCTAVE = 2
 """Nodes of rows and of prompts in each octave."""
 SHARES = 16
 """Intervals between the nodes of the share of rows that prompts take."""
-_DRAWS, _MOST_PROMPTS = 256, 1024
+_DRAWS, _MOST_PROMPTS = 128, 1024
 """Steps that are drawn for each node, and the most prompts of one."""
+POSTERIOR = 8
+"""Draws of what steps cost, of which an episode has one."""
 _CLOCKED = np.array([name not in ("experts", "cache") for name in TERMS])
 """Terms that follow the clock of the SMs; the others that of the memory."""
 
 
 class TokenTables(NamedTuple):
-    """Tables as compiled code reads them. K, B levels of experts per token and bias, N rows, V shares."""
+    """Tables as compiled code reads them.
+
+    G draws of what steps cost, S domains, K, B levels of top k and bias, N rows, V shares.
+    """
 
     pure: np.ndarray
-    """[K, B, N, 4] of a step of answers alone: s that follow the clock, s that do not, J likewise."""
+    """[G, S, K, B, N, 4] of a step of answers alone: s that follow the clock, s that do not, J likewise."""
     mixed: np.ndarray
-    """[K, N, V, 4] of a step that reads prompts as well."""
+    """[G, S, K, N, V, 4] of a step that reads prompts as well."""
     answers: np.ndarray
     """[S, K, B, N, 3] accuracy, confidence and entropy of tokens."""
     reference: np.ndarray
@@ -70,11 +76,14 @@ def token_work(problem: Problem) -> TokenWork:
     assert generate is not None and profile is not None
     levels = problem.knobs.levels
     top_ks, biases, power_w = levels["expert_count"], levels["routing_bias"], problem.serving_power_w
-    key = *profile.digests().values(), generate.lengths, top_ks, biases, power_w
+    spread = problem.scenario.randomize.steps
+    key = *profile.digests().values(), generate.lengths, top_ks, biases, power_w, spread
     if key not in _KNOWN:
         room = ENGINE["cpu" if profile.cost.copy_bytes_per_s is None else "cuda"]
         cost, lengths = StepCost(profile), token_lengths(generate.lengths, profile.cost.config["context"])
-        tables = tables_of(profile, cost, lengths, room["max_rows"], tuple(map(int, top_ks)), biases, power_w)
+        tables = tables_of(
+            profile, cost, lengths, room["max_rows"], tuple(map(int, top_ks)), biases, power_w, spread
+        )
         _KNOWN[key] = TokenWork(tables, lengths, cost, profile, room["max_rows"], room["slots"])
     return _KNOWN[key]
 
@@ -85,44 +94,40 @@ _KNOWN: dict[tuple[Any, ...], TokenWork] = {}
 
 def tables_of(
     profile: TokenProfile, cost: StepCost, lengths: TokenLengths, max_rows: int, top_ks: tuple[int, ...],
-    biases: tuple[float, ...], busy_power_w: float,
+    biases: tuple[float, ...], busy_power_w: float, spread: float,
 ) -> TokenTables:  # fmt: skip
     """Tabulate a fitted profile for requests of given lengths.
 
-    Without a meter steps take `busy_power_w` above idle, as another device would while as busy.
+    `spread` is that of draws of what steps cost, see `Fit.draws`. Without a meter steps take `busy_power_w`
+    above idle, as another device would while as busy.
     """
     n_experts = profile.cost.config["n_experts"]
     rows = nodes(max_rows)
     context = mean_context(lengths)
 
-    def split(work: StepWork) -> np.ndarray:
-        """[..., 4] of steps."""
-        amounts = cost.amounts(work)
-        seconds = cost.time.rate
-        rates = seconds, seconds * busy_power_w if cost.energy is None else cost.energy.rate
-        return np.stack(
-            [amounts @ (rate * part) for rate in rates for part in (_CLOCKED, ~_CLOCKED)], axis=-1
-        )
-
-    pure = np.empty((len(top_ks), len(biases), len(rows), 4))
-    for i, k in enumerate(top_ks):
-        for j, bias in enumerate(biases):
-            read = cost.reads(rows, 0.0, k, readable_experts(bias, n_experts, k))
-            pure[i, j] = split(StepWork(rows, 0.0, rows * context, 0.0, k, read))
+    rng, number = np.random.default_rng(0), POSTERIOR if spread else 1
+    seconds = cost.time.draws(number, spread, rng)  # [G, F]
+    joules = seconds * busy_power_w if cost.energy is None else cost.energy.draws(number, spread, rng)
+    # [G, F, 4], in the order of the tables' last axis.
+    rates = np.stack([of * part for of in (seconds, joules) for part in (_CLOCKED, ~_CLOCKED)], axis=-1)
+    domains = tuple(standard_accuracy(profile.quality, lengths, profile.cost.config["context"]))
+    pure = np.empty((number, len(domains), len(top_ks), len(biases), len(rows), 4))
+    for (s, name), (i, k), (j, bias) in product(enumerate(domains), enumerate(top_ks), enumerate(biases)):
+        read = cost.reads(rows, 0.0, k, readable_experts(bias, n_experts, k), name)
+        pure[:, s, i, j] = cost.amounts(StepWork(rows, 0.0, rows * context, 0.0, k, read)) @ rates
     drawn = _prompt_rows(lengths, np.maximum(1.0, max_rows - rows))  # [N, V', draws]
     prompt = lengths.prompt.astype(float)
     attended = float((prompt * (prompt + 1) / 2).sum() / prompt.sum())  # positions of a prompt's row, mean
-    mixed = np.empty((len(top_ks), len(rows), SHARES + 1, 4))
-    for i, k in enumerate(top_ks):
-        for n, row in enumerate(rows):
-            beside = drawn[n]
-            read = cost.reads(row, beside, k, n_experts)
-            work = StepWork(row, beside, row * context + beside, beside * attended, k, read)
-            costs = split(work).mean(axis=1)  # [V', 4]
-            share = beside.mean(axis=1) / max(1.0, max_rows - row)
-            for part in range(4):
-                mixed[i, n, :, part] = np.interp(np.linspace(0.0, 1.0, SHARES + 1), share, costs[:, part])
-    return TokenTables(pure, mixed, *_answers(profile, rows, top_ks, biases))
+    mixed = np.empty((number, len(domains), len(top_ks), len(rows), SHARES + 1, 4))
+    for (s, name), (i, k), (n, row) in product(enumerate(domains), enumerate(top_ks), enumerate(rows)):
+        beside = drawn[n]
+        read = cost.reads(row, beside, k, n_experts, name)
+        work = StepWork(row, beside, row * context + beside, beside * attended, k, read)
+        amounts = cost.amounts(work).mean(axis=1)  # [V', F]
+        share = beside.mean(axis=1) / max(1.0, max_rows - row)
+        at = np.linspace(0.0, 1.0, SHARES + 1)
+        mixed[:, s, i, n] = np.stack([np.interp(at, share, part) for part in amounts.T], axis=-1) @ rates
+    return TokenTables(pure, mixed, *_answers(profile, lengths, rows, top_ks, biases))
 
 
 def mean_context(lengths: TokenLengths) -> float:
@@ -152,34 +157,27 @@ def _prompt_rows(lengths: TokenLengths, room: np.ndarray) -> np.ndarray:
 
 
 def _answers(
-    profile: TokenProfile, rows: np.ndarray, top_ks: tuple[int, ...], biases: tuple[float, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """[S, K, B, N, 3] and [S], see `TokenTables`.
-
-    What a domain's answers are worth is measured with the most sequences, which score all documents; with
-    fewer, how far the same tokens are from the standard service.
-    """
+    profile: TokenProfile, lengths: TokenLengths, rows: np.ndarray, top_ks: tuple[int, ...],
+    biases: tuple[float, ...],
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """[S, K, B, N, 3] and [S], see `TokenTables`: the standard service's, and how far others are from it."""
     quality = profile.quality
     cells = {(c.running, c.top_k, c.routing_bias): c for c in quality.cells}
     running = sorted({c.running for c in quality.cells})
-    most = running[-1]
-    domains = [name for name in DOMAINS if name in cells[most, quality.top_k, 0.0].by_domain]
+    standard = standard_accuracy(quality, lengths, profile.cost.config["context"])
 
     def cell_at(n: int, k: int, bias: float) -> QualityCell:
         """The measured cell that reads as much: biases that allow the same number are measured once."""
         known = [b for (m, q, b) in cells if (m, q) == (n, k) and b <= bias]
         return cells[n, k, max(known)]
 
-    table = np.empty((len(domains), len(top_ks), len(biases), len(rows), 3))
-    at = np.log(rows)
-    for i, k in enumerate(top_ks):
-        for j, bias in enumerate(biases):
-            row = [cell_at(n, k, bias) for n in running]
-            change = np.array([c.minus_standard for c in row]) - row[-1].minus_standard
-            changes = np.interp(at, np.log(running), change)
-            for s, name in enumerate(domains):
-                table[s, i, j, :, 0] = row[-1].by_domain[name] + changes
-            for column, name in ((1, "confidence"), (2, "entropy")):
-                table[:, i, j, :, column] = getattr(row[-1], name)
-    standard = cells[most, quality.top_k, 0.0]
-    return table, np.array([standard.by_domain[name] for name in domains])
+    table = np.empty((len(standard), len(top_ks), len(biases), len(rows), 3))
+    at = np.log(rows), np.log(running)
+    for (i, k), (j, bias) in product(enumerate(top_ks), enumerate(biases)):
+        row = [cell_at(n, k, bias) for n in running]
+        for s, name in enumerate(standard):
+            change = np.interp(*at, [c.by_domain[name].minus_standard for c in row])
+            table[s, i, j, :, 0] = np.clip(standard[name] + change, 0.0, 1.0)
+        for column, name in ((1, "confidence"), (2, "entropy")):
+            table[:, i, j, :, column] = np.interp(*at, [getattr(c, name) for c in row])
+    return table, np.array(list(standard.values()))

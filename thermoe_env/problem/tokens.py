@@ -16,7 +16,7 @@ import numpy as np
 from moe.lm.text import DOMAINS
 from moe.profiles import Profile, ProfileError
 from moe.service.generate.lengths import TokenLengths
-from moe.token_profile import CostCell, TokenProfile
+from moe.token_profile import TokenCost, TokenProfile, TokenQuality
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ def request_profile(profile: TokenProfile, lengths: TokenLengths) -> Profile:
         ProfileError: cells that are needed were not measured.
     """
     cost, quality = profile.cost, profile.quality
-    fitted = [cell for cell in cost.cells if not cell.held_out]
+    standard = standard_accuracy(quality, lengths, cost.config["context"])
     answers = [cell for cell in quality.cells if cell.running == max(c.running for c in quality.cells)]
-    running = sorted({cell.decode_rows for cell in fitted if cell.decode_rows and not cell.prefill_rows})
+    running = sorted({cell.decode_rows for cell in cost.decode_grid()})
     top_ks = sorted({cell.top_k for cell in answers})
     biases = sorted({cell.routing_bias for cell in answers})
     n_experts, n_layers = cost.config["n_experts"], cost.config["n_layers"]
     readable = [n_experts * (1 - 0.75 * bias) for bias in biases]
-    metered = all(cell.energy_j is not None for cell in fitted)
+    metered = all(cell.energy_j is not None for cell in cost.cells)
     prompt, output = float(lengths.prompt.mean()), float(lengths.output.mean())
 
     def of_requests(name: str) -> np.ndarray:
         """[N, K, R] of a batch of so many requests."""
-        steps = _costs(fitted, name, running, top_ks, readable)
+        steps = _costs(cost, name, running, top_ks, readable)
         prompts = np.multiply.outer(np.array(running) * prompt, steps.prompt_token)  # [N, K]
         return output * steps.decode + prompts[:, :, None]
 
@@ -63,13 +63,15 @@ def request_profile(profile: TokenProfile, lengths: TokenLengths) -> Profile:
         rows = []
         for k in top_ks:
             cells = sorted((c for c in answers if c.top_k == k), key=lambda cell: cell.routing_bias)
-            values = [cell.by_domain[domain] if domain else getattr(cell, name) for cell in cells]
+            values = [getattr(cell.by_domain[domain] if domain else cell, name) for cell in cells]
             rows.append(np.interp(biases, [cell.routing_bias for cell in cells], values))
         return np.array(rows)
 
     shape = (len(running), len(top_ks), len(biases))
-    domains = [name for name in DOMAINS if name in answers[0].by_domain]
-    accuracy = np.stack([of_answers("accuracy", name) for name in domains])[:, None]  # [S, 1, K, R]
+    domains = list(standard)
+    accuracy = np.stack(
+        [np.clip(standard[name] + of_answers("minus_standard", name), 0.0, 1.0) for name in domains]
+    )[:, None]  # [S, 1, K, R]
     other = {
         name: np.broadcast_to(of_answers(name), accuracy.shape).copy() for name in ("confidence", "entropy")
     }
@@ -93,39 +95,53 @@ def request_profile(profile: TokenProfile, lengths: TokenLengths) -> Profile:
     )  # fmt: skip
 
 
+def standard_accuracy(quality: TokenQuality, lengths: TokenLengths, context: int) -> dict[str, float]:
+    """Accuracy of the standard service's answers per domain, where in the context requests have them."""
+    (parts,) = {len(shares) for shares in quality.standard.values()}
+    # Entry i of a document predicts token i + 1: the first answer is that of the prompt's last token.
+    change = np.zeros(context + 1)
+    np.add.at(change, lengths.prompt - 1, 1.0)
+    np.add.at(change, lengths.prompt + lengths.output - 1, -1.0)
+    answers = np.array([part.sum() for part in np.array_split(change.cumsum()[:context], parts)])
+    return {
+        name: float(answers @ quality.standard[name] / answers.sum())
+        for name in DOMAINS
+        if name in quality.standard
+    }
+
+
 def _costs(
-    cells: list[CostCell], name: str, running: list[int], top_ks: list[int], readable: list[float]
+    cost: TokenCost, name: str, running: list[int], top_ks: list[int], readable: list[float]
 ) -> _Costs:
     """What `name` of the cells says of steps and of prompts' tokens."""
-    decode = np.zeros((len(running), len(top_ks), len(readable)))
-    alone = [cell for cell in cells if not cell.prefill_rows]
-    contexts = [cell.context for cell in alone]
-    context = max(set(contexts), key=contexts.count)  # where the grid was measured
+    decode, grid = np.zeros((len(running), len(top_ks), len(readable))), cost.decode_grid()
     for i, n in enumerate(running):
         for j, k in enumerate(top_ks):
             at = {
                 cell.readable: getattr(cell, name)
-                for cell in alone
-                if (cell.decode_rows, cell.top_k, cell.context) == (n, k, context)
+                for cell in grid
+                if (cell.decode_rows, cell.top_k) == (n, k)
             }
             if not at:
                 raise ProfileError(f"the profile lacks steps of {n} sequences and {k} experts per token")
             measured = sorted(at)
             decode[i, j] = np.interp(readable, measured, [at[m] for m in measured])
-    prompt_token = np.array([_prompt_token(cells, name, k, context) for k in top_ks])
-    return _Costs(decode, prompt_token)
+    return _Costs(decode, np.array([_prompt_token(cost, name, k) for k in top_ks]))
 
 
-def _prompt_token(cells: list[CostCell], name: str, top_k: int, context: int) -> float:
+def _prompt_token(cost: TokenCost, name: str, top_k: int) -> float:
     """What a token of a prompt adds to a step, by the largest chunk that was measured beside decode rows."""
-    beside = [cell for cell in cells if cell.prefill_rows and cell.decode_rows and cell.top_k == top_k]
+    beside = [
+        cell
+        for cell in cost.cells
+        if cell.prefill_rows and cell.decode_rows and cell.top_k == top_k and not cell.held_out
+    ]
     if not beside:
         raise ProfileError(f"the profile lacks prompts beside answers, {top_k} experts per token")
     most = max(beside, key=lambda cell: cell.prefill_rows)
     (without,) = (
         getattr(cell, name)
-        for cell in cells
-        if (cell.decode_rows, cell.prefill_rows, cell.top_k, cell.readable, cell.context)
-        == (most.decode_rows, 0, top_k, most.readable, context)
+        for cell in cost.decode_grid()
+        if (cell.decode_rows, cell.top_k, cell.readable) == (most.decode_rows, top_k, most.readable)
     )
     return (getattr(most, name) - without) / most.prefill_rows

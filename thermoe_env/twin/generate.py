@@ -18,6 +18,7 @@ import numpy as np
 from moe.compiled import inlined, jit, uncounted
 from moe.lm.config import AHEAD, BLOCK
 from moe.lm.engine.blocks import blocks_for
+from moe.randomness import derive, integer
 from moe.service.queueing import SLOT_S, arrival_time, latency_bin, slot_of
 from thermoe_env.mdp.interval import as_record
 from thermoe_env.problem.problem import Problem
@@ -38,11 +39,14 @@ SERVER_DTYPE = np.dtype(
         ("prompts", np.float64, (2,)),  # that run and whose prompt waits to be read
         ("decoding", np.float64, (2,)),  # whose answers are under way
         ("late", np.float64, (2,)),  # of these and the prompts: late already
+        ("draw", np.int64),  # of what steps cost in this episode
         ("period_s", np.float64),  # of a step, the pause of the pace included
     ]
 )
 """What runs and what waits between two intervals."""
 
+_STREAM = np.uint64(9)
+"""Of an episode's seed, from which the draw of what steps cost comes."""
 TRANSIT = AHEAD + 1.0
 """Steps in which a place is taken and no row of an answer runs: those that were launched before its last
 token came back, and the one that reads the next prompt."""
@@ -174,7 +178,7 @@ def serve(
             needs = per_step * terms.prompt / max(1.0, terms.max_rows - rows)
             share = min(1.0, max(share, needs))
             filled = min(1.0, needs / share) if share > 0.0 else 0.0
-            steps = steps_of(fixed, k, b, rows, filled, share, compute, pace)
+            steps = steps_of(fixed, server.draw, shift, k, b, rows, filled, share, compute, pace)
             period = steps.period_s
         server.period_s = period
         # Places are given to interactive requests first.
@@ -310,12 +314,13 @@ def _record(histogram, low, high, requests, decoded, token_s, noise, least_s):
 
 
 def start(fixed, seed, state, i):
-    """Begin with an idle device and an empty queue."""
+    """Begin with an idle device and an empty queue, and draw what steps cost."""
     server = state.server[i]
     for c in range(2):
         server.next[c] = server.head[c] = 0
         server.begun[c] = server.ended[c] = server.prompts[c] = server.decoding[c] = server.late[c] = 0.0
-    server.period_s = fixed.pure[0, 0, 0, 0] + fixed.pure[0, 0, 0, 1]
+    server.draw = integer(derive(seed, _STREAM), 0, fixed.pure.shape[0])
+    server.period_s = fixed.pure[0, 0, 0, 0, 0, 0] + fixed.pure[0, 0, 0, 0, 0, 1]
 
 
 implement(Generate, start, serve)

@@ -41,11 +41,13 @@ def _node(x):
 
 
 @inlined
-def steps_of(fixed, k, b, rows, filled, share, compute, pace):
+def steps_of(fixed, draw, shift, k, b, rows, filled, share, compute, pace):
     """Steps with `rows` of answers, of which a share reads prompts.
 
     Args:
         fixed: `Generate`.
+        draw: of what steps cost.
+        shift: domain of the text.
         k: level of the experts per token.
         b: level of the routing bias, which steps that read prompts do not have.
         rows: at least 1.
@@ -57,7 +59,7 @@ def steps_of(fixed, k, b, rows, filled, share, compute, pace):
     i, w = _node(rows)
     j = min(int(filled * SHARES), SHARES - 1)
     x = filled * SHARES - j
-    pure, mixed = fixed.pure[k, b], fixed.mixed[k]
+    pure, mixed = fixed.pure[draw, shift, k, b], fixed.mixed[draw, shift, k]
     pure_s = compute * (pure[i, 0] + w * (pure[i + 1, 0] - pure[i, 0])) + (
         pure[i, 1] + w * (pure[i + 1, 1] - pure[i, 1])
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -15,13 +16,19 @@ import torch
 
 from moe.lm.config import readable_experts
 from moe.lm.engine.engine import Engine
-from moe.lm.text import DOMAINS
+from moe.lm.text import DOMAINS, documents
 from moe.lm.weights import identity, reference
 from moe.profiles import ProfileError
 from moe.profiling import token_quality, tokens
 from moe.profiling.cli import cli
 from moe.profiling.token_cost import BIASES, MORE_BIASES, Place, measure_place, places, read_texts, rows_of
-from moe.profiling.token_quality import measure_token_quality
+from moe.profiling.token_quality import (
+    Passages,
+    measure_token_quality,
+    passages,
+    score,
+    standard_by_position,
+)
 from moe.profiling.tokens import TokenOptions, measure
 from moe.service.generate.sequences import Texts
 from moe.token_profile import QualityCell, load_token_profile
@@ -54,64 +61,103 @@ def make_engine() -> Engine:
     return Engine(make_model(TINY), texts().tokens, slots=8, max_rows=40)
 
 
-def quality(plan: dict[int, int], tokens: int = 100) -> dict[tuple[int, int, float], QualityCell]:
-    cells = measure_token_quality(make_engine(), texts(), DOMAIN, ("even", "odd"), plan, tokens)
+NAMES = ("even", "odd")
+TOKENS = 12
+
+
+def quality(plan: dict[int, int], tokens: int = TOKENS) -> dict[tuple[int, int, float], QualityCell]:
+    cells = measure_token_quality(make_engine(), texts(), DOMAIN, NAMES, plan, tokens)
     found = {(cell.running, cell.top_k, cell.routing_bias): cell for cell in cells}
     assert len(found) == len(cells)
     return found
 
 
+def scored(running: int, groups: int) -> dict[str, Passages]:
+    """What is decoded of each domain."""
+    return {
+        name: passages(np.flatnonzero(DOMAIN == d), running * groups, LENGTH, TOKENS)
+        for d, name in enumerate(NAMES)
+    }
+
+
+def test_passages_are_different_ones_of_the_documents_from_everywhere_behind_a_prompt() -> None:
+    part = passages(np.array([1, 3, 5]), 9, LENGTH, TOKENS)
+    pairs = set(zip(part.document.tolist(), part.first.tolist(), strict=True))
+    assert pairs == {(document, first) for document in (1, 3, 5) for first in (12, 24, 36)}
+    assert part.positions.max() == LENGTH - 1 and part.positions.shape == (9, TOKENS)
+    with pytest.raises(ValueError, match="9 passages of 12 tokens, and 10 are asked for"):
+        passages(np.array([1, 3, 5]), 10, LENGTH, TOKENS)
+
+
 def test_quality_at_bias_0_is_that_of_one_pass_over_whole_documents() -> None:
-    cells = quality({1: 6, 3: 6})
-    text, half = torch.from_numpy(texts().tokens), LENGTH // 2
-    for top_k in (4, 2, 1):
-        logits = whole_window(text, top_k)[:, half:]
-        right = (logits.argmax(dim=-1) == text[:, 1 + half :]).numpy()
-        p = logits.softmax(dim=-1)
-        gap = right.mean(axis=1) - texts().reference[:, half:].mean(axis=1)
-        for running in (1, 3):
-            cell = cells[running, top_k, 0.0]
-            assert cell.tokens == right.size and cell.accuracy == pytest.approx(right.mean())
-            assert cell.by_domain == {"even": right[::2].mean(), "odd": right[1::2].mean()}
-            assert cell.minus_standard == pytest.approx(gap.mean(), abs=1e-12)
-            assert cell.standard_error == pytest.approx(gap.std(ddof=1) / 6**0.5)
-            assert cell.confidence == pytest.approx(float(p.amax(dim=-1).mean()), rel=1e-4)
-            entropy = float(-(p * p.log()).sum(dim=-1).mean()) / np.log(TINY.vocabulary)
-            assert cell.entropy == pytest.approx(entropy, rel=1e-4)
-            assert cell.experts_read == pytest.approx(experts_read(text, top_k, running, half))
+    cells, text = quality({1: 6, 3: 2}), torch.from_numpy(texts().tokens)
+    for top_k, running in itertools.product((4, 2, 1), (1, 3)):
+        logits = whole_window(text, top_k)
+        guesses, p = (logits.argmax(dim=-1) == text[:, 1:]).numpy(), logits.softmax(dim=-1)
+        entropy = -(p * p.log()).sum(dim=-1) / np.log(TINY.vocabulary)  # [N, S]
+        cell, gaps = cells[running, top_k, 0.0], []
+        parts = scored(running, 6 // running)
+        at = {name: (part.document[:, None], part.positions) for name, part in parts.items()}
+        for name, place in at.items():
+            of, right = cell.by_domain[name], guesses[place]
+            gap = right.mean(axis=1) - texts().reference[place].mean(axis=1)
+            gaps.append(gap)
+            assert of.accuracy == pytest.approx(right.mean())
+            assert of.minus_standard == pytest.approx(gap.mean(), abs=1e-12)
+            assert of.experts_read == pytest.approx(experts_read(text, top_k, running, *place))
+        assert cell.tokens == 12 * TOKENS
+        assert cell.standard_error == pytest.approx(np.concatenate(gaps).std(ddof=1) / 12**0.5)
+        for of_cell, values in ((cell.confidence, p.amax(dim=-1)), (cell.entropy, entropy)):
+            assert of_cell == pytest.approx(
+                np.mean([values[place].mean() for place in at.values()]), rel=1e-4
+            )
+        for name in ("accuracy", "minus_standard", "experts_read"):
+            means = [getattr(of, name) for of in cell.by_domain.values()]
+            assert getattr(cell, name) == pytest.approx(np.mean(means))
 
 
-def experts_read(text: torch.Tensor, top_k: int, running: int, first: int) -> float:
-    """Different experts of a group at a position, mean over positions, groups and layers, in one pass."""
+def experts_read(
+    text: torch.Tensor, top_k: int, running: int, document: np.ndarray, position: np.ndarray
+) -> float:
+    """Different experts of a group at a step, mean over steps, groups and layers, in one pass."""
     _, decisions = make_engine().model(text[:, :-1].long(), top_k)
-    picked = [d.experts.view(-1, running, LENGTH, top_k) for d in decisions]
-    steps = [p[g, :, t] for p in picked for g in range(len(p)) for t in range(first, LENGTH)]
+    steps = [
+        d.experts.view(DOCUMENTS, LENGTH, top_k)[document[g : g + running, 0], position[g : g + running, t]]
+        for d in decisions for g in range(0, len(document), running) for t in range(TOKENS)
+    ]  # fmt: skip
     return float(np.mean([len(step.unique()) for step in steps]))
 
 
-def test_at_the_trained_top_k_nothing_is_lost_and_less_of_a_document_can_be_scored() -> None:
-    half = LENGTH // 2
-    cell = quality({1: 6}, tokens=10)[1, 4, 0.0]
-    assert cell.tokens == 60 and cell.minus_standard == 0.0 and cell.standard_error == 0.0
-    assert cell.accuracy == texts().reference[:, half : half + 10].mean()
+def test_at_the_trained_top_k_nothing_is_lost() -> None:
+    cell, parts = quality({1: 6})[1, 4, 0.0], scored(1, 6)
+    assert cell.minus_standard == 0.0 and cell.standard_error == 0.0
+    right = [texts().reference[part.document[:, None], part.positions].mean() for part in parts.values()]
+    assert cell.accuracy == pytest.approx(np.mean(right))
+
+
+def test_the_standard_service_is_told_by_position() -> None:
+    standard = standard_by_position(texts(), DOMAIN, NAMES)
+    assert set(standard) == set(NAMES) and {len(shares) for shares in standard.values()} == {16}
+    assert standard["odd"][2] == texts().reference[1::2, 6:9].mean()
+    assert np.mean(standard["even"]) == pytest.approx(texts().reference[::2].mean())
 
 
 def test_a_bias_is_measured_on_the_prompts_that_were_read_without_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Settings share a prompt's keys and values, and none sees the answers of the one before."""
-    together = quality({3: 6})
+    together = quality({3: 2})
     assert {bias for _, top_k, bias in together if top_k == 4} == {0.0, 0.25, 0.5, 0.75}
     assert together[3, 4, 0.75].accuracy != together[3, 4, 0.0].accuracy
     for bias in (0.5, 0.75):
         monkeypatch.setattr(token_quality, "BIASES", (bias,))
-        assert quality({3: 6})[3, 4, bias] == together[3, 4, bias]
+        assert quality({3: 2})[3, 4, bias] == together[3, 4, bias]
 
 
-@pytest.mark.parametrize("plan", [{3: 4}, {1: 1}])
-def test_documents_that_make_no_whole_groups_are_refused(plan: dict[int, int]) -> None:
-    with pytest.raises(ValueError, match="multiple of the running sequences"):
-        quality(plan)
+def test_passages_that_make_no_whole_groups_are_refused() -> None:
+    part = passages(np.array([0, 2]), 4, LENGTH, TOKENS)
+    with pytest.raises(ValueError, match="4 passages make no whole groups of 3"):
+        score(make_engine(), texts().tokens, part, 3, 4, (8,))
 
 
 # Cost
@@ -186,7 +232,7 @@ class Killed(Exception):
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> TokenOptions:
     """The shipped model on few tokens and cells."""
-    monkeypatch.setattr(tokens, "PLAN", {"cpu": {2: 2}})
+    monkeypatch.setattr(tokens, "PLAN", {"cpu": {2: 1}})
     monkeypatch.setattr(tokens, "SCORED_TOKENS", {"cpu": 4})
     monkeypatch.setattr(tokens, "ENGINE", {"cpu": {"slots": 4, "max_rows": 64}})
     monkeypatch.setattr(tokens, "places", lambda engine, *, thorough: CELLS)
@@ -234,11 +280,13 @@ def test_an_interrupted_measurement_goes_on_and_measures_nothing_twice(
 
 
 def test_the_shipped_model_serves_its_reference(quick: TokenOptions) -> None:
-    profile = measure(quick)
-    scored = reference("small")[[0, 255], 512:516]
-    cell = next(cell for cell in profile.quality.cells if (cell.top_k, cell.routing_bias) == (4, 0.0))
-    assert cell.accuracy == pytest.approx(scored.mean(), abs=1 / 8)  # roundings turn single tokens
-    assert set(cell.by_domain) == {DOMAINS[0], DOMAINS[-1]}
+    quality = measure(quick).quality
+    cell = next(cell for cell in quality.cells if (cell.top_k, cell.routing_bias) == (4, 0.0))
+    assert cell.minus_standard == pytest.approx(0.0, abs=1 / 40)  # roundings turn single tokens
+    assert tuple(cell.by_domain) == tuple(quality.standard) == DOMAINS
+    assert np.mean(quality.standard["c"]) == pytest.approx(
+        reference("small")[documents().domain == DOMAINS.index("c")].mean()
+    )
 
 
 @pytest.mark.parametrize(

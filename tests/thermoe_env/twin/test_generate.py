@@ -8,15 +8,17 @@ percent or two.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
-from moe.lm.text import documents
+from moe.lm.text import DOMAINS, documents
 from moe.service.generate.live import GenerateWorkload
 from moe.service.generate.sequences import Texts
+from moe.step_cost import StepWork
 from moe.workload import Knobs, WorkStats
 from tests.thermoe_env.twin.token_engine import ModelledEngine
 from thermoe_env.live_tokens import Promises
@@ -32,8 +34,8 @@ STANDARD = Knobs(batch_size=128, expert_count=8)
 
 def scenario(load: float, seconds: int, **generate: Any) -> Scenario:
     return load_scenario(
-        "tokens", episode_s=seconds, traffic={"kind": "poisson", "low_load": load, "high_load": load},
-        generate=generate,
+        "tokens", episode_s=seconds, generate=generate, randomize={"steps": 0.0},
+        traffic={"kind": "poisson", "low_load": load, "high_load": load, "shifts": [0]},
     )  # fmt: skip
 
 
@@ -221,21 +223,46 @@ def test_pace_caps_the_busy_share_and_admission_the_deferrable_ones() -> None:
 
 def test_the_tables_are_the_fitted_form() -> None:
     """At nodes: a step of answers alone, and one that is filled up by prompts."""
-    problem = Problem.of(load_scenario("tokens"))
+    problem = Problem.of(load_scenario("tokens", randomize={"steps": 0.0}))
     work: TokenWork = token_work(problem)
     context, cost = mean_context(work.lengths), work.cost
     rows = 64.0
     node = int(np.flatnonzero(np.isclose(2.0 ** (np.arange(20) // 2) * (1 + np.arange(20) % 2 / 2), rows))[0])
-    for k, level in ((8, 3), (1, 0)):
-        read = float(cost.reads(rows, 0, k, 64))
-        amounts = cost.amounts((rows, 0.0, rows * context, 0.0, k, read))  # type: ignore[arg-type]
-        assert work.tables.pure[level, 0, node, :2].sum() == pytest.approx(float(amounts @ cost.time.rate))
-        full = cost.amounts(
-            (rows, 960.0, rows * context + 960, 960 * 259.0, k, float(cost.reads(rows, 960.0, k, 64)))  # type: ignore[arg-type]
-        )
-        assert work.tables.mixed[level, node, -1, :2].sum() == pytest.approx(
-            float(full @ cost.time.rate), rel=0.01
-        )
+    for (k, level), (s, name) in itertools.product(((8, 3), (1, 0)), enumerate(DOMAINS)):
+        read = float(cost.reads(rows, 0, k, 64, name))
+        amounts = cost.amounts(StepWork(rows, 0.0, rows * context, 0.0, k, read))
+        time_s = work.tables.pure[0, s, level, 0, node, :2].sum()
+        assert time_s == pytest.approx(float(amounts @ cost.time.rate))
+        read = float(cost.reads(rows, 960.0, k, 64, name))
+        full = cost.amounts(StepWork(rows, 960.0, rows * context + 960, 960 * 259.0, k, read))
+        time_s = work.tables.mixed[0, s, level, node, -1, :2].sum()
+        assert time_s == pytest.approx(float(full @ cost.time.rate), rel=0.01)
+
+
+def test_an_episode_has_one_draw_of_what_steps_cost() -> None:
+    """Draws lie about the fit as widely as the measured steps do; each seed has its own."""
+    spread, fit = (token_work(Problem.of(load_scenario("tokens", randomize=r))) for r in ({}, {"steps": 0.0}))
+    assert len(spread.tables.pure) == 8 and len(fit.tables.pure) == 1
+    drawn_s, fitted_s = (work.tables.pure[..., :2].sum(axis=-1) for work in (spread, fit))
+    off, rms = drawn_s / fitted_s - 1.0, np.sqrt((fit.cost.time.residuals.fitted**2).mean())
+    assert 0.5 * rms < off.std() < 2.0 * rms and abs(off.mean()) < rms
+    problem = Problem.of(load_scenario("tokens", episode_s=10))
+    model = TwinWorkload(problem, lambda: 1.0)
+    seen = set()
+    for seed in range(40):
+        model.reset(seed)
+        first = model.state.server["draw"][0]
+        model.run(STANDARD, 1.0)
+        assert model.state.server["draw"][0] == first
+        seen.add(int(first))
+    assert seen == set(range(8))
+
+
+def test_rates_are_spread_until_they_miss_the_measured_steps_as_the_form_does() -> None:
+    fit = token_work(Problem.of(load_scenario("tokens"))).cost.time
+    drawn = fit.draws(4000, 1.0, np.random.default_rng(0))
+    assert drawn.min() >= 0.0 and np.allclose(fit.draws(3, 0.0, np.random.default_rng(0)), fit.rate)
+    assert drawn.mean(axis=0) == pytest.approx(fit.rate, rel=0.2)
 
 
 def test_a_service_without_its_parts_is_refused() -> None:

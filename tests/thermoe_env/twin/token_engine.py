@@ -53,7 +53,7 @@ class ModelledEngine:
 
     def __init__(
         self, cost: StepCost, config: dict[str, int], documents: np.ndarray, accuracy: Any, *, slots: int,
-        max_rows: int, cache_positions: int | None = None, launch_s: float = 0.0,
+        max_rows: int, cache_positions: int | None = None, launch_s: float = 0.0, domain: str = "prose",
     ) -> None:  # fmt: skip
         """Model an engine.
 
@@ -64,10 +64,11 @@ class ModelledEngine:
             accuracy: function of (rows of answers, top_k, readable experts, whether prompts are read).
             slots, max_rows, cache_positions: as `Engine` has them.
             launch_s: time of the host per launch.
+            domain: of all text.
         """
         self.cost, self.documents, self._accuracy = cost, documents, accuracy
         self.model = SimpleNamespace(config=SimpleNamespace(**config))
-        self.max_rows, self._launch_s = max_rows, launch_s
+        self.max_rows, self._launch_s, self._domain = max_rows, launch_s, domain
         context = documents.shape[1] - 1
         positions = cache_positions or slots * blocks_for(context) * BLOCK
         self.blocks = Blocks(slots, context, positions // BLOCK)
@@ -95,7 +96,7 @@ class ModelledEngine:
         ends = rows.position[first + count - 1] + 1  # rows of a slot ascend
         work = StepWork(
             len(decode), len(prompt), ends.sum(), (rows.position[prompt] + 1).sum(), top_k,
-            float(self.cost.reads(len(decode), len(prompt), top_k, readable)),
+            float(self.cost.reads(len(decode), len(prompt), top_k, readable, self._domain)),
         )  # fmt: skip
         amounts = self.cost.amounts(work)
         started = max(self._free_s, self.now_s)
