@@ -64,6 +64,8 @@ class Terms(NamedTuple):
     """Mean tokens of a prompt."""
     decoded: float
     """Mean rows of an answer: one less than its tokens."""
+    decoded_harmonic: float
+    """Their harmonic mean, of answers that have any: times per token of short answers vary most."""
     places: float
     """Most sequences that the engine and its cache hold."""
     cache_share: float
@@ -107,7 +109,8 @@ def generate_service(problem: Problem) -> Service:
         places = min(places, n_blocks / blocks)
     terms = Terms(
         np.array(promised.ttft_s), np.array(promised.tpot_s), np.array(service.deadline_s),
-        np.array(service.expire_after_s), float(prompt.mean()), max(1e-3, float(output.mean()) - 1.0), places,
+        np.array(service.expire_after_s), float(prompt.mean()), max(1e-3, float(output.mean()) - 1.0),
+        float(1.0 / (1.0 / np.maximum(1.0, output - 1.0)).mean()), places,
         blocks / n_blocks, float(work.max_rows), round(scenario.interval_s / SLOT_S),
     )  # fmt: skip
 
@@ -190,9 +193,8 @@ def serve(
         of_read = read / max(1e-12, unread + enter[0] + enter[1])
         wait_unread = max(0.0, unread + enter[0] + enter[1] - read) / max(1e-12, read) * SLOT_S
         extra_s = (steps.mixed_s - steps.pure_s) / pace
-        noise = (
-            extra_s * math.sqrt(steps.mixed_share * (1.0 - steps.mixed_share) / terms.decoded) + 0.01 * period
-        )  # fmt: skip
+        read_share = steps.mixed_share
+        noise = extra_s * math.sqrt(read_share * (1.0 - read_share) / terms.decoded_harmonic) + 0.01 * period
         for c in range(2):
             ahead = behind = steps.mixed_share
             if not crowded:
