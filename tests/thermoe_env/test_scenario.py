@@ -134,3 +134,8 @@ def test_overrides_begin_in_the_current_folder(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     assert load_scenario("default", twin="card.yaml").twin == str(tmp_path / "card.yaml")
     assert load_scenario("default", twin=str(configs_dir() / "twin" / "h100.yaml")).twin == "h100"
+
+
+def test_a_knob_of_which_the_profile_has_one_level_is_named() -> None:
+    with pytest.raises(ScenarioError, match=r"controls \['ttt_steps'\], of which profile 'h100-language'"):
+        Problem.of(load_scenario("language", knobs=["batch_size", "ttt_steps"]))

@@ -24,6 +24,9 @@ VALUE_DTYPE = np.dtype([(name, np.float64) for name in KNOB_NAMES])
 
 ACTION_MODES = ("multi_discrete", "discrete", "box")
 
+MEASURED = ("routing_bias", "batch_size", "expert_count", "ttt_steps")
+"""Knobs whose levels a profile has."""
+
 _ROUTING_BIAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _PACE = (0.2, 0.4, 0.6, 0.8, 1.0)
 _SM_CLOCK = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

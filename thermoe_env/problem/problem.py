@@ -20,7 +20,7 @@ from thermoe_env.configs import config_path, validated
 from thermoe_env.device.parameters import TwinParams, load_twin
 from thermoe_env.errors import ScenarioError
 from thermoe_env.problem.check_limits import check_limits, inlet_offsets_c
-from thermoe_env.problem.knobs import KnobTable
+from thermoe_env.problem.knobs import MEASURED, KnobTable
 from thermoe_env.problem.scenario import Scenario
 from thermoe_env.problem.tokens import request_profile
 
@@ -116,7 +116,14 @@ class Problem:
             static = replace(scenario.static, batch_size=max(1, round(scenario.static.batch_size * ratio)))
             scenario = replace(scenario, static=static)
         power = named if work.energy_j is None else work
-        problem = cls(scenario, work, power, twin, KnobTable.of(scenario, work), placement, tokens)
+        knobs = KnobTable.of(scenario, work)
+        fixed = [name for name in knobs.controlled if name in MEASURED and len(knobs.levels[name]) == 1]
+        if fixed and work is named:
+            raise ScenarioError(
+                f"scenario {scenario.name!r} controls {fixed}, of which profile {scenario.profile!r} measured "
+                "one level: take them out of `knobs`, or measure more (python -m moe.profiling)"
+            )
+        problem = cls(scenario, work, power, twin, knobs, placement, tokens)
         traffic_of(scenario.traffic, scenario.episode_s + 1, problem.capacity_rps)  # or too many requests
         return problem
 
