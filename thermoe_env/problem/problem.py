@@ -120,8 +120,8 @@ class Problem:
         fixed = [name for name in knobs.controlled if name in MEASURED and len(knobs.levels[name]) == 1]
         if fixed and work is named:
             raise ScenarioError(
-                f"scenario {scenario.name!r} controls {fixed}, of which profile {scenario.profile!r} measured "
-                "one level: take them out of `knobs`, or measure more (python -m moe.profiling)"
+                f"scenario {scenario.name!r} controls {fixed}, of which profile {scenario.profile!r} has one "
+                "level: take them out of `knobs`, or measure more (python -m moe.profiling)"
             )
         problem = cls(scenario, work, power, twin, knobs, placement, tokens)
         traffic_of(scenario.traffic, scenario.episode_s + 1, problem.capacity_rps)  # or too many requests
