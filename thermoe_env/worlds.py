@@ -149,7 +149,9 @@ def _no_gpu_reason() -> str | None:
 
 
 def warn_of_another_card(card: str, problem: Problem) -> None:
-    """Log where a scenario's calibration or profile is that of another card than the one at work."""
+    """Log where a scenario's calibration or profile is that of another card than the one at work, or of a service
+    that launched kernel by kernel what is captured now.
+    """
     twin = ("twin", problem.twin.gpu, "calibrate record, then fit")
     made = (twin, ("profile", problem.profile.device, "moe.profiling"))
     for what, device, remedy in made:
@@ -158,6 +160,13 @@ def warn_of_another_card(card: str, problem: Problem) -> None:
                 "the %s of this scenario is of a %s, the card here is a %s: limits and references are the "
                 "other card's; make this card's own (%s)", what, device, card, remedy,
             )  # fmt: skip
+    profile = problem.profile
+    own_model = profile.task != "generate" and "checkpoint" not in profile.provenance
+    if own_model and not profile.provenance.get("captured"):
+        _LOG.warning(
+            "the profile of this scenario was measured without CUDA graphs, by which the service here answers: "
+            "small batches take less time than it says; measure it again (moe.profiling)"
+        )
 
 
 def _live_problem(scenario: Scenario, on_gpu: bool, checkpoint: Checkpoint | None) -> Problem:

@@ -66,9 +66,15 @@ class SamplePool:
         """Number of samples N under each shift."""
         return self.targets.shape[1]
 
-    def take(self, shift: int, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Gather a batch: inputs [B, ...] and right answers [B]. ``index``: int64 on the device, [B]."""
-        return self.inputs[shift].index_select(0, index), self.targets[shift].index_select(0, index)
+    def take(self, shift: int | Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Gather a batch: inputs [B, ...] and right answers [B].
+
+        Args:
+            shift: Number of the shift; as a 0-dim tensor only the device reads it, unchecked.
+            index: Numbers of the samples, int64 on the device.  # [B]
+        """
+        place = shift * len(self) + index  # [B]
+        return self.inputs.flatten(0, 1).index_select(0, place), self.targets.flatten().index_select(0, place)
 
 
 class TextPool(SamplePool):

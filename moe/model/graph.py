@@ -7,13 +7,57 @@ lives in device tensors that the graph reads, so no knob needs a capture of its 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from moe.model.router import check_bias, check_cost_shape
 from moe.model.transformer import ModelOutput, MoEModel
 
-WARM_UPS = 3  # eager runs before the capture: kernels are compiled and chosen then
+Result = TypeVar("Result")
+
+
+class Recorder:
+    """Records calls as CUDA graphs that share their memory, so that they must not run at the same time.
+
+    Recorded from the largest to the smallest they take little more than the largest alone.
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        """Make an empty pool of memory.
+
+        Raises:
+            ValueError: The device is none of CUDA's.
+        """
+        self._device = torch.device(device)
+        if self._device.type != "cuda":
+            raise ValueError(f"a CUDA graph needs a CUDA device, got {self._device}")
+        self._stream = torch.cuda.Stream(self._device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def reserved_bytes(self) -> int:
+        """Memory that torch has taken on the device, without what it could give back."""
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(self._device)
+
+    def record(self, call: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+        """Record a call, which is made twice; returns the graph and what it fills at each replay.
+
+        Args:
+            call: Launches work and never waits for it. What it reads may change in place afterwards. It is
+                run without gradients; the first time eagerly, which compiles and chooses kernels.
+        """
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            call()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            result = call()
+        return graph, result
 
 
 class RoutingControls:
@@ -69,19 +113,10 @@ class CapturedModel:
         Raises:
             ValueError: The inputs are not on a CUDA device.
         """
-        if not inputs.is_cuda:
-            raise ValueError(f"a CUDA graph needs a CUDA device, got inputs on {inputs.device}")
+        recorder = Recorder(inputs.device)
         self.controls = RoutingControls(model)
         self._inputs = inputs.clone()
-        self._graph = torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream(inputs.device)
-        side.wait_stream(torch.cuda.current_stream(inputs.device))
-        with torch.no_grad(), torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                self._run(model)
-        torch.cuda.current_stream(inputs.device).wait_stream(side)
-        with torch.no_grad(), torch.cuda.graph(self._graph):
-            self._output = self._run(model)
+        self._graph, self._output = recorder.record(lambda: self._run(model))
 
     def __call__(self, inputs: Tensor) -> ModelOutput:
         """Answer a batch under the controls as they stand.

@@ -32,7 +32,8 @@ class Routing:
         router_logits: Unbiased logits, float32.  # [T, E]
         weights: Combine weights of the chosen experts, float32, summing to 1 per token.  # [T, K]
         experts: Chosen experts, int64. Where the number per token is known to the device only, K is the
-            largest it may be, and E fills the null slots behind, whose weight is 0.  # [T, K]
+            largest it may be, and E fills the null slots behind, whose weight is 0; so do all slots of
+            tokens that are padding.  # [T, K]
     """
 
     router_logits: Tensor
@@ -53,6 +54,7 @@ def route(
     *,
     balance_bias: Tensor | None = None,
     max_top_k: int | None = None,
+    padding: Tensor | None = None,
 ) -> Routing:
     """Choose ``top_k`` experts per token by logit minus biased cost, and weigh them by logit alone.
 
@@ -68,6 +70,7 @@ def route(
         expert_cost: Cost per expert in [0, 1]; None means no bias.  # [E]
         balance_bias: Added to the logits for the choice alone, to balance the load; None means none.  # [E]
         max_top_k: Slots per token where ``top_k`` is a tensor; None means E.
+        padding: Which tokens only fill up a batch: all their slots are null; None means none.  # [T]
 
     Raises:
         ValueError: ``top_k`` is outside 1..E, the bias is not finite, or the cost is of another model.
@@ -89,11 +92,14 @@ def route(
         scores_for_choice = scores_for_choice - routing_bias * BIAS_SCALE * spread * excess_cost  # [T, E]
     experts = scores_for_choice.topk(n_slots, dim=-1).indices  # [T, K]
     chosen_logits = router_logits.gather(-1, experts)  # [T, K]
-    if isinstance(top_k, int):
-        return Routing(router_logits, chosen_logits.softmax(dim=-1), experts)
-    null = torch.arange(n_slots, device=experts.device) >= top_k  # [K]
-    weights = chosen_logits.masked_fill(null, -math.inf).softmax(dim=-1)
-    return Routing(router_logits, weights, experts.masked_fill(null, n_experts))
+    if isinstance(top_k, Tensor):
+        null = torch.arange(n_slots, device=experts.device) >= top_k  # [K]
+        chosen_logits, experts = chosen_logits.masked_fill(null, -math.inf), experts.masked_fill(null, n_experts)
+    weights = chosen_logits.softmax(dim=-1)
+    if padding is not None:
+        weights = weights.masked_fill(padding[:, None], 0.0)
+        experts = experts.masked_fill(padding[:, None], n_experts)
+    return Routing(router_logits, weights, experts)
 
 
 def check_bias(routing_bias: float) -> None:

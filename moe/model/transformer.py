@@ -145,9 +145,14 @@ class MoELayer(nn.Module):
         self.max_top_k = config.top_k_choices[-1]
 
     def forward(
-        self, x: Tensor, top_k: int | Tensor, routing_bias: float | Tensor, expert_cost: Tensor
+        self,
+        x: Tensor,
+        top_k: int | Tensor,
+        routing_bias: float | Tensor,
+        expert_cost: Tensor,
+        padding: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
-        """Send each token of [B, S, D] through its experts."""
+        """Send each token of [B, S, D] through its experts, but for padding, [B * S]."""
         tokens = x.flatten(0, -2)  # [T, D]
         routing = route(
             self.router(tokens),
@@ -156,6 +161,7 @@ class MoELayer(nn.Module):
             expert_cost,
             balance_bias=self.router.balance_bias,
             max_top_k=self.max_top_k,
+            padding=padding,
         )
         return self.experts(tokens, routing).view_as(x), routing
 
@@ -171,11 +177,16 @@ class Block(nn.Module):
         self.moe = MoELayer(config)
 
     def forward(
-        self, x: Tensor, top_k: int | Tensor, routing_bias: float | Tensor, expert_cost: Tensor
+        self,
+        x: Tensor,
+        top_k: int | Tensor,
+        routing_bias: float | Tensor,
+        expert_cost: Tensor,
+        padding: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
-        """Return the updated stream, [B, S, D], and the routing."""
+        """Return the updated stream, [B, S, D], and the routing; padding, [B * S], reaches no expert."""
         x = x + self.attention(self.attention_norm(x))
-        update, routing = self.moe(self.moe_norm(x), top_k, routing_bias, expert_cost)
+        update, routing = self.moe(self.moe_norm(x), top_k, routing_bias, expert_cost, padding)
         return x + update, routing
 
 
@@ -213,6 +224,8 @@ class MoEModel(nn.Module):
         top_k: int | Sequence[int] | Tensor | None = None,
         routing_bias: float | Tensor = 0.0,
         expert_cost: Tensor | None = None,
+        *,
+        n_samples: Tensor | None = None,
     ) -> ModelOutput:
         """Answer a batch.
 
@@ -223,6 +236,9 @@ class MoEModel(nn.Module):
                 tensor, for all layers and up to the largest choice, stays on the device (see `graph`).
             routing_bias: Strength of the pull to cheap experts, 0..1; a float or a 0-dim tensor.
             expert_cost: Cost per expert in [0, 1]; None means ``self.expert_cost``.  # [E]
+            n_samples: Samples that are asked for, as a 0-dim tensor that only the device reads; those behind
+                fill the batch up. They reach no expert and are counted nowhere, and their answers mean
+                nothing. For eval mode, in which no norm looks across samples. None means all.
 
         Raises:
             ValueError: ``top_k`` is out of range or not one per layer, the bias or cost is refused by
@@ -236,9 +252,13 @@ class MoEModel(nn.Module):
             raise ValueError(f"top_k needs one value per layer ({config.n_layers}), got {top_k_of_layer}")
         expert_cost = self.expert_cost if expert_cost is None else expert_cost
         x = self.embed_inputs(inputs)  # [B, S, D]
+        padding = None
+        if n_samples is not None:
+            n_tokens = x.shape[:2].numel()
+            padding = torch.arange(n_tokens, device=x.device) >= n_samples * x.shape[1]  # [B * S]
         decisions = []
         for block, layer_top_k in zip(self.blocks, top_k_of_layer, strict=True):
-            x, routing = block(x, layer_top_k, routing_bias, expert_cost)
+            x, routing = block(x, layer_top_k, routing_bias, expert_cost, padding)
             decisions.append(routing)
         x = self.norm(x)
         if config.task == "vision":

@@ -244,6 +244,7 @@ def measure(options: Options) -> Profile:
             "seed": options.seed,
             "seconds": {"total": round(time.monotonic() - began, 1), "quality": round(quality_s, 1)},
             "window_s": options.window_s or WINDOW_S[options.device],
+            "captured": runner.captured,
             "left_out_batch_sizes": [n for n in wanted if n not in batch_sizes],
             "spread": _spread(cost),
             "idle_power_w": {"before": idle_before_w, "after": idle_after_w},

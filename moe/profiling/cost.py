@@ -235,18 +235,24 @@ def adaptation_cell(batch_size: int, expert_count: int, adapt_batch: int) -> Cel
 def fitting_batch_sizes(
     runner: Runner, batch_sizes: Sequence[int], expert_counts: Sequence[int]
 ) -> list[int]:
-    """Batch sizes that fit the device's memory at the most experts; also the first run of every shape."""
-    fitting = []
-    for n in sorted(batch_sizes):
-        try:
-            for k in expert_counts:
-                runner.launch([(0, n)], 0, Knobs(batch_size=n, expert_count=k))
-                runner.synchronize()
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            break  # larger ones fit even less
-        fitting.append(n)
+    """Batch sizes that fit the device's memory, graphs and all; also the first run of every shape."""
+    fitting = sorted(batch_sizes)
+    while fitting and not _fit(runner, fitting, expert_counts):
+        torch.cuda.empty_cache()
+        fitting.pop()
     return fitting
+
+
+def _fit(runner: Runner, batch_sizes: Sequence[int], expert_counts: Sequence[int]) -> bool:
+    """Capture and run batches of these sizes, ascending; returns whether there was memory for all."""
+    try:
+        runner.capture(batch_sizes[-1], expert_counts)
+        for n, k in itertools.product(reversed(batch_sizes), expert_counts):
+            runner.launch([(0, n)], 0, Knobs(batch_size=n, expert_count=k))
+            runner.synchronize()
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 def idle_power_w(meter: EnergyMeter) -> float:

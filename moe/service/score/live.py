@@ -107,12 +107,15 @@ class LiveWorkload:
     def warm_up(self, batch_sizes: Sequence[int], expert_counts: Sequence[int], ttt: int) -> None:
         """Run every shape once, largest first, so that no episode pays for compiling, loading or allocating.
 
+        What is served by CUDA graphs is captured here, for partial batches of every size too.
+
         Args:
             batch_sizes: batch sizes to come; partial batches are stood for by powers of two.
             expert_counts: experts per token to come.
             ttt: most adaptation steps per batch to come.
         """
         largest = max(batch_sizes)
+        self.runner.capture(largest, expert_counts)
         sizes = sorted(
             {*batch_sizes, *(2**i for i in range(largest.bit_length()) if 2**i <= largest)}, reverse=True
         )

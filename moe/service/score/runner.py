@@ -2,15 +2,15 @@
 
 `Runner.launch` returns before a CUDA device is done, so that the next batch can be queued behind; on a CPU it
 returns when all is done. Nothing in between makes the host wait, and one small array per batch comes back.
-Shapes: B requests of a batch, L layers, E experts.
+On CUDA the product's own models answer by CUDA graphs once these are captured (`moe.service.score.graphs`).
+Shapes: B requests of a batch, L layers, E experts, N samples of the pool.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,10 @@ from torch import Tensor
 
 from moe.data.pools import SamplePool
 from moe.errors import ThermoeError
+from moe.model.graph import Recorder
 from moe.model.transformer import ModelOutput, MoEModel
+from moe.service.score.answers import Answers, answer, in_context
+from moe.service.score.graphs import AnswerGraphs, Rows
 from moe.ttt import Adapter
 from moe.workload import Knobs
 
@@ -110,7 +113,7 @@ class Batch:
             ended = self._clock()
             self._redone = ended, ended - began
         n = self._size
-        correct, (confidence, entropy), load = np.split(self._packed.numpy(), [n, n + 2])
+        (confidence, entropy), load, correct = np.split(self._packed.numpy(), [2, len(self._packed) - n])
         if not self._is_finite():
             raise NonFiniteAnswersError(
                 f"a batch of {n} requests was answered with numbers that are not finite "
@@ -127,7 +130,7 @@ class Batch:
         )  # fmt: skip
 
     def _is_finite(self) -> bool:
-        return bool(torch.isfinite(self._packed[self._size : self._size + 2]).all())
+        return bool(torch.isfinite(self._packed[:2]).all())
 
     def _first_answered_at(self) -> float:
         return self._marks[1]
@@ -201,6 +204,8 @@ class Runner:
             adapter = Adapter(model)
         self.adapter = adapter
         self._start(samples, device, clock)
+        if self.device.type == "cuda":
+            self._graphs = AnswerGraphs(model, samples, self.order, Recorder(self.device))
 
     def _start(self, samples: SamplePool, device: torch.device | str, clock: Callable[[], float]) -> None:
         """Take in what does not depend on the model, which is there by now."""
@@ -209,7 +214,32 @@ class Runner:
             # cuDNN's attention plans anew for every batch size, which takes longer than the batch, and a
             # service under changing load meets a new size most of the time.
             torch.backends.cuda.enable_cudnn_sdp(False)
+        self._graphs: AnswerGraphs | None = None
+        self.order = torch.empty(len(samples), dtype=torch.int64, device=self.device)  # [N]
         self.reset(0)
+
+    @property
+    def captured(self) -> bool:
+        """Whether batches are answered by CUDA graphs, once they are captured."""
+        return self._graphs is not None
+
+    @property
+    def graph_memory_bytes(self) -> int:
+        """Memory of the device that the graphs hold."""
+        return 0 if self._graphs is None else self._graphs.memory_bytes
+
+    def capture(self, largest: int, expert_counts: Sequence[int]) -> None:
+        """Capture CUDA graphs for batches of up to `largest` requests, where this runner serves by them.
+
+        Takes seconds, and memory of about what the largest of them needs. Batches of which there is no graph
+        are launched kernel by kernel: nothing is captured while a service runs.
+
+        Args:
+            largest: Most requests of a batch; graphs end at a size of their own (`graphs.LADDER_TOKENS`).
+            expert_counts: Experts per token to come.
+        """
+        if self._graphs is not None:
+            self._graphs.capture(largest, expert_counts)
 
     @property
     def adapts(self) -> bool:
@@ -241,8 +271,8 @@ class Runner:
         self.synchronize()
         if self.adapter is not None:
             self.adapter.reset()
-        order = torch.randperm(len(self.samples), generator=torch.Generator().manual_seed(seed))
-        self.order = order.to(self.device)  # [N]
+        # In place: graphs read it.
+        self.order.copy_(torch.randperm(len(self.order), generator=torch.Generator().manual_seed(seed)))
 
     def launch(self, ranges: Sequence[tuple[int, int]], shift: int, knobs: Knobs) -> Batch:
         """Start a micro-batch of the requests numbered [first, last), one range per class.
@@ -256,9 +286,9 @@ class Runner:
         rolled_back = 0 if adapter is None else adapter.counters.rollbacks
         can_undo = adapter is not None and adapter.guard is not None and adapter.adapted
         marks = [self._mark()]
-        inputs, output, packed = self._answer(ranges, shift, knobs)
+        answers, packed = self._answer(ranges, shift, knobs)
         marks.append(self._mark())
-        steps = self.adapt(inputs, output.logits, knobs) if knobs.ttt_steps else 0
+        steps = self.adapt(answers.inputs, answers.logits, knobs) if knobs.ttt_steps else 0
         marks.append(self._mark())
         now_rolled_back = 0 if adapter is None else adapter.counters.rollbacks
 
@@ -267,31 +297,36 @@ class Runner:
             assert adapter is not None
             if adapter.counters.rollbacks == rolled_back:
                 adapter.rescue()
-            packed = self._answer(ranges, shift, knobs)[2]
+            packed = self._answer(ranges, shift, knobs)[1]
             self.synchronize()
             return packed
 
         kind = CudaBatch if self.device.type == "cuda" else Batch
         return kind(
-            packed, len(inputs), len(output.routing), marks, self._clock,
+            packed, len(answers.inputs), answers.n_layers, marks, self._clock,
             (steps, knobs.ttt_steps - steps, now_rolled_back - rolled_back), again if can_undo else None,
         )  # fmt: skip
 
     @torch.no_grad()
     def _answer(
         self, ranges: Sequence[tuple[int, int]], shift: int, knobs: Knobs
-    ) -> tuple[Tensor, ModelOutput, Tensor]:
-        """Answer requests and return inputs, answers, and what the host wants of them, on its way there."""
-        inputs, targets = self.samples.take(shift, self._sample_index(ranges))
-        output = self.answer(inputs, knobs.expert_count, knobs.routing_bias)
-        return inputs, output, pack(output, targets).to("cpu", non_blocking=True)
+    ) -> tuple[Answers, Tensor]:
+        """Answer requests; returns answers, and what the host wants of them, on its way there."""
+        rows, graphs, k = self._rows(ranges), self._graphs, knobs.expert_count
+        n = sum(count for _, count in rows)
+        size = None if graphs is None else graphs.size_of(n, k)
+        if graphs is None or size is None:
+            inputs, targets = self.samples.take(shift, self._sample_index(rows))
+            answers = Answers.of(inputs, targets, self.answer(inputs, k, knobs.routing_bias))
+        else:
+            graphs.set(rows, shift, knobs.routing_bias)
+            answers = graphs.replay(size, k).first(n)
+        # A copy in any case: the next replay overwrites the graph's own.
+        return answers, answers.packed.to("cpu", non_blocking=True, copy=True)
 
     def answer(self, inputs: Tensor, expert_count: int, routing_bias: float) -> ModelOutput:
-        """Answer requests: one row of logits each, for language those of the byte after the chunk."""
-        if self.samples.task == "vision":
-            return self.model(inputs, expert_count, routing_bias)
-        output = self.model(self._in_context(inputs), expert_count, routing_bias)
-        return replace(output, logits=output.logits[:, -1])  # [B, S, C] -> [B, C]
+        """Answer requests kernel by kernel, see `moe.service.score.answers.answer`."""
+        return answer(self.model, inputs, expert_count, routing_bias)
 
     def adapt(self, inputs: Tensor, answers: Tensor, knobs: Knobs) -> int:
         """Take `ttt_steps` adaptation steps on the first `adapt_batch` inputs; returns how many were kept.
@@ -303,7 +338,7 @@ class Runner:
         """
         if self.adapter is None:
             raise ValueError(f"this {self.samples.task} model has no adaptation; set ttt_steps to 0")
-        inputs = inputs if self.samples.task == "vision" else self._in_context(inputs)
+        inputs = inputs if self.samples.task == "vision" else in_context(self.model, inputs)
         return self.adapter.adapt(
             inputs[: self.adapt_batch], answers[: self.adapt_batch], knobs.ttt_steps, knobs.expert_count,
             knobs.routing_bias,
@@ -314,19 +349,14 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _in_context(self, inputs: Tensor) -> Tensor:
-        """The last bytes of chunks, as many as the model looks at."""
-        return inputs[:, -self.model.config.context_length :]
+    def _rows(self, ranges: Sequence[tuple[int, int]]) -> Rows:
+        """Where the requests of each class lie in the order, before it repeats, and how many they are."""
+        starts = [c * len(self.samples) // len(ranges) for c in range(len(ranges))]
+        return [(first + start, last - first) for (first, last), start in zip(ranges, starts, strict=True)]
 
-    def _sample_index(self, ranges: Sequence[tuple[int, int]]) -> Tensor:
-        n = len(self.samples)
-        starts = [c * n // len(ranges) for c in range(len(ranges))]
-        parts = [
-            torch.arange(first + start, last + start, device=self.device)
-            for (first, last), start in zip(ranges, starts, strict=True)
-            if last > first
-        ]
-        return self.order[torch.cat(parts) % n]  # [B]
+    def _sample_index(self, rows: Rows) -> Tensor:
+        parts = [torch.arange(first, first + count, device=self.device) for first, count in rows if count]
+        return self.order[torch.cat(parts) % len(self.samples)]  # [B]
 
     def _mark(self) -> Any:
         """Mark this place in the device's work: a clock reading on a CPU, an event on CUDA."""
@@ -335,21 +365,3 @@ class Runner:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-def pack(output: ModelOutput, targets: Tensor) -> Tensor:
-    """Join what the host wants of a batch in one array, in few launches: they are a small batch's time.
-
-    Args:
-        output: Answers, one row of logits each.
-        targets: Right answers.  # [B]
-
-    Returns:
-        Flags of right answers, sums of confidence and entropy, tokens per expert of each layer, all in
-        float64, which holds flags and counts exactly.  # [B + 2 + L * E]
-    """
-    log_p = output.logits.log_softmax(dim=-1)  # [B, C]
-    confidence = log_p.amax(dim=-1).exp().sum()
-    entropy = (log_p.exp() * log_p).sum() / -math.log(log_p.shape[-1])
-    sums = torch.stack([confidence, entropy]).double()
-    return torch.cat([output.predictions == targets, sums, output.tokens_per_expert.flatten()])
