@@ -149,9 +149,7 @@ def _no_gpu_reason() -> str | None:
 
 
 def warn_of_another_card(card: str, problem: Problem) -> None:
-    """Log where a scenario's calibration or profile is that of another card than the one at work, or of a service
-    that launched kernel by kernel what is captured now.
-    """
+    """Log where a scenario's calibration or profile is of another card, or of a service without graphs."""
     twin = ("twin", problem.twin.gpu, "calibrate record, then fit")
     made = (twin, ("profile", problem.profile.device, "moe.profiling"))
     for what, device, remedy in made:
@@ -164,8 +162,8 @@ def warn_of_another_card(card: str, problem: Problem) -> None:
     own_model = profile.task != "generate" and "checkpoint" not in profile.provenance
     if own_model and not profile.provenance.get("captured"):
         _LOG.warning(
-            "the profile of this scenario was measured without CUDA graphs, by which the service here answers: "
-            "small batches take less time than it says; measure it again (moe.profiling)"
+            "the profile of this scenario was measured without CUDA graphs, by which the service here "
+            "answers: small batches take less time than it says; measure it again (moe.profiling)"
         )
 
 

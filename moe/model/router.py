@@ -94,7 +94,8 @@ def route(
     chosen_logits = router_logits.gather(-1, experts)  # [T, K]
     if isinstance(top_k, Tensor):
         null = torch.arange(n_slots, device=experts.device) >= top_k  # [K]
-        chosen_logits, experts = chosen_logits.masked_fill(null, -math.inf), experts.masked_fill(null, n_experts)
+        chosen_logits = chosen_logits.masked_fill(null, -math.inf)
+        experts = experts.masked_fill(null, n_experts)
     weights = chosen_logits.softmax(dim=-1)
     if padding is not None:
         weights = weights.masked_fill(padding[:, None], 0.0)

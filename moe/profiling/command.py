@@ -58,11 +58,11 @@ from moe.ttt import METHODS, STATISTICS_MOMENTUM, Adapter
 BATCH_SIZES: dict[tuple[str, str], tuple[int, ...]] = {
     ("vision", "tiny"): (1, 4, 16, 64, 256),
     ("language", "tiny"): (1, 4, 16, 64),
-    ("vision", "base"): (64, 256, 512, 1024, 2048, 4096, 8192),
-    ("language", "base"): (8, 32, 64, 128, 256, 512, 1024),
+    ("vision", "base"): (64, 128, 256, 512, 1024, 2048, 4096, 8192),
+    ("language", "base"): (8, 16, 32, 64, 128, 256, 512, 1024),
 }
-"""A text chunk is eight times as many tokens as an image. Latency has a floor, so close to it the batch sizes
-lie closer: between 256 and 1024 images on an H100."""
+"""A text chunk is eight times as many tokens as an image. Those of base models are sizes of graphs
+(`moe.service.score.graphs`) or above them, so that nothing fills them up."""
 SHIFTS: dict[tuple[str, str], tuple[str, ...]] = {
     ("vision", "tiny"): ("clean", "gaussian_noise@5", "contrast@5", "brightness@5"),
     ("vision", "base"): ("clean", "gaussian_noise@5", "contrast@5", "brightness@5", "gaussian_noise@3"),

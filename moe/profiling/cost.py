@@ -215,11 +215,12 @@ def held_out_cells(
 ) -> list[Cell]:
     """Cells between those of the serving table, for the error of its interpolation.
 
-    One in the middle of every gap between batch sizes, and at the middle bias of every gap between biases one
-    at a middle and one at the largest batch size; expert counts take turns.
+    One just above the middle of every gap between batch sizes, and at the middle bias of every gap between
+    biases one at a middle and one at the largest batch size; expert counts take turns. The middle itself may
+    be the size of a graph, and a batch just above one costs most beyond the line.
     """
     counts = itertools.cycle(expert_counts)
-    middles = [(a + b) // 2 for a, b in itertools.pairwise(batch_sizes) if b - a > 1]
+    middles = [(a + b) // 2 + 1 for a, b in itertools.pairwise(batch_sizes) if b - a > 2]
     cells = [Cell(n, next(counts), cost_biases[0], False) for n in middles]
     for low, high in itertools.pairwise(cost_biases):
         for n in sorted({batch_sizes[len(batch_sizes) // 2], batch_sizes[-1]}):

@@ -17,6 +17,8 @@ from thermoe_env.problem.knobs import ACTION_MODES
 from thermoe_env.problem.problem import Problem
 from thermoe_env.worlds import warn_of_another_card
 
+CAPTURED = {"captured": True}  # the provenance of a profile
+
 
 @pytest.mark.parametrize("mode", ACTION_MODES)
 def test_checkers_accept_the_live_id_on_a_cpu(mode: str) -> None:
@@ -102,10 +104,27 @@ def test_a_live_service_drains_at_its_limit() -> None:
 
 def test_a_calibration_of_another_card_is_named(problem: Problem, caplog: pytest.LogCaptureFixture) -> None:
     warn_of_another_card("NVIDIA A100-SXM4-80GB", problem)
-    twin, profile = (record.getMessage() for record in caplog.records)
+    twin, profile, _ = (record.getMessage() for record in caplog.records)
     assert "twin" in twin and problem.twin.gpu in twin and "A100" in twin
     assert "profile" in profile and problem.profile.device in profile
     caplog.clear()
-    own = replace(problem, profile=replace(problem.profile, device=problem.twin.gpu))
+    own = replace(problem, profile=replace(problem.profile, device=problem.twin.gpu, provenance=CAPTURED))
     warn_of_another_card(problem.twin.gpu, own)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("provenance", [{"note": "older"}, {"captured": False}])
+def test_a_profile_of_a_service_without_graphs_is_named_once(
+    problem: Problem, caplog: pytest.LogCaptureFixture, provenance: dict[str, object]
+) -> None:
+    card = problem.twin.gpu
+    warn_of_another_card(
+        card, replace(problem, profile=replace(problem.profile, device=card, provenance=provenance))
+    )
+    [record] = caplog.records
+    assert "without CUDA graphs" in record.getMessage() and "moe.profiling" in record.getMessage()
+    caplog.clear()
+    for free in ({"task": "generate"}, {"provenance": {**provenance, "checkpoint": "folder"}}):
+        profile = replace(problem.profile, **{"device": card, "provenance": provenance} | free)
+        warn_of_another_card(card, replace(problem, profile=profile))
     assert not caplog.records

@@ -1,24 +1,26 @@
 """Micro-batches as CUDA graphs: gathering, pass and sums in one launch, at sizes of a ladder.
 
-A pass is hundreds of kernels. On an H200 the host takes 6 to 14 ms to launch them, by its mood, and the device
-1 to 10 for the work of up to 1,536 images: a batch's time was the host's. A replay is one launch, with a copy of six numbers
-before it and one of the answers behind it. A batch takes the graph of the next size on the ladder. The rows
-that fill it up reach no expert and no sum.
+A pass is hundreds of kernels. On an H200 the host takes 6 to 14 ms to launch them, by its mood, and the
+device 11.5 ms to work off those of 2,048 images at one expert per token, 21 ms at four: the time of smaller
+batches was the host's. A replay is one launch, with a copy of six numbers before it and one of the answers
+behind it. A batch takes the graph of the next size on the ladder. The rows that fill it up reach no expert
+and no sum.
 
-* The ladder has four sizes per octave from 1,024 tokens (64 images, 8 chunks of 128 bytes) to 40,960. A
-  batch just above a size fills up by a quarter at most. What that costs is the dense part of the pass: about
-  0.7 of the device's time at one expert per token, 0.4 at four and 0.25 at eight.
-* Above the ladder batches are launched kernel by kernel: the device takes 14 ms and more for them, so that the
-  launches hide behind its work, and a graph would hold memory for nothing.
+* The ladder has four sizes per octave from 1,024 tokens (64 images, 8 chunks of 128 bytes) to 40,960, so that
+  a batch fills up by a quarter at most. That costs the dense part of the pass: about 0.7 of the device's time
+  at one expert per token, 0.4 at four and 0.25 at eight.
+* Above the ladder the device takes 14 ms and more even at one expert per token: launches hide behind its
+  work, and a graph would hold memory for nothing.
 * There is one graph per size and number of experts per token k. A graph for all k would have room for the
-  largest, eight rows per token: at k = 1 and 2,048 images of the base model (width 2,048) that is 262,144 rows
-  per layer to sort, and 1.1 GB for the tokens copied to them, where a graph of its own has 33,000 and 0.13 GB.
-  The rows of no expert would not be computed, but they are launched: half a million blocks per layer that look
-  at their row and end.
+  largest, eight rows per token. At k = 1 and 2,048 images of the base model (width 2,048) these are 262,144
+  rows per layer to sort, and 1.1 GB for the tokens copied to them, where a graph of its own has 32,768 rows
+  and 0.13 GB. The rows of no expert would not be computed, but they are launched: half a million blocks per
+  layer that read where the rows end, and stop.
 * The routing bias is a number that the graphs read.
 
-All graphs share the memory of the largest and a stream: they run one after another, and a replay overwrites what
-the last one of the same graph gave. Whoever launches work on those answers before the next replay is safe.
+All graphs share the memory of the largest (of the base model about 5 GB at k = 8, reckoned from its tensors)
+and a stream: they run one after another, and a replay overwrites what the one before of the same graph gave.
+Work on those answers that is launched before the next replay is safe.
 
 Shapes: B rows of a graph, N samples of the pool.
 """
@@ -125,7 +127,7 @@ class AnswerGraphs:
         self._control.copy_(host, non_blocking=True)
 
     def step(self, size: int, expert_count: int) -> Answers:
-        """Gather, answer and sum up what was `set`, filled up to `size` rows, without a wait for the device."""
+        """Gather, answer and sum up what was `set`, filled up to `size` rows; waits for no device."""
         routing_bias = self._control[0].float()
         shift, first, count, second, n = self._control[1:].long().unbind()
         row = torch.arange(size, device=self._control.device)  # [B]

@@ -308,9 +308,7 @@ class Runner:
         )  # fmt: skip
 
     @torch.no_grad()
-    def _answer(
-        self, ranges: Sequence[tuple[int, int]], shift: int, knobs: Knobs
-    ) -> tuple[Answers, Tensor]:
+    def _answer(self, ranges: Sequence[tuple[int, int]], shift: int, knobs: Knobs) -> tuple[Answers, Tensor]:
         """Answer requests; returns answers, and what the host wants of them, on its way there."""
         rows, graphs, k = self._rows(ranges), self._graphs, knobs.expert_count
         n = sum(count for _, count in rows)

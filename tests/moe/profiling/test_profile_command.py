@@ -56,7 +56,7 @@ def test_held_out_cells_lie_between_those_of_the_tables():
     sizes, counts, biases = [64, 256, 1024], [1, 2, 4], [0.0, 1.0]
     table, held_out = serving_cells(sizes, counts, biases), held_out_cells(sizes, counts, biases)
     assert not set(table) & set(held_out)
-    assert {160, 640} < {cell.batch_size for cell in held_out} and {0.0, 0.5} == {
+    assert {161, 641} < {cell.batch_size for cell in held_out} and {0.0, 0.5} == {
         cell.routing_bias for cell in held_out
     }
     assert {cell.expert_count for cell in held_out} <= set(counts)
@@ -211,8 +211,9 @@ def test_the_command_writes_a_profile_that_loads(runner, monkeypatch, tmp_path, 
     assert measured.energy_j is None and measured.idle_power_w is None
     assert measured.ttt_latency_s is not None and measured.ttt_energy_j is None
     assert measured.batch_size.tolist() == [1, 4] and measured.shifts == ("clean", "dark")
+    assert measured.provenance["captured"] is False  # on a CPU
     assert measured.model["data_sha256"] == IDENTITY["data_sha256"] and measured.samples == 100
-    assert {(cell["batch_size"], cell["routing_bias"]) for cell in measured.held_out} == {(2, 0.0), (4, 0.5)}
+    assert {(cell["batch_size"], cell["routing_bias"]) for cell in measured.held_out} == {(3, 0.0), (4, 0.5)}
     spread = measured.provenance["spread"]["latency_spread"]
     assert spread["max"] >= spread["median"] >= 0.0
     printed = capsys.readouterr().out

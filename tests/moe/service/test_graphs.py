@@ -1,4 +1,4 @@
-"""Batches that fill up a size of the ladder against the same batches alone; on a card captured, against launched.
+"""Batches that are filled up against the same batches alone; on a card captured against launched.
 
 On a CPU a call that is made again stands for a graph: it overwrites what it gave, as a replay does.
 """
@@ -32,7 +32,9 @@ from tests.moe.ttt.ttt_models import OF_ONE_SAMPLE, TURNING, VISION, make_inputs
 
 POOL = 200
 LANGUAGE = model_config("language", "tiny")
-FREE = replace(VISION, expert_widths=(160, 160, 96, 96, 96, 0, 0, 0), zero_computation=("zero", "copy", "constant"))
+FREE = replace(
+    VISION, expert_widths=(160, 160, 96, 96, 96, 0, 0, 0), zero_computation=("zero", "copy", "constant")
+)
 BALANCED = replace(VISION, balance_bias=True)
 MODELS = (VISION, *OF_ONE_SAMPLE, LANGUAGE, with_norm(LANGUAGE, "layer"), FREE, BALANCED)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -180,7 +182,9 @@ def test_a_batch_takes_the_next_size_and_fills_it_by_a_quarter_at_most():
     assert [graphs.size_of(n, 4) for n in (1, 64, 65, 81, 128, 129, 193, 224)] == [
         64, 64, 80, 96, 128, 160, 224, 224,
     ]  # fmt: skip
-    assert graphs.size_of(225, 4) is None and graphs.size_of(64, 2) is None and graphs.size_of(9999, 4) is None
+    assert (
+        graphs.size_of(225, 4) is None and graphs.size_of(64, 2) is None and graphs.size_of(9999, 4) is None
+    )
     assert runner.graph_memory_bytes == 100 * 2 * 8
     runner.capture(100, (4,))  # all there
     assert runner.graph_memory_bytes == 100 * 2 * 8
@@ -255,9 +259,9 @@ def test_steps_learn_from_a_graph_s_answers_as_from_launched_ones():
     runners[0].capture(128, (2, 4))
     for step in range(4):
         arguments = ([(30 * step, 30 * step + 90)], step % 2, Knobs(batch_size=90, ttt_steps=1))
-        results = [runner.launch(*arguments).result() for runner in runners]
-        assert_alike(*results, "cpu")
-        assert results[0].ttt_steps == results[1].ttt_steps
+        found, expected = (runner.launch(*arguments).result() for runner in runners)
+        assert_alike(found, expected, "cpu")
+        assert found.ttt_steps == expected.ttt_steps
     left, right = (runner.model.state_dict() for runner in runners)
     assert all(torch.equal(value, right[name]) for name, value in left.items())
 
@@ -269,7 +273,7 @@ def test_batches_answered_again_from_a_restored_model_keep_their_own_answers(dev
     arguments = [([(first, first + 50)], 0, Knobs(batch_size=50)) for first in (0, 50)]
     expected = [finished(runner, runner.launch(*each)) for each in arguments]
     runner.launch([(0, 60)], 0, Knobs(batch_size=60, ttt_steps=1))  # known as good is the start
-    runner.model.norm.weight.data.fill_(math.nan)  # pyright: ignore[reportArgumentType]
+    next(runner.model.norm.parameters()).data.fill_(math.nan)
     batches = [runner.launch(*each) for each in arguments]  # the second ahead
     results = [finished(runner, batch) for batch in batches]
     for result, plain in zip(results, expected, strict=True):
