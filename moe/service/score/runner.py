@@ -223,6 +223,10 @@ class Runner:
         """Whether batches are answered by CUDA graphs, once they are captured."""
         return self._graphs is not None
 
+    def replays(self, n: int, expert_count: int) -> bool:
+        """Whether `n` requests are answered by a CUDA graph, in one launch."""
+        return self._graphs is not None and self._graphs.size_of(n, expert_count) is not None
+
     @property
     def graph_memory_bytes(self) -> int:
         """Memory of the device that the graphs hold."""

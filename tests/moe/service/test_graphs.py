@@ -57,10 +57,11 @@ class Again:
     """A call made again, in place of a CUDA graph."""
 
     def __init__(self, call: Any) -> None:
-        self.call, self.answers = call, call()
+        self.call, self.answers, self.replays = call, call(), 0
 
     @torch.no_grad()
     def replay(self) -> None:
+        self.replays += 1
         now = self.call()
         for name in ("inputs", "logits", "packed"):
             getattr(self.answers, name).copy_(getattr(now, name))
@@ -209,7 +210,7 @@ def test_graphs_answer_what_launched_batches_answer(config, device):
     for seed, (ranges, (top_k, bias)) in enumerate(zip(batches, itertools.cycle(KNOBS), strict=False)):
         runner.reset(seed)
         n = sum(last - first for first, last in ranges)
-        assert graphs.size_of(n, top_k) is not None
+        assert runner.replays(n, top_k)
         arguments = (ranges, seed % 2, Knobs(batch_size=n, expert_count=top_k, routing_bias=bias))
         assert_alike(finished(runner, runner.launch(*arguments)), launched(runner, *arguments), device)
 
@@ -220,7 +221,7 @@ def test_batches_without_a_graph_are_launched(device):
     runner.capture(64, (4,))
     for n, top_k in ((100, 4), (50, 2)):
         arguments = ([(0, n)], 0, Knobs(batch_size=n, expert_count=top_k))
-        assert runner._graphs is not None and runner._graphs.size_of(n, top_k) is None
+        assert not runner.replays(n, top_k)
         assert_alike(finished(runner, runner.launch(*arguments)), launched(runner, *arguments), device)
 
 
@@ -234,6 +235,9 @@ def test_a_batch_launched_ahead_by_the_same_graph_leaves_the_one_before_alone(de
     for result, each in zip(results, arguments, strict=True):
         assert_alike(result, launched(runner, *each), device)
     assert len({result.entropy_sum for result in results}) == 3
+    assert runner._graphs is not None
+    graph, _ = runner._graphs._graphs[64, 4]
+    assert device == "cuda" or graph.replays == 3
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -128,6 +128,9 @@ class PipelinedRunner:
         self.samples, self.adapts, self.n_experts = runner.samples, False, runner.n_experts
         self.clock, self.free_at = clock, 0.0
 
+    def replays(self, n: int, expert_count: int) -> bool:
+        return False
+
     def reset(self, seed: int) -> None:
         self.free_at = 0.0
 
@@ -148,6 +151,15 @@ class PipelinedRunner:
         return SimpleNamespace(
             done=lambda: self.clock() >= done, answered_at=done, freed_at=done, result=lambda: result
         )
+
+
+class ReplayingRunner(PipelinedRunner):
+    """A launch takes next to nothing."""
+
+    LAUNCH_S = 1e-4
+
+    def replays(self, n: int, expert_count: int) -> bool:
+        return True
 
 
 def arrivals_of(workload) -> list[np.ndarray]:
@@ -294,6 +306,17 @@ def test_a_device_of_its_own_never_starves_at_full_load():
     # Yet a batch is chosen late: never while more than one other is under way.
     free_at = [launch.batch.freed_at - workload._resumed for launch in launches]
     assert all(launch.at_s >= free_at[i - 1] - 0.05 for i, launch in enumerate(launches) if i > 3)
+
+
+def test_a_replay_is_launched_a_moment_ahead_only():
+    traffic = TrafficConfig(kind="poisson", low_load=3.0, high_load=3.0)
+    workload, _, launches = make(traffic, Service(expire_after_s=(1e3, 1e3)), ReplayingRunner)
+    workload.reset(0)
+    stats = [workload.run(Knobs(batch_size=32, expert_count=1), 1.0) for _ in range(6)]
+    assert sum(s.busy_s for s in stats[1:]) > 0.99 * 5.0
+    free_at = [launch.batch.freed_at - workload._resumed for launch in launches]
+    ahead_s = [free_at[i - 1] - launch.at_s for i, launch in enumerate(launches) if i > 3]
+    assert len(ahead_s) > 100 and 0.0 < np.median(ahead_s) and max(ahead_s) < 2e-3
 
 
 def test_pace_caps_the_busy_share():
