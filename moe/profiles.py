@@ -4,9 +4,10 @@ A profile is a JSON file. Every cell in it was measured; a cell that could not b
 and the file is refused. Energies are per micro-batch and above the idle power of the device.
 
 What lies between the cells: expert counts are never interpolated. Batch sizes and routing biases are,
-linearly and within the measured range: above a small batch's floor, time and energy are linear in its size.
-A batch smaller than the smallest costs as much as that. `held_out` says with what error for costs; biases
-between those of the quality are among the points of `adaptation_error`.
+linearly and within the measured range: above a small batch's floor, time and energy are linear in its size,
+but for what fills CUDA graphs up (docs/design.md, the staircase). A batch smaller than the smallest costs as
+much as that. `held_out` says with what error for costs; biases between those of the quality are among the
+points of `adaptation_error`.
 
 Index letters: N batch sizes, K expert counts, C biases of the costs, R biases of the quality, S input
 shifts, Q states of the model (unadapted, then adapted to each shift; 1 where nothing adapts), M pairs of

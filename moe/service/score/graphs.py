@@ -18,7 +18,7 @@ and no sum.
   layer that read where the rows end, and stop.
 * The routing bias is a number that the graphs read.
 
-All graphs share the memory of the largest (of the base model about 5 GB at k = 8, reckoned from its tensors)
+All graphs share the memory of the largest (of the base model about 6 GB at k = 8, reckoned from its tensors)
 and a stream: they run one after another, and a replay overwrites what the one before of the same graph gave.
 Work on those answers that is launched before the next replay is safe.
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe import ttt
 from moe.data.pools import SamplePool
@@ -213,6 +214,38 @@ def test_graphs_answer_what_launched_batches_answer(config, device):
         assert runner.replays(n, top_k)
         arguments = (ranges, seed % 2, Knobs(batch_size=n, expert_count=top_k, routing_bias=bias))
         assert_alike(finished(runner, runner.launch(*arguments)), launched(runner, *arguments), device)
+
+
+class Operators(TorchDispatchMode):
+    """Notes what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+WAITING = {
+    "_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "bincount", "unique_dim",
+    "_unique2", "repeat_interleave", "lift_fresh", "lift_fresh_copy", "randperm",
+}  # fmt: skip
+"""What reads a value on the host, or brings one there, neither of which a graph can hold."""
+
+
+@pytest.mark.parametrize("config", MODELS, ids=lambda config: f"{config.task}-{config.norm}")
+def test_a_step_asks_nothing_of_the_host(config):
+    graphs = make_runner(config)._graphs
+    assert graphs is not None
+    graphs.set([(0, 20), (3, 10)], 1, 0.5)
+    with torch.no_grad(), Operators() as seen:
+        graphs.step(graphs.sizes[0], 2)
+    assert {"index_select", "sort", "cat"} <= seen.names and not seen.names & WAITING
+    with Operators() as asked:
+        float(torch.ones(()))
+    assert asked.names & WAITING
 
 
 @pytest.mark.parametrize("device", DEVICES)
