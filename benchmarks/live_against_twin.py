@@ -29,9 +29,7 @@ from benchmarks.live_against_twin_runs import (
 )
 from moe.errors import one_line_errors
 from moe.files import write_file
-from moe.profiles import load_profile
 from moe.service.queueing import latency_quantile
-from moe.token_profile import load_token_profile
 from thermoe_env.problem.scenario import load_scenario
 from thermoe_env.problem.token_tables import POSTERIOR
 
@@ -123,14 +121,13 @@ def main(arguments: Arguments) -> None:
     kept = json.loads((arguments.out / "recorded.json").read_text())
     if kept["service"] != service:
         raise ValueError(f"{arguments.out} has runs of {kept['service']}: give --service {kept['service']}")
-    load = load_token_profile(profile).cost if service == "tokens" else load_profile(profile)
     fit, spread_out = (twin_of(service, scenario, profile, kept["seconds"], spread) for spread in (0.0, 1.0))
     draws = range(POSTERIOR if service == "tokens" else 0)
     rows: dict[str, Any] = {}
     for run in (*RUNS, AGAIN):
         if run.name not in kept["runs"]:
             continue
-        live = measures(**kept["runs"][run.name], idle_w=load.idle_power_w)
+        live = measures(**kept["runs"][run.name], idle_w=fit.profile.idle_power_w)
         twin = measures(predict(service, fit, run, kept["capacity_rps"]), [], None)
         rows[run.name] = {"live": live, "twin": twin, "off": _off(service, twin, live)}
         others = [

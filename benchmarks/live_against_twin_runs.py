@@ -15,11 +15,11 @@ import torch
 from moe.device.torch_device import device_name, pick_device, uuid_of
 from moe.files import write_file
 from moe.lm.text import documents
-from moe.profiles import load_profile, save_profile
+from moe.profiles import save_profile
 from moe.profiling.tokens import provenance
 from moe.service.generate.live import GenerateWorkload
 from moe.service.score.live import LiveWorkload
-from moe.token_profile import load_token_profile, save_token_profile
+from moe.token_profile import save_token_profile
 from moe.workload import Knobs, Workload, WorkStats
 from thermoe_env.device.nvml import NvmlTelemetry
 from thermoe_env.live_tokens import Promises, token_service
@@ -202,10 +202,8 @@ def twin_of(service: Service, scenario: Scenario, profile: Path, seconds: int, s
     """The problem that the twin plays; `spread` as in `Randomize.steps`."""
     randomize = replace(scenario.randomize, steps=spread)
     asked = replace(scenario, episode_s=seconds, randomize=randomize)
-    if service == "tokens":
-        return Problem.of(asked, profile_of(asked, str(profile)), load_token_profile(profile))
-    own = Problem.of(asked, load_profile(profile))
-    return replace(own, profile=own.metered_profile)
+    own = Problem.of(asked, profile_of(asked, str(profile)))
+    return own if service == "tokens" else replace(own, profile=own.metered_profile)
 
 
 def predict(

@@ -21,7 +21,6 @@ from moe.training.checkpoint import cache_folder
 from thermoe_env.configs import config_path
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Scenario
-from thermoe_env.problem.tokens import request_profile
 
 NOTED_POINTS = 0.01
 """Difference of accuracy from the profile's that is said."""
@@ -56,7 +55,7 @@ def token_service(scenario: Scenario, device: torch.device) -> tuple[Problem, Ge
     engine, texts = open_engine(measured.quality.size, device, promised.cache_positions)
     profile = replace(measured, quality=quality_here(measured, engine, texts))
     lengths = token_lengths(promised.lengths, engine.model.config.context)
-    problem = Problem.of(scenario, request_profile(profile, lengths), profile)
+    problem = Problem.of(scenario, profile)
     workload = GenerateWorkload(
         engine, texts, documents().domain, lengths, scenario.traffic, problem.capacity_rps,
         scenario.episode_s + 1,

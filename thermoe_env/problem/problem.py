@@ -70,9 +70,7 @@ class Problem:
         return self
 
     @classmethod
-    def of(
-        cls, scenario: Scenario, profile: Profile | None = None, tokens: TokenProfile | None = None
-    ) -> Problem:
+    def of(cls, scenario: Scenario, profile: Profile | TokenProfile | None = None) -> Problem:
         """Load what the scenario names.
 
         Args:
@@ -80,17 +78,15 @@ class Problem:
             profile: profile of the machine that will do the work, where it is another one than the
                 scenario's; its batch levels then stand for the scenario's in the same order, and
                 where it holds no energies power is modelled from the scenario's own profile.
-            tokens: of task `generate`, what `profile` was made of.
 
         Raises:
             ScenarioError: a profile, a twin or a placement does not fit the scenario.
             ValueError: a level that was not measured, or more requests than can be counted.
             TraceError: the trace of requests does not fit the scenario.
         """
-        named = profile_of(scenario, scenario.profile)
-        work = profile or named
-        if scenario.generate is not None and tokens is None:
-            tokens = load_token_profile(config_path("profiles", scenario.profile, ".json"))
+        own = profile_of(scenario, scenario.profile)
+        named, measured = _of_requests(scenario, own), profile or own
+        work = named if profile is None else _of_requests(scenario, profile)
         for of, task in ((scenario.profile, named.task), (f"of {work.device}", work.task)):
             if task != scenario.task:
                 raise ScenarioError(f"profile {of!r} is of task {task!r}, not {scenario.task!r}")
@@ -108,11 +104,11 @@ class Problem:
         offsets_c = inlet_offsets_c(scenario)
         _check_spread(scenario, twin, offsets_c)
         check_limits(scenario, twin, offsets_c)
-        if profile is not None and profile is not named:
+        if work is not named:
             if scenario.task == "generate":  # the standard service runs a model as it was trained
-                own = int(profile.expert_count[profile.own_k])
-                scenario = replace(scenario, static=replace(scenario.static, expert_count=own))
-            ratio = float(profile.batch_size[-1] / named.batch_size[-1])
+                own_k = int(work.expert_count[work.own_k])
+                scenario = replace(scenario, static=replace(scenario.static, expert_count=own_k))
+            ratio = float(work.batch_size[-1] / named.batch_size[-1])
             static = replace(scenario.static, batch_size=max(1, round(scenario.static.batch_size * ratio)))
             scenario = replace(scenario, static=static)
         power = named if work.energy_j is None else work
@@ -123,7 +119,8 @@ class Problem:
                 f"scenario {scenario.name!r} controls {fixed}, of which profile {scenario.profile!r} has one "
                 "level: take them out of `knobs`, or measure more (python -m moe.profiling)"
             )
-        problem = cls(scenario, work, power, twin, knobs, placement, tokens)
+        steps = measured if isinstance(measured, TokenProfile) else None
+        problem = cls(scenario, work, power, twin, knobs, placement, steps)
         traffic_of(scenario.traffic, scenario.episode_s + 1, problem.capacity_rps)  # or too many requests
         return problem
 
@@ -297,18 +294,31 @@ class Problem:
         )
 
 
-def profile_of(scenario: Scenario, name: str) -> Profile:
-    """A profile by name or path, as the scenario's service reads it.
+def profile_of(scenario: Scenario, name: str) -> Profile | TokenProfile:
+    """A profile by name or path, of the kind of the scenario's service.
 
     Raises:
         ProfileError: it cannot be used.
-        TraceError: the lengths of requests cannot.
     """
     path = config_path("profiles", name, ".json")
+    return load_profile(path) if scenario.generate is None else load_token_profile(path)
+
+
+def _of_requests(scenario: Scenario, profile: Profile | TokenProfile) -> Profile:
+    """A profile of whole requests, which that of steps becomes by the lengths of the scenario's.
+
+    Raises:
+        ScenarioError: the scenario's service has no steps.
+        TraceError: the lengths cannot be used.
+    """
+    if isinstance(profile, Profile):
+        return profile
     if scenario.generate is None:
-        return load_profile(path)
-    profile = load_token_profile(path)
-    return request_profile(profile, token_lengths(scenario.generate.lengths, profile.cost.config["context"]))
+        raise ScenarioError(
+            f"profile of {profile.cost.device!r} is of task 'generate', not {scenario.task!r}"
+        )
+    lengths = token_lengths(scenario.generate.lengths, profile.cost.config["context"])
+    return request_profile(profile, lengths)
 
 
 def _check_adaptation(scenario: Scenario, profile: Profile) -> None:
