@@ -17,7 +17,7 @@ from thermoe_env.mdp.interval import fill_levels, settle
 from thermoe_env.problem.knobs import fill_values
 from thermoe_env.problem.problem import Problem
 from thermoe_env.twin.core import TwinBatch
-from thermoe_env.twin.heat import heat_devices, slowest_clock
+from thermoe_env.twin.heat import fill_clocks, heat_devices
 from thermoe_env.twin.service import serve
 
 
@@ -29,9 +29,10 @@ def _serve_all(fixed, service, state, servers, now):
         number = int(state.track[i].step)
         fill_values(fixed.level_table, now.index_rows[i], now.knob_rows[i])
         fill(now.work_rows[i], 0.0)
+        fill_clocks(state.devices[i], now.knobs[i].sm_clock, now.clocks[i])
         serve(
             service, now.knobs[i], now.levels[i], state.arrivals[i], number * slots,
-            state.shift[i, int(number * rules.interval_s)], slowest_clock(state.devices[i]),
+            state.shift[i, int(number * rules.interval_s)], now.clocks[i],
             state.track[i].stage < rules.deferrable_below, servers, i, now.work[i], now.histogram[i],
             now.slot_energy[i],
         )  # fmt: skip
@@ -41,11 +42,10 @@ def _serve_all(fixed, service, state, servers, now):
 def _heat_all(fixed, service, state, servers, now):
     fixed, state, now = uncounted((fixed, state, now))
     for i in range(now.levels.shape[0]):
-        second, levels = int(state.track[i].step * fixed.rules[0].interval_s), now.levels[i]
+        second = int(state.track[i].step * fixed.rules[0].interval_s)
         heat_devices(
-            state.devices[i], fixed.device_share[levels.expert_count, levels.routing_bias],
-            now.slot_energy[i], now.work[i].sm_clock, state.drift_c[i, second], now.gpu[i],
-        )  # fmt: skip
+            state.devices[i], now.slot_energy[i], now.clocks[i], state.drift_c[i, second], now.gpu[i]
+        )
 
 
 @jit

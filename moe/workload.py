@@ -150,9 +150,9 @@ class WorkStats:
     tokens_per_expert: np.ndarray | None = None
     """[layers, experts] tokens routed in the interval."""
     slot_energy_j: np.ndarray | None = None
-    """[slots] modelled energy above idle; None where a meter measures it."""
-    device_share: np.ndarray | None = None
-    """[devices] share of that energy on each device; None likewise."""
+    """[slots, devices] modelled energy above idle; None where a meter measures it."""
+    device_clock: np.ndarray | None = None
+    """[devices] SM clock of each over its maximum; None likewise."""
 
     @cached_property
     def row(self) -> list[float]:

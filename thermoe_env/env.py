@@ -61,6 +61,9 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
     `duty`, the share of time for which the device might run (0 where no request was begun), `why` (of
     `brake`, `slowdown`, `alarm`; else empty), and `temperature_c`, the limit then in force.
 
+    `info["devices"]` has temperatures, power and clock as tuples of one number per device, where
+    `info["reading"]` has the hottest, the sum and the slowest.
+
     ## Starting State
     A device settled at idle, an empty queue, an unadapted model.
 
@@ -236,6 +239,7 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
             "latency_histogram": work.latency_histogram,
             "tokens_per_expert": np.zeros(self._experts) if tokens is None else tokens,
             "reading": dict(vars(reading)),
+            "devices": self._world.telemetry.per_device(reading),
             "stage": STAGES[self._coming[0]],
             "budget_w": float(self._budget[last]),
             "limits": {"duty": duty, "why": CAUSES_OF[held], "temperature_c": self._limits_c[last]},

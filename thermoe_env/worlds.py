@@ -115,7 +115,7 @@ def build_world(scenario: Scenario, world: str, checkpoint: Checkpoint | None = 
     if world == "twin":
         problem = Problem.of(scenario)
         telemetry = TwinTelemetry(problem)
-        return World("twin", problem, TwinWorkload(problem, partial(getattr, telemetry, "clock")), telemetry)
+        return World("twin", problem, TwinWorkload(problem, partial(getattr, telemetry, "clocks")), telemetry)
     if world == "live":
         return _live(scenario, checkpoint)
     raise ValueError(f"world must be one of {WORLDS}, got {world!r}")

@@ -171,7 +171,8 @@ class Belief:
             o["sm_clock_share"],
         )
         drift = self.state.drift_c[:, self._second :]
-        drift[:] = seen["inlet_drift"] * np.exp(-np.arange(drift.shape[1]) / twin.inlet_drift_tau_s)
+        fading = np.exp(-np.arange(drift.shape[1]) / twin.inlet_drift_tau_s)
+        drift[:] = seen["inlet_drift"] * fading[:, None]
 
     def _set_limits(self, o: dict[str, np.ndarray], at_limit: np.ndarray) -> None:
         """What limits that act hold down, as observed; `at_limit` [S] is of before the interval."""

@@ -30,8 +30,8 @@ class Load:
     def run(self, knobs: Knobs, duration_s: float, open_classes: int = 2) -> WorkStats:
         share = knobs.pace if open_classes or self._goes_on else 0.0
         watts, self._time_s = self._dynamic_w(self._time_s) * share, self._time_s + duration_s
-        energy_j = np.full(round(duration_s / SLOT_S), watts * SLOT_S)
-        return WorkStats(slot_energy_j=energy_j, device_share=np.ones(1), busy_s=share * duration_s)
+        energy_j = np.full((round(duration_s / SLOT_S), 1), watts * SLOT_S)
+        return WorkStats(slot_energy_j=energy_j, device_clock=np.ones(1), busy_s=share * duration_s)
 
     def close(self) -> None: ...
 

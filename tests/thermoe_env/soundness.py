@@ -79,7 +79,8 @@ def reach(problem: Problem) -> Reach:
     power, never busy above its cap but for idle power that its own heat raises."""
     twin, spread = problem.twin, problem.scenario.randomize
     offsets_c = [device.inlet_offset_c for device in problem.scenario.devices]
-    wander_c = spread.inlet_c + 6.0 * twin.inlet_drift_c
+    drift_c = twin.inlet_drift_c + max(device.drift_c for device in problem.scenario.devices)
+    wander_c = spread.inlet_c + 6.0 * drift_c
     inlet = problem.scenario.inlet
     warmer_c = 0.0 if inlet is None or inlet.by_c is None else inlet.by_c
     cold_c, hot_c = (

@@ -130,6 +130,9 @@ class _FailingTelemetry:
             raise GpuLostError("the GPU stopped answering; reset the device and start a new episode")
         return self._inner.read(work, duration_s)
 
+    def per_device(self, reading):
+        return self._inner.per_device(reading)
+
     def close(self) -> None:
         self._inner.close()
 

@@ -27,7 +27,13 @@ from thermoe_env.device.parameters import TwinParams
 from thermoe_env.errors import ScenarioError
 from thermoe_env.problem.inlet import InletConfig
 from thermoe_env.problem.limits import Alarm, PowerBrake, Slowdown
-from thermoe_env.problem.scenario import GenerateConfig, Scenario, StepBudgetConfig, load_scenario
+from thermoe_env.problem.scenario import (
+    ExchangeConfig,
+    GenerateConfig,
+    Scenario,
+    StepBudgetConfig,
+    load_scenario,
+)
 
 NASTY = (
     math.nan, math.inf, -math.inf, 0, 0.0, -0.0, -1, -1.5, 1, 2, 1e-300, 5e-324, 1e300, 1e-12, 1e6, 2**31,
@@ -59,6 +65,7 @@ def keys_of(kind: Any, at: Key = ()) -> Iterator[Key]:
 DEFAULTS = asdict(load_scenario("default", episode_s=20))
 DEFAULTS["adaptation"]["budget"] = asdict(StepBudgetConfig())
 DEFAULTS["generate"] = asdict(GenerateConfig(lengths="azure-conv-2023"))
+DEFAULTS["exchange"] = asdict(ExchangeConfig())
 DEFAULTS["power_budget"]["brake"] = asdict(PowerBrake())
 DEFAULTS["limits"] |= {"slowdown": asdict(Slowdown()), "alarm": asdict(Alarm())}
 DEFAULTS["inlet"] = asdict(
@@ -155,7 +162,12 @@ def test_any_calibration_is_refused_by_the_key_s_name_or_plays_soundly(
 
 def test_every_key_is_reached() -> None:
     assert {key for case in CASES for key in case} == set(KEYS) >= {(f.name,) for f in fields(Scenario)}
-    assert {("traffic", "dwell_s"), ("devices", "experts"), ("adaptation", "budget", "window_s")} <= set(KEYS)
+    assert {
+        ("traffic", "dwell_s"),
+        ("devices", "experts"),
+        ("exchange", "latency_s"),
+        ("adaptation", "budget", "window_s"),
+    } <= set(KEYS)
     assert {key for case in TWIN_CASES for key in case} == set(TWIN_KEYS)
 
 

@@ -47,7 +47,7 @@ def test_a_shipped_scenario_differs_from_the_default_in_what_it_states(name: str
 
 def test_the_default_scenario_states_every_key_but_devices_and_those_of_tokens() -> None:
     raw = yaml.safe_load((configs_dir() / "scenarios" / "default.yaml").read_text())
-    assert {field.name for field in fields(Scenario)} - set(raw) == {"devices", "generate"}
+    assert {field.name for field in fields(Scenario)} - set(raw) == {"devices", "generate", "exchange"}
 
 
 def test_bases_of_bases_merge_and_lists_replace(tmp_path: Path) -> None:

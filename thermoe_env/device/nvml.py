@@ -18,7 +18,7 @@ from typing import Any
 from moe.device.base import Sample, check_energy
 from moe.device.nvml import Gpu
 from moe.workload import WorkStats
-from thermoe_env.device.telemetry import GpuReading
+from thermoe_env.device.telemetry import GpuReading, PerDevice, of_one_device
 from thermoe_env.errors import GpuBusyError, GpuLostError, GpuUnavailableError, ReadingError
 
 MIN_INTERVAL_S = 0.2
@@ -108,6 +108,10 @@ class NvmlTelemetry:
             power_capped_s=min(duration_s, (now.power_capped_s - last.power_capped_s) * scale),
             thermal_throttle_s=min(duration_s, (now.thermal_throttle_s - last.thermal_throttle_s) * scale),
         )
+
+    def per_device(self, reading: GpuReading) -> PerDevice:
+        """What `reading` says, of the one device that it is of."""
+        return of_one_device(reading)
 
     def close(self) -> None:
         """Release the GPU for others. May be called twice."""

@@ -34,6 +34,17 @@ class GpuReading:
 
 READING_NAMES: tuple[str, ...] = tuple(f.name for f in fields(GpuReading))
 
+PER_DEVICE_NAMES = ("temp_c", "mem_temp_c", "power_w", "sm_clock_mhz")
+"""Fields of a reading that are told device by device as well."""
+
+PerDevice = dict[str, tuple[float, ...]]
+"""`PER_DEVICE_NAMES` -> one number per device."""
+
+
+def of_one_device(reading: GpuReading) -> PerDevice:
+    """The reading of an only device."""
+    return {name: (getattr(reading, name),) for name in PER_DEVICE_NAMES}
+
 
 class Telemetry(Protocol):
     """The sensors of the device, or of all devices."""
@@ -51,6 +62,10 @@ class Telemetry(Protocol):
 
     def read(self, work: WorkStats, duration_s: float) -> GpuReading:
         """Reading over the interval since the last call, in which `work` was done."""
+        ...
+
+    def per_device(self, reading: GpuReading) -> PerDevice:
+        """What `reading`, the last one, sums up."""
         ...
 
     def close(self) -> None:

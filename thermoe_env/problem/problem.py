@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe.placement import Placement, PlacementError
+from moe.placement import Placement
 from moe.profiles import Profile, ProfileError, level_index, load_profile, refuse_beyond
 from moe.service.adaptation import tabulate
 from moe.service.budget import UNLIMITED, EnergyBudget, StepBudget, open_purse
@@ -21,6 +21,7 @@ from thermoe_env.device.parameters import TwinParams, load_twin
 from thermoe_env.errors import ScenarioError
 from thermoe_env.problem.check_limits import check_limits, inlet_offsets_c
 from thermoe_env.problem.knobs import MEASURED, KnobTable
+from thermoe_env.problem.placing import place
 from thermoe_env.problem.scenario import Scenario
 from thermoe_env.problem.tokens import request_profile
 
@@ -99,7 +100,7 @@ class Problem:
                 f"traffic.shifts {scenario.traffic.shifts} exceed the profile's {named.shifts}"
             )
         _check_adaptation(scenario, work)
-        placement = _placement(scenario, named)
+        placement = place(scenario, named)
         twin = load_twin(config_path("twin", scenario.twin, ".yaml"))
         offsets_c = inlet_offsets_c(scenario)
         _check_spread(scenario, twin, offsets_c)
@@ -122,6 +123,7 @@ class Problem:
         steps = measured if isinstance(measured, TokenProfile) else None
         problem = cls(scenario, work, power, twin, knobs, placement, steps)
         traffic_of(scenario.traffic, scenario.episode_s + 1, problem.capacity_rps)  # or too many requests
+        _ = problem.device_share  # or work that cannot be shared
         return problem
 
     @cached_property
@@ -225,14 +227,15 @@ class Problem:
 
     @cached_property
     def device_share(self) -> np.ndarray:
-        """[K, B, D] share of the work's energy that each device takes, at the knobs' levels.
+        """[K, B, D] share of the expert work that each device takes, at the knobs' levels.
 
-        It is the device's share of the expert work: tokens of its experts, each times the expert's width.
-        What the layers spend beside their experts is split alike.
+        Tokens of its experts, each times the expert's width. A profile of tokens counts none per expert:
+        there all are taken to be in equal demand, at every bias, and a device's share is that of the experts
+        that it holds.
         """
         if self.placement.n_devices == 1:
             return np.ones((*self.expert_tokens.shape[:2], 1))
-        width = np.array(self.profile.model["config"]["expert_widths"], np.float64)
+        width = np.array(self.profile.model["config"].get("expert_widths", 1.0), np.float64)
         held = self.placement.per_device(self.expert_tokens.sum(axis=2) * width)  # [K, B, D]
         total = held.sum(axis=-1, keepdims=True)
         if not np.all(total > 0.0):
@@ -359,6 +362,7 @@ def _check_spread(scenario: Scenario, twin: TwinParams, inlet_c: np.ndarray) -> 
         ScenarioError: names the rule that the hottest or the coldest device would break.
     """
     spread, offsets = scenario.randomize, [device.inlet_offset_c for device in scenario.devices]
+    drift_c = twin.inlet_drift_c + max(device.drift_c for device in scenario.devices)
     passive = [name for name in vars(twin) if name.startswith("r_") and name != "r_fan_c_per_w"]
     for what, sign, offset_c in (
         ("hottest", 1.0, max(offsets) + inlet_c.max()), ("coldest", -1.0, min(offsets) + inlet_c.min()),
@@ -366,31 +370,10 @@ def _check_spread(scenario: Scenario, twin: TwinParams, inlet_c: np.ndarray) -> 
         extreme = {name: getattr(twin, name) * (1.0 + sign * spread.resistance) for name in passive}
         extreme["r_fan_c_per_w"] = twin.r_fan_c_per_w * (1.0 - sign * spread.resistance)
         extreme["leakage_per_c"] = twin.leakage_per_c * (1.0 + spread.leakage)
-        extreme["inlet_c"] = twin.inlet_c + offset_c + sign * spread.inlet_c
+        extreme |= {"inlet_c": twin.inlet_c + offset_c + sign * spread.inlet_c, "inlet_drift_c": drift_c}
         validated(
             TwinParams,
             {**vars(twin), **extreme},
-            f"the {what} device that randomize (resistance, leakage, inlet_c), inlet_offset_c and inlet "
-            f"(by_c, trace) make of twin {scenario.twin!r}",
+            f"the {what} device that randomize (resistance, leakage, inlet_c), inlet_offset_c, drift_c and "
+            f"inlet (by_c, trace) make of twin {scenario.twin!r}",
         )
-
-
-def _placement(scenario: Scenario, profile: Profile) -> Placement:
-    """Place the model's experts as the scenario's devices list them.
-
-    Raises:
-        ScenarioError: names the experts that are left out, unknown or on several devices.
-    """
-    count = profile.expert_share.shape[-1]
-    if scenario.devices[0].experts is None:
-        return Placement((0,) * count, 1)
-    try:
-        placement = Placement.of_devices([device.experts or () for device in scenario.devices], count)
-    except PlacementError as error:
-        raise ScenarioError(f"scenario {scenario.name!r} on profile {scenario.profile!r}: {error}") from error
-    if placement.n_devices > 1 and "expert_widths" not in profile.model["config"]:
-        raise ScenarioError(
-            f"profile {scenario.profile!r} does not say its expert_widths, by which the devices share the "
-            "energy; measure it with `python -m moe.profiling`"
-        )
-    return placement

@@ -100,8 +100,28 @@ class DeviceConfig:
 
     inlet_offset_c: Annotated[Number, Field(ge=-30.0, le=30.0)] = 0.0
     """How much warmer its air is than the calibrated device's."""
+    drift_c: Annotated[Number, Field(ge=0.0, le=20.0)] = 0.0
+    """Standard deviation of a slow drift of its air alone, beside the calibrated one, which is for all."""
+    drift_tau_s: Seconds = 60.0
+    """Time constant with which it comes back."""
     experts: tuple[Annotated[Whole, Field(ge=0, le=100_000)], ...] | None = None
     """Numbers of the experts that it holds, in every layer; none given: all, where it is the only device."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ExchangeConfig:
+    """What a layer of the token service takes to add up what the experts of several devices said.
+
+    The values are modelled, of H100s behind NVLink switches: no card here was measured. A layer reduces twice
+    (`moe.lm.engine.parallel`), some 10 us each where there is little to send (two H100s need 6 us under CUDA
+    graphs, github.com/NVIDIA/nccl/issues/1259). Of the links' 450 GB/s NCCL moves 370 by rings
+    (github.com/NVIDIA/nccl-tests/issues/212).
+    """
+
+    latency_s: Annotated[Number, Field(ge=0.0, le=1.0)] = 20e-6
+    """Of a layer, however few rows there are."""
+    bytes_per_s: Annotated[Number, Field(ge=1e6, le=1e15)] = 370e9
+    """Bus bandwidth as NCCL counts it: of n devices each moves 2 (n - 1) / n of the bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -177,6 +197,8 @@ class Scenario:
     """Devices of the calibrated kind among which the experts are placed; the power budget is that of all."""
     generate: GenerateConfig | None = None
     """Of task `generate`, which answers requests of many tokens; other tasks answer in one pass."""
+    exchange: ExchangeConfig | None = None
+    """Between several devices of that task; None: as modelled."""
 
     def __post_init__(self) -> None:
         if (self.task == "generate") != (self.generate is not None):
@@ -203,6 +225,11 @@ class Scenario:
             raise ValueError(
                 f"with several devices each must say which experts it holds, devices {without} do not; "
                 "give `experts` ([] for a device that only idles)"
+            )
+        if self.exchange is not None and (len(self.devices) == 1 or self.generate is None):
+            raise ValueError(
+                f"exchange is between several devices of task 'generate', got {self.exchange} with "
+                f"{len(self.devices)} of task {self.task!r}: leave it out"
             )
 
     def _check_adaptation(self) -> None:

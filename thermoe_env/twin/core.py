@@ -39,9 +39,9 @@ from thermoe_env.seeding import as_seed
 from thermoe_env.twin.heat import (
     DEVICE_DTYPE,
     GPU_DTYPE,
+    fill_clocks,
     heat_devices,
     nominal_devices,
-    slowest_clock,
     spread_of,
     start_devices,
 )
@@ -80,10 +80,10 @@ def _advance_rows(todo, autoreset, fixed, traffic, service, state, servers, now,
     """`_advance_all` for the environments from `first` up to `end`."""
     fixed, traffic, service, state, servers = uncounted((fixed, traffic, service, state, servers))
     now, step = uncounted((now, step))
-    rules, prices, floor, device_share, level_table, low, scale = fixed[:7]
+    rules, prices, floor, level_table, low, scale = fixed[:6]
     arrivals, shift, budget_w, drift_c, all_devices, track = state[2:]
     index, index_rows, knobs, knob_rows, work, work_rows, gpu, raw, raw_rows = now[:9]
-    histogram, slot_energy, terms, cost = now[9:13]
+    histogram, slot_energy, clocks, terms, cost = now[9:14]
     observation, reward, terminated, truncated, final_observation = step
     slots = slot_energy.shape[1]
     near = index_rows, knob_rows, work_rows, gpu, raw_rows, slot_energy, terms, cost, all_devices, track
@@ -104,15 +104,12 @@ def _advance_rows(todo, autoreset, fixed, traffic, service, state, servers, now,
             knobs[i].pace = min(knobs[i].pace, track[i].duty)
             fill(work_rows[i], 0.0)
             fill(histogram[i], 0)
+            fill_clocks(devices, knobs[i].sm_clock, clocks[i])
             serve(
-                service, knobs[i], levels, arrivals[i], number * slots, shift[i, second],
-                slowest_clock(devices), open_classes(rules[0], track[i]), servers, i, work[i], histogram[i],
-                slot_energy[i],
+                service, knobs[i], levels, arrivals[i], number * slots, shift[i, second], clocks[i],
+                open_classes(rules[0], track[i]), servers, i, work[i], histogram[i], slot_energy[i],
             )  # fmt: skip
-            terminated[i] = heat_devices(
-                devices, device_share[levels.expert_count, levels.routing_bias], slot_energy[i],
-                work[i].sm_clock, drift_c[i, second], gpu[i],
-            )  # fmt: skip
+            terminated[i] = heat_devices(devices, slot_energy[i], clocks[i], drift_c[i, second], gpu[i])
             reward[i] = settle(
                 rules[0], prices[0], floor, rules[0].limit_c, track[i], work[i], gpu[i], budget_w[i],
                 levels.ttt_steps > 0, raw[i], terms[i], cost[i],
@@ -159,8 +156,8 @@ class TwinBatch:
 
     Copies (`copy.deepcopy`, pickle) continue bit for bit and share nothing that changes. After `step` the
     attributes `work`, `gpu`, `raw` (structured, [n]), `terms` [n, 6], `cost` [n, 3], `histogram` [n, bins],
-    `slot_energy` [n, slots], `index` [n, knobs] hold the interval just played, also where an episode ended.
-    Where one was begun by `reset`, or by `step` in place of an interval, `terms` and `cost` are 0.
+    `slot_energy` [n, slots, D], `index` [n, knobs] hold the interval just played, also where an episode
+    ended. Where one was begun by `reset`, or by `step` in place of an interval, `terms` and `cost` are 0.
     """
 
     def __init__(
@@ -191,6 +188,7 @@ class TwinBatch:
         self._arguments = {"latencies": latencies, "max_steps": max_steps, "autoreset": autoreset}
         self.problem, self.num_envs, self._autoreset = problem, num_envs, autoreset
         scenario, n, rules = problem.scenario, num_envs, rules_of(problem)
+        n_devices = len(scenario.devices)
         service, ranges = service_of(problem), ranges_of(problem)
         seconds = scenario.episode_s + 1
         slots = round(scenario.interval_s / SLOT_S)
@@ -198,7 +196,6 @@ class TwinBatch:
             rules,
             prices_of(problem),
             problem.quality_floor,
-            problem.device_share,
             problem.knobs.level_table,
             ranges.low,
             ranges.scale,
@@ -219,8 +216,8 @@ class TwinBatch:
             np.zeros((n, 2, round(seconds / SLOT_S) + 1), np.int32),  # arrivals
             np.zeros((n, seconds), np.int64),  # shift
             np.zeros((n, scenario.steps + int(rules[0]["notice"]) + 1)),  # budget
-            np.zeros((n, seconds)),  # drift of the inlet
-            np.zeros((n, len(scenario.devices)), DEVICE_DTYPE),
+            np.zeros((n, seconds, n_devices)),  # drift of the inlets
+            np.zeros((n, n_devices), DEVICE_DTYPE),
             np.zeros(n, TRACK_DTYPE),
         )
         self._interval = Interval(
@@ -230,7 +227,8 @@ class TwinBatch:
             np.zeros(n, GPU_DTYPE),
             *_with_rows(np.zeros(n, RAW_DTYPE)),
             np.zeros((n, service.histograms * HISTOGRAM_BINS if latencies else 0), np.int64),
-            np.zeros((n, slots)),
+            np.zeros((n, slots, n_devices)),
+            np.zeros((n, n_devices)),  # clocks
             np.zeros((n, len(REWARD_TERMS))),
             np.zeros((n, len(COST_NAMES))),
             np.zeros(n, GPU_DTYPE),

@@ -6,6 +6,10 @@ seconds with steps of period T, rows that decode leave after o steps on the mean
 z = h / (o T) their number goes from N to N exp(-z) + P (1 - exp(-z)) / z. P is what arrives, what the places
 and the cache leave room for, or what prompts the rows of a step can read, whichever is least. Whole requests
 are counted by flooring sums, so none is lost. The batching that is meant: Sarathi-Serve, arXiv 2403.02310.
+
+Several devices share the experts as in `moe.lm.engine.parallel`. A step lasts as long as its slowest device:
+all that is not the experts' at the device's own clock, and its share of what is
+(`thermoe_env.problem.token_tables`). That the experts of a layer are never in quite equal demand is left out.
 """
 
 from __future__ import annotations
@@ -24,8 +28,15 @@ from thermoe_env.mdp.interval import as_record
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.token_tables import token_work
 from thermoe_env.twin.score import drop_expired
-from thermoe_env.twin.service import Service, implement
-from thermoe_env.twin.token_steps import Steps, add_answers, either_class, own_prompts, steps_of
+from thermoe_env.twin.service import Service, implement, slowest
+from thermoe_env.twin.token_steps import (
+    Steps,
+    add_answers,
+    either_class,
+    fill_energy,
+    own_prompts,
+    steps_of,
+)
 
 KNOBS_READ = ("routing_bias", "batch_size", "expert_count", "pace", "sm_clock", "admission")
 """Those that move something here."""
@@ -121,15 +132,14 @@ def generate_service(problem: Problem) -> Service:
 
 
 def serve(
-    fixed, knobs, index, arrivals, first_slot, shift, clock, open_classes, state, i, work, histogram,
+    fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, state, i, work, histogram,
     slot_energy,
 ):  # fmt: skip
     """Serve one interval, see `thermoe_env.twin.service.serve`."""
     fixed, state, arrivals = uncounted((fixed, state, arrivals))
-    histogram, slot_energy = uncounted((histogram, slot_energy))
+    histogram, slot_energy, clocks = uncounted((histogram, slot_energy, clocks))
     terms, server = fixed.terms[0], state.server[i]
-    k, b = index.expert_count, index.routing_bias
-    compute, pace = 1.0 / min(clock, knobs.sm_clock), knobs.pace
+    k, b, pace = index.expert_count, index.routing_bias, knobs.pace
     places = min(knobs.batch_size, terms.places)
     deferrable = knobs.admission * places if open_classes > 1 else 0.0
     before = (int(server.ended[0] + 1e-9), int(server.ended[1] + 1e-9))
@@ -181,7 +191,7 @@ def serve(
             needs = per_step * terms.prompt / max(1.0, terms.max_rows - rows)
             share = min(1.0, max(share, needs))
             filled = min(1.0, needs / share) if share > 0.0 else 0.0
-            steps = steps_of(fixed, server.draw, shift, k, b, rows, filled, share, compute, pace)
+            steps = steps_of(fixed, server.draw, shift, k, b, rows, filled, share, clocks, pace)
             period = steps.period_s
         server.period_s = period
         # Places are given to interactive requests first.
@@ -244,7 +254,7 @@ def serve(
             tpot += done * token_s
             finished += done
         count = busy * SLOT_S / period
-        slot_energy[slot - first_slot] = count * steps.energy_j
+        fill_energy(fixed, server.draw, shift, k, b, steps, count, clocks, slot_energy[slot - first_slot])
         work.batches += count
         work.busy_s += count * steps.busy_s
         given = mean * z * terms.decoded + read  # what ended has all its tokens
@@ -255,7 +265,7 @@ def serve(
     _sum_up(fixed, knobs, arrivals, first_slot, server, before, tokens, running, shift, work)
     work.ttft_s = ttft / max(1.0, began)
     work.tpot_s = tpot / finished if finished > 0.0 else 0.0
-    work.sm_clock, work.shift_id = 1.0 / compute, shift
+    work.sm_clock, work.shift_id = slowest(clocks), shift
 
 
 @inlined
@@ -322,7 +332,11 @@ def start(fixed, seed, state, i):
         server.next[c] = server.head[c] = 0
         server.begun[c] = server.ended[c] = server.prompts[c] = server.decoding[c] = server.late[c] = 0.0
     server.draw = integer(derive(seed, _STREAM), 0, fixed.pure.shape[0])
-    server.period_s = fixed.pure[0, 0, 0, 0, 0, 0] + fixed.pure[0, 0, 0, 0, 0, 1]
+    server.period_s = 0.0
+    for d in range(fixed.pure.shape[5]):
+        server.period_s = max(
+            server.period_s, fixed.pure[0, 0, 0, 0, 0, d, 0] + fixed.pure[0, 0, 0, 0, 0, d, 1]
+        )
 
 
 implement(Generate, start, serve)

@@ -2,10 +2,10 @@
 
 `heat_devices` is the compiled interval over `physics`; `TwinTelemetry` is the same behind the seam.
 
-Experts are placed on devices, and placement moves heat, not time: the work's energy is split by the expert
-work that each device holds (`Problem.device_share`), its time stays the profile's, measured on one device.
-Communication and stragglers are not modelled. The devices run in step: the clock of the work, and of their
-idle power, is the slowest one's. They exchange no heat; the drift of the chassis's inlet is one for all.
+Experts are placed on devices; the service says what energy the work of each needs and how long they take
+together (`thermoe_env.twin.generate`, `thermoe_env.twin.score`). A device that waits for a slower one draws
+its idle power, at its own clock. Devices exchange no heat. The drift of the chassis's inlet is one for all;
+beside it each device's air may wander on its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ from thermoe_env.device.physics import (
     next_clock,
     sensor_c,
 )
-from thermoe_env.device.telemetry import READING_NAMES, GpuReading
+from thermoe_env.device.telemetry import (
+    PER_DEVICE_NAMES,
+    READING_NAMES,
+    GpuReading,
+    PerDevice,
+    of_one_device,
+)
 from thermoe_env.errors import ReadingError
 from thermoe_env.problem.problem import Problem
 
@@ -42,11 +48,15 @@ _PHYSICS = (
     "tau_fan_s", "inlet_c", "r_stack_c_per_w", "r_mem_c_per_w", "tau_mem_s", "mem_offset_c",
     "slowdown_c", "hw_slowdown_c", "mem_limit_c", "shutdown_c", "max_clock_mhz",
 )  # fmt: skip
+_DRIFT = ("drift_c", "drift_keep")
+"""Of the device's own air, as in `Spread`."""
 _DECAY = ("keep_spreader", "keep_sink", "keep_fan", "keep_memory")
-_STATE = ("die_c", "mem_c", "spreader_c", "sink_c", "fan_c", "memory_c", "clock")
-DEVICE_DTYPE = np.dtype([(name, np.float64) for name in (*_PHYSICS, "energy_factor", *_DECAY, *_STATE)])
+_STATE = ("die_c", "mem_c", "spreader_c", "sink_c", "fan_c", "memory_c", "clock", "power_w")
+DEVICE_DTYPE = np.dtype(
+    [(name, np.float64) for name in (*_PHYSICS, *_DRIFT, "energy_factor", *_DECAY, *_STATE)]
+)
 """One device: its (randomised) parameters, what its nodes keep over a slot, its state. Nodes are rises above
-the inlet."""
+the inlet, the power is the last interval's mean."""
 _DRAWS = 12
 """Random numbers that make one device."""
 
@@ -60,21 +70,21 @@ class Spread(NamedTuple):
     energy: float
     inlet_c: float
     drift_c: float
-    """Standard deviation of the inlet's drift."""
+    """Standard deviation of the inlet's drift that is common to all devices."""
     drift_keep: float
     """Share of the drift that is left after a second."""
 
 
 @inlined
-def heat(device, share, slot_energy, sm_clock, drift_c):
+def heat(device, slot_energy, d, sm_clock, drift_c):
     """Advance one device over an interval.
 
     Args:
         device: record of `DEVICE_DTYPE`; state updated.
-        share: share of the work's energy that this device takes.
-        slot_energy: float [slots], J above idle that the work needs, at the nominal energy.
-        sm_clock: clock fraction in the interval.
-        drift_c: offset of the inlet in this interval.
+        slot_energy: float [slots, D], J above idle that the work needs, at the nominal energy.
+        d: number of the device.
+        sm_clock: its clock fraction in the interval.
+        drift_c: offset of its inlet in this interval.
 
     Returns:
         (energy in J, power-capped, thermally throttled, passed its shutdown temperature); the two throttles
@@ -87,7 +97,7 @@ def heat(device, share, slot_energy, sm_clock, drift_c):
     )
     for s in range(slot_energy.shape[0]):
         idle = idle_power_w(reference, device.leakage_per_c, device.die_c, device.idle_reference_c)
-        dynamic = slot_energy[s] * share * device.energy_factor / SLOT_S
+        dynamic = slot_energy[s, d] * device.energy_factor / SLOT_S
         power = capped_power_w(idle, dynamic, device.power_cap_w)
         device.spreader_c = approach(
             device.spreader_c, device.r_spreader_c_per_w * power, device.keep_spreader
@@ -99,6 +109,7 @@ def heat(device, share, slot_energy, sm_clock, drift_c):
         tripped = tripped or device.die_c >= device.shutdown_c
         energy += power * SLOT_S
         demand_peak = max(demand_peak, idle + dynamic)
+    device.power_w = energy / (slot_energy.shape[0] * SLOT_S)
     device.clock, capped, throttled = next_clock(
         device.clock, device.die_c, device.mem_c, demand_peak, device.power_cap_w, device.slowdown_c,
         device.hw_slowdown_c, device.mem_limit_c,
@@ -107,15 +118,14 @@ def heat(device, share, slot_energy, sm_clock, drift_c):
 
 
 @jit
-def heat_devices(devices, share, slot_energy, sm_clock, drift_c, gpu):
+def heat_devices(devices, slot_energy, clocks, drift_c, gpu):
     """Advance all devices over an interval.
 
     Args:
         devices: records of `DEVICE_DTYPE` [D]; state updated.
-        share: float [D], as `heat` takes it.
-        slot_energy: float [slots], likewise.
-        sm_clock: likewise.
-        drift_c: likewise.
+        slot_energy: float [slots, D], as `heat` takes it.
+        clocks: float [D], clock fractions in the interval.
+        drift_c: float [D], offsets of the inlets.
         gpu: record of `GPU_DTYPE`; filled with what the sensors say, as `GpuReading` sums them up.
 
     Returns:
@@ -123,7 +133,7 @@ def heat_devices(devices, share, slot_energy, sm_clock, drift_c, gpu):
     """
     energy, capped, throttled, tripped = 0.0, 0.0, 0.0, False
     for d in range(devices.shape[0]):
-        joules, cap, throttle, trip = heat(devices[d], share[d], slot_energy, sm_clock, drift_c)
+        joules, cap, throttle, trip = heat(devices[d], slot_energy, d, clocks[d], drift_c[d])
         energy += joules
         capped, throttled, tripped = max(capped, cap), max(throttled, throttle), tripped or trip
     duration = slot_energy.shape[0] * SLOT_S
@@ -145,12 +155,19 @@ def _read_sensors(devices, gpu):
         memory = max(memory, sensor_c(devices[d].mem_c))
     gpu.temp_c, gpu.mem_temp_c = hottest, memory
     gpu.temp_mean_c, gpu.temp_spread_c = total / devices.shape[0], hottest - coolest
-    gpu.sm_clock_mhz = slowest_clock(devices) * devices[0].max_clock_mhz
+    gpu.sm_clock_mhz = _slowest_clock(devices) * devices[0].max_clock_mhz
 
 
 @inlined
-def slowest_clock(devices):
-    """Clock fraction that throttling leaves to devices [D] that work in step."""
+def fill_clocks(devices, cap, clocks):
+    """Fill the clock fractions [D] that devices [D] run at: what throttling leaves, `cap` at most."""
+    for d in range(devices.shape[0]):
+        clocks[d] = min(devices[d].clock, cap)
+
+
+@inlined
+def _slowest_clock(devices):
+    """Clock fraction that throttling leaves to the slowest of devices [D]."""
     clock = devices[0].clock
     for d in range(1, devices.shape[0]):
         clock = min(clock, devices[d].clock)
@@ -179,8 +196,8 @@ def start_devices(spread, seed, nominal, inlet_offset_c, devices, drift_c, gpu):
         nominal: records of `DEVICE_DTYPE` [D] as `nominal_devices` makes them.
         inlet_offset_c: float [seconds], how much warmer the inlet becomes.
         devices: records of `DEVICE_DTYPE` [D]; filled.
-        drift_c: float [seconds]; filled with the offset of the inlet: that one and a mean-reverting walk, as
-            neighbours and fans make it.
+        drift_c: float [seconds, D]; filled with the offsets of the inlets: that one, a mean-reverting walk as
+            neighbours and fans make it, and each device's own.
         gpu: record of `GPU_DTYPE`; filled with the first reading.
     """
     key, walk = derive(seed, np.uint64(2)), derive(seed, np.uint64(4))
@@ -193,10 +210,24 @@ def start_devices(spread, seed, nominal, inlet_offset_c, devices, drift_c, gpu):
     level = 0.0
     for second in range(drift_c.shape[0]):
         level = spread.drift_keep * level + kick * normal(walk, second)
-        drift_c[second] = level + inlet_offset_c[second]
+        for d in range(devices.shape[0]):
+            drift_c[second, d] = level + inlet_offset_c[second]
+    for d in range(devices.shape[0]):
+        if devices[d].drift_c > 0.0:
+            _wander(derive(walk, np.uint64(d)), devices[d].drift_c, devices[d].drift_keep, d, drift_c)
     gpu.power_w, gpu.energy_j = power, 0.0
     gpu.power_capped_s = gpu.thermal_throttle_s = 0.0
     _read_sensors(devices, gpu)
+
+
+@jit
+def _wander(key, deviation_c, keep, d, drift_c):
+    """Add a mean-reverting walk of its own to the offsets of inlet `d` of `drift_c` [seconds, D]."""
+    kick = math.sqrt(1.0 - keep * keep) * deviation_c
+    level = 0.0
+    for second in range(drift_c.shape[0]):
+        level = keep * level + kick * normal(key, second)
+        drift_c[second, d] += level
 
 
 @jit
@@ -221,7 +252,7 @@ def _start_device(spread, key, first, offset_c, device):
     device.keep_sink = decay(SLOT_S, device.tau_sink_s)
     device.keep_fan = decay(SLOT_S, device.tau_fan_s)
     device.keep_memory = decay(SLOT_S, device.tau_mem_s)
-    power = device.idle_power_w
+    device.power_w = power = device.idle_power_w
     device.spreader_c = device.r_spreader_c_per_w * power
     device.sink_c = device.r_sink_c_per_w * power
     device.fan_c = device.r_fan_c_per_w * power
@@ -231,11 +262,14 @@ def _start_device(spread, key, first, offset_c, device):
 
 
 def nominal_devices(problem: Problem) -> np.ndarray:
-    """The calibrated device at each of the scenario's inlets, `DEVICE_DTYPE` [D]: parameters only."""
+    """The calibrated device at each of the scenario's inlets, `DEVICE_DTYPE` [D], at full clock."""
     devices = np.zeros(len(problem.scenario.devices), DEVICE_DTYPE)
     for name in _PHYSICS:
         devices[name] = getattr(problem.twin, name)
     devices["inlet_c"] += [device.inlet_offset_c for device in problem.scenario.devices]
+    devices["drift_c"] = [device.drift_c for device in problem.scenario.devices]
+    devices["drift_keep"] = [math.exp(-1.0 / device.drift_tau_s) for device in problem.scenario.devices]
+    devices["clock"] = 1.0
     return devices
 
 
@@ -255,10 +289,9 @@ def _start_one(spread, seed, nominal, inlet_offset_c, devices, drift_c, gpu):
 
 
 @jit
-def _heat_one(devices, share, slot_energy, sm_clock, drift_c, gpu):
-    """`heat_devices` likewise; returns (tripped, clock fraction)."""
-    tripped = heat_devices(devices, share, slot_energy, sm_clock, drift_c, gpu[0])
-    return tripped, slowest_clock(devices)
+def _heat_one(devices, slot_energy, clocks, drift_c, gpu):
+    """`heat_devices` likewise."""
+    return heat_devices(devices, slot_energy, clocks, drift_c, gpu[0])
 
 
 class TwinTelemetry:
@@ -270,14 +303,12 @@ class TwinTelemetry:
     def __init__(self, problem: Problem) -> None:
         self._nominal, self._spread = nominal_devices(problem), spread_of(problem)
         self._inlet_offset_c = problem.inlet_offset_c
-        self._drift = np.zeros(problem.scenario.episode_s + 1)
-        self._devices = np.zeros(len(self._nominal), DEVICE_DTYPE)
+        self._drift = np.zeros((problem.scenario.episode_s + 1, len(self._nominal)))
+        self._devices = self._nominal.copy()
         self._gpu = np.zeros(1, GPU_DTYPE)
         self._gpu_row = self._gpu.view(np.float64)
         self.tripped = False
         """Whether a die passed its shutdown temperature in this episode."""
-        self.clock = 1.0
-        """Clock fraction that throttling leaves for the next interval."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the place of what was copied, with two views of one memory again."""
@@ -290,7 +321,6 @@ class TwinTelemetry:
             self._spread, np.uint64(seed), self._nominal, self._inlet_offset_c, self._devices, self._drift,
             self._gpu,
         )  # fmt: skip
-        self.clock = 1.0
         self._elapsed_s = 0.0
         self.tripped = False
         return self._reading()
@@ -301,17 +331,31 @@ class TwinTelemetry:
         Raises:
             ReadingError: the work carries no energies, or the model left the numbers.
         """
-        if work.slot_energy_j is None or work.device_share is None:
+        if work.slot_energy_j is None or work.device_clock is None:
             raise ReadingError(
                 "this work carries no modelled energy; pair a live workload with NVML or `Shadow`"
             )
         drift = self._drift[int(self._elapsed_s + 1e-9)]
-        tripped, self.clock = _heat_one(
-            self._devices, work.device_share, work.slot_energy_j, work.sm_clock, drift, self._gpu
-        )
+        tripped = _heat_one(self._devices, work.slot_energy_j, work.device_clock, drift, self._gpu)
         self.tripped = tripped or self.tripped
         self._elapsed_s += duration_s
         return self._reading()
+
+    @property
+    def clocks(self) -> np.ndarray:
+        """Clock fractions that throttling leaves for the next interval, float [D]."""
+        return self._devices["clock"]
+
+    def per_device(self, reading: GpuReading) -> PerDevice:
+        """The last reading, device by device."""
+        if len(self._devices) == 1:
+            return of_one_device(reading)
+        now = self._devices
+        temperatures = map(sensor_c, now["die_c"]), map(sensor_c, now["mem_c"])
+        columns = *temperatures, now["power_w"], now["clock"] * now["max_clock_mhz"]
+        return {
+            name: tuple(map(float, column)) for name, column in zip(PER_DEVICE_NAMES, columns, strict=True)
+        }
 
     def close(self) -> None:
         """Nothing to release."""

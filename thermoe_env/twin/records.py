@@ -13,7 +13,6 @@ class Fixed(NamedTuple):
     rules: np.ndarray
     prices: np.ndarray
     quality_floor: np.ndarray  # [S]
-    device_share: np.ndarray  # [K, B, D]
     level_table: np.ndarray  # [knobs, most levels]
     low: np.ndarray  # [fields], see `Ranges`
     scale: np.ndarray
@@ -41,7 +40,7 @@ class BatchState(NamedTuple):
     budget_w: np.ndarray
     """float64 [n, steps + notice + 1]."""
     drift_c: np.ndarray
-    """float64 [n, seconds]: offset of the inlet."""
+    """float64 [n, seconds, D]: offsets of the inlets."""
     devices: np.ndarray
     """Records of `DEVICE_DTYPE` [n, D]."""
     track: np.ndarray
@@ -65,7 +64,9 @@ class Interval(NamedTuple):
     histogram: np.ndarray
     """int64 [n, bins]."""
     slot_energy: np.ndarray
-    """float64 [n, slots]: J above idle."""
+    """float64 [n, slots, D]: J above idle."""
+    clocks: np.ndarray
+    """float64 [n, D]: clock fractions at which the devices ran."""
     terms: np.ndarray
     """float64 [n, terms of the reward]."""
     cost: np.ndarray

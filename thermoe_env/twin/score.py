@@ -29,7 +29,7 @@ from moe.service.queueing import (
 from thermoe_env.device.physics import clock_power_factor
 from thermoe_env.mdp.interval import as_record
 from thermoe_env.problem.problem import NODES_PER_OCTAVE, Problem
-from thermoe_env.twin.service import Service, implement
+from thermoe_env.twin.service import Service, implement, slowest
 
 KNOBS_READ = ("routing_bias", "batch_size", "expert_count", "ttt_steps", "pace", "sm_clock")
 """Those that move something here."""
@@ -73,6 +73,8 @@ class Score(NamedTuple):
     load_imbalance: np.ndarray
     terms: np.ndarray
     """`Terms`, an array of one record."""
+    device_share: np.ndarray
+    """[K, B, D] share of the work's energy that each device takes; its time is that of one device."""
     fresh_purse: np.ndarray
     """What adaptation may spend at an episode's start, see `moe.service.budget`."""
 
@@ -115,7 +117,8 @@ def score_service(problem: Problem) -> Service:
     def new_state(n: int) -> ScoreState:
         return ScoreState(np.zeros(n, SERVER_DTYPE), np.zeros((n, shifts + 1)), np.zeros((n, len(purse))))
 
-    return Service(Score(*problem.tables, terms_of(problem), purse), KNOBS_READ, new_state)
+    fixed = Score(*problem.tables, terms_of(problem), problem.device_share, purse)
+    return Service(fixed, KNOBS_READ, new_state)
 
 
 def terms_of(problem: Problem) -> np.ndarray:
@@ -220,7 +223,7 @@ def late_of(c, backlog, terms, arrivals, slot, server, first, taken, group, late
 
 
 def serve(
-    fixed, knobs, index, arrivals, first_slot, shift, clock, open_classes, state, i, work, histogram,
+    fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, state, i, work, histogram,
     slot_energy,
 ):  # fmt: skip
     """Serve one interval, see `thermoe_env.twin.service.serve`."""
@@ -229,7 +232,7 @@ def serve(
     terms, server, weights, purse = fixed.terms[0], state.server[i], state.weights[i], state.purse[i]
     cost = fixed.cost[index.expert_count, index.routing_bias]
     batch_size, ttt_steps, pace = int(knobs.batch_size), int(knobs.ttt_steps), knobs.pace
-    clock = min(clock, knobs.sm_clock)
+    clock, share = slowest(clocks), fixed.device_share[index.expert_count, index.routing_bias]
     stretch, slower = 1.0 / clock, 1.0 / pace
     energy_factor = clock_power_factor(clock) * stretch
     budgeted = purse.shape[0] > 0
@@ -310,7 +313,8 @@ def serve(
             energy += (launches - 1) * joules + inside * server.tail_power_w
             now = last + needs * slower
         server.free_in_s = max(0.0, now - SLOT_S)
-        slot_energy[slot - first_slot] = energy
+        for d in range(share.shape[0]):
+            slot_energy[slot - first_slot, d] = energy * share[d]
         work.ttt_steps += stepped
         adapted = stepped > 0
         if adapted:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from numba.core import types
 from numba.extending import overload
 
-from moe.compiled import fill, jit
+from moe.compiled import fill, inlined, jit
 from moe.service.queueing import SLOT_S
 from moe.workload import LATENCY_EDGES_S
 
@@ -49,8 +49,17 @@ def start(fixed, seed, state, i):
     raise NotImplementedError("compiled code calls what `implement` was given")
 
 
+@inlined
+def slowest(clocks):
+    """The least of clock fractions [D]: that of devices that work in step."""
+    least = clocks[0]
+    for d in range(1, clocks.shape[0]):
+        least = min(least, clocks[d])
+    return least
+
+
 def serve(
-    fixed, knobs, index, arrivals, first_slot, shift, clock, open_classes, state, i, work, histogram,
+    fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, state, i, work, histogram,
     slot_energy,
 ):  # fmt: skip
     """Serve one interval of the request stream in server `i`.
@@ -62,13 +71,13 @@ def serve(
         arrivals: int32 [2, slots + 1], the whole stream.
         first_slot: slot in which the interval begins.
         shift: index of the input shift in force.
-        clock: clock fraction that throttling leaves.
+        clocks: float [D], clock fractions at which the devices run: the knob's or what throttling leaves.
         open_classes: how many classes of requests may be begun, see `moe.workload.Workload.run`.
         state: row `i` is updated.
         i: number of the server.
         work: record of `moe.workload.WORK_DTYPE`, zeroed by the caller; filled.
         histogram: int64 [bins of all histograms], added to; without bins no latencies are recorded.
-        slot_energy: float [slots per interval]; filled with J above idle.
+        slot_energy: float [slots per interval, D]; filled with J above idle of each device.
     """
     raise NotImplementedError("compiled code calls what `implement` was given")
 
@@ -91,7 +100,7 @@ def implement(fixed: type, start_one: Any, serve_one: Any) -> None:
 
     @overload(serve, jit_options={"error_model": "numpy"})
     def _serve(
-        fixed, knobs, index, arrivals, first_slot, shift, clock, open_classes, state, i, work, histogram,
+        fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, state, i, work, histogram,
         slot_energy,
     ):  # fmt: skip
         return serve_one if is_meant(fixed) else None
@@ -106,7 +115,7 @@ def single_server(fixed_kind: Any, state_kind: Any) -> tuple[Any, Any]:
 
     Returns:
         (`start` of (seed, arrays), `serve` of (knobs, index, arrivals, first slot, shifts in force [seconds],
-        clock, open classes, work, its memory, histogram, slot energy, arrays))
+        clocks [D], open classes, work, its memory, histogram, slot energy, arrays))
     """
     n = len(fixed_kind._fields)
 
@@ -116,13 +125,13 @@ def single_server(fixed_kind: Any, state_kind: Any) -> tuple[Any, Any]:
 
     @jit
     def serve_single(
-        knobs, index, arrivals, first_slot, shift_id, clock, open_classes, work, work_row, histogram,
+        knobs, index, arrivals, first_slot, shift_id, clocks, open_classes, work, work_row, histogram,
         slot_energy, *arrays,
     ):  # fmt: skip
         fill(work_row, 0.0)
         serve(
             fixed_kind(*arrays[:n]), knobs[0], index[0], arrivals, first_slot,
-            shift_id[int(first_slot * SLOT_S)], clock, open_classes, state_kind(*arrays[n:]), 0, work[0],
+            shift_id[int(first_slot * SLOT_S)], clocks, open_classes, state_kind(*arrays[n:]), 0, work[0],
             histogram, slot_energy,
         )  # fmt: skip
 

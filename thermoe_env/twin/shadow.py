@@ -32,8 +32,8 @@ class Shadow:
         batch = max(1.0, stats.batch_fill * knobs.batch_size) * self._problem.batch_scale
         power = profile.active_power_w(batch, knobs.expert_count, knobs.routing_bias)
         slots = round(duration_s / SLOT_S)
-        energy = np.full(slots, power * min(stats.busy_s, duration_s) / slots)
-        return replace(stats, slot_energy_j=energy, device_share=np.ones(1))
+        energy = np.full((slots, 1), power * min(stats.busy_s, duration_s) / slots)
+        return replace(stats, slot_energy_j=energy, device_clock=np.full(1, stats.sm_clock))
 
     def close(self) -> None:
         """Close the wrapped workload."""

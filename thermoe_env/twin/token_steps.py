@@ -23,14 +23,15 @@ class Steps(NamedTuple):
     """From step to step while the device works; with the pause of the pace."""
     busy_s: float
     """Of a step."""
-    energy_j: float
+    filled: float
+    """Share of the rows that are left which prompts take in a step that reads some."""
     mixed_share: float
     """Of those that read prompts."""
     mixed_s: float
     """Time of these."""
     pure_s: float
     rows: float
-    """Of answers."""
+    """Of answers, at least 1."""
 
 
 @inlined
@@ -41,8 +42,43 @@ def _node(x):
 
 
 @inlined
-def steps_of(fixed, draw, shift, k, b, rows, filled, share, compute, pace):
-    """Steps with `rows` of answers, of which a share reads prompts.
+def _pure(pure, i, w, d, part, clocked):
+    """Time (part 0) or energy (2) of a step of answers alone on a device.
+
+    Args:
+        pure: float [N, D, 4], of `TokenTables`.
+        i: node of the rows.
+        w: how far towards the next.
+        d: the device.
+        part: which.
+        clocked: what its clock makes of a second, or a joule, that follows it.
+    """
+    low, high = pure[i, d], pure[i + 1, d]
+    return clocked * (low[part] + w * (high[part] - low[part])) + (
+        low[part + 1] + w * (high[part + 1] - low[part + 1])
+    )
+
+
+@inlined
+def _mixed(mixed, i, w, j, x, d, part, clocked):
+    """The same of a step that reads prompts, whose share has the node `j` and lies `x` beyond."""
+    m0, m1, m2, m3 = mixed[i, j, d], mixed[i, j + 1, d], mixed[i + 1, j, d], mixed[i + 1, j + 1, d]
+    a, c, e, f = (1.0 - w) * (1.0 - x), (1.0 - w) * x, w * (1.0 - x), w * x
+    return clocked * (a * m0[part] + c * m1[part] + e * m2[part] + f * m3[part]) + (
+        a * m0[part + 1] + c * m1[part + 1] + e * m2[part + 1] + f * m3[part + 1]
+    )
+
+
+@inlined
+def _filled_node(filled):
+    """Which node of the prompts' share `filled` lies behind, and how far towards the next."""
+    j = min(int(filled * SHARES), SHARES - 1)
+    return j, filled * SHARES - j
+
+
+@inlined
+def steps_of(fixed, draw, shift, k, b, rows, filled, share, clocks, pace):
+    """Steps with `rows` of answers, of which a share reads prompts; each lasts as long as its slowest device.
 
     Args:
         fixed: `Generate`.
@@ -53,33 +89,35 @@ def steps_of(fixed, draw, shift, k, b, rows, filled, share, compute, pace):
         rows: at least 1.
         filled: share of the rows that are left which prompts take in such a step, 0 to 1.
         share: of these steps.
-        compute: one over the clock.
-        pace: cap on the device's busy share.
+        clocks: float [D], clock fractions of the devices.
+        pace: cap on the devices' busy share.
     """
     i, w = _node(rows)
-    j = min(int(filled * SHARES), SHARES - 1)
-    x = filled * SHARES - j
+    j, x = _filled_node(filled)
     pure, mixed = fixed.pure[draw, shift, k, b], fixed.mixed[draw, shift, k]
-    pure_s = compute * (pure[i, 0] + w * (pure[i + 1, 0] - pure[i, 0])) + (
-        pure[i, 1] + w * (pure[i + 1, 1] - pure[i, 1])
-    )
-    factor = compute * clock_power_factor(1.0 / compute)
-    pure_j = factor * (pure[i, 2] + w * (pure[i + 1, 2] - pure[i, 2])) + (
-        pure[i, 3] + w * (pure[i + 1, 3] - pure[i, 3])
-    )
-    mixed_s = mixed_j = 0.0
-    if share > 0.0:
-        a, c = (1.0 - w) * (1.0 - x), (1.0 - w) * x
-        d, e = w * (1.0 - x), w * x
-        m0, m1, m2, m3 = mixed[i, j], mixed[i, j + 1], mixed[i + 1, j], mixed[i + 1, j + 1]
-        mixed_s = compute * (a * m0[0] + c * m1[0] + d * m2[0] + e * m3[0]) + (
-            a * m0[1] + c * m1[1] + d * m2[1] + e * m3[1]
-        )
-        mixed_j = factor * (a * m0[2] + c * m1[2] + d * m2[2] + e * m3[2]) + (
-            a * m0[3] + c * m1[3] + d * m2[3] + e * m3[3]
-        )
+    pure_s = mixed_s = 0.0
+    for d in range(clocks.shape[0]):
+        compute = 1.0 / clocks[d]
+        pure_s = max(pure_s, _pure(pure, i, w, d, 0, compute))
+        if share > 0.0:
+            mixed_s = max(mixed_s, _mixed(mixed, i, w, j, x, d, 0, compute))
     busy = pure_s + share * (mixed_s - pure_s)
-    return Steps(busy / pace, busy, pure_j + share * (mixed_j - pure_j), share, mixed_s, pure_s, rows)
+    return Steps(busy / pace, busy, filled, share, mixed_s, pure_s, rows)
+
+
+@inlined
+def fill_energy(fixed, draw, shift, k, b, steps, count, clocks, energy):
+    """Fill the energy above idle, float [D], that so many steps take on each device."""
+    i, w = _node(steps.rows)
+    j, x = _filled_node(steps.filled)
+    pure, mixed = fixed.pure[draw, shift, k, b], fixed.mixed[draw, shift, k]
+    for d in range(clocks.shape[0]):
+        factor = 1.0 / clocks[d] * clock_power_factor(clocks[d])
+        pure_j = _pure(pure, i, w, d, 2, factor)
+        mixed_j = 0.0
+        if steps.mixed_share > 0.0:
+            mixed_j = _mixed(mixed, i, w, j, x, d, 2, factor)
+        energy[d] = count * (pure_j + steps.mixed_share * (mixed_j - pure_j))
 
 
 @inlined

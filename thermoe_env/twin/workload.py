@@ -29,9 +29,10 @@ _SCALARS_FROM = len(PER_CLASS_NAMES) * len(REQUEST_CLASSES)
 class TwinWorkload:
     """`Workload` that costs what the profile says."""
 
-    def __init__(self, problem: Problem, clock: Callable[[], float]) -> None:
-        """Serve on a device whose throttling leaves the clock fraction `clock()`."""
+    def __init__(self, problem: Problem, clock: Callable[[], float | np.ndarray]) -> None:
+        """Serve on devices whose throttling leaves clock fractions `clock()`, float [D] or one for all."""
         self._problem, self._clock = problem, clock
+        self._n_devices = problem.placement.n_devices
         service = service_of(problem)
         self._histograms = service.histograms
         self.state = service.new_state(1)
@@ -41,7 +42,7 @@ class TwinWorkload:
         self._arrays = (*service.fixed, *self.state)
         self._slots = round(problem.scenario.interval_s / SLOT_S)
         self._known: dict[Knobs, tuple[np.ndarray, ...]] = {}
-        """Records of values and levels; tokens per expert of an answer, [L, E]; `device_share`, [D]."""
+        """Records of values and levels; tokens per expert of an answer, [L, E]."""
         self._work = np.zeros(1, WORK_DTYPE)
         self._work_row = self._work.view(np.float64)
 
@@ -71,11 +72,12 @@ class TwinWorkload:
             raise ValueError(
                 f"a twin runs whole intervals of {self._problem.scenario.interval_s} s, got {duration_s} s"
             )
-        values, index, tokens, device_share = self._known.get(knobs) or self._learn(knobs)
+        values, index, tokens = self._known.get(knobs) or self._learn(knobs)
+        clocks = np.minimum(self._clock(), knobs.sm_clock, out=np.empty(self._n_devices))
         histogram = np.zeros((self._histograms, HISTOGRAM_BINS), np.int64)
-        slot_energy = np.empty(self._slots)
+        slot_energy = np.empty((self._slots, self._n_devices))
         self._serve(
-            values, index, self._stream.arrivals, self._slot, self._stream.shift_id, self._clock(),
+            values, index, self._stream.arrivals, self._slot, self._stream.shift_id, clocks,
             open_classes, self._work, self._work_row, histogram.ravel(), slot_energy, *self._arrays,
         )  # fmt: skip
         self._slot += self._slots
@@ -88,7 +90,7 @@ class TwinWorkload:
             stats["ttft_histogram"], stats["tpot_histogram"] = histogram[1:]
         stats["tokens_per_expert"] = tokens * sum(stats["answered"])
         stats["slot_energy_j"] = slot_energy
-        stats["device_share"] = device_share
+        stats["device_clock"] = clocks
         return frozen(WorkStats, stats)
 
     def close(self) -> None:
@@ -101,5 +103,5 @@ class TwinWorkload:
         values["pace"] = knobs.pace
         at = index["expert_count"][0], index["routing_bias"][0]
         tokens = np.ascontiguousarray(problem.expert_tokens[at])
-        self._known[knobs] = values, index, tokens, problem.device_share[at]
+        self._known[knobs] = values, index, tokens
         return self._known[knobs]

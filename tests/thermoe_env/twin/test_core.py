@@ -122,7 +122,7 @@ def test_requests_are_conserved(problem: Problem, seed, low, spread, share, devi
         devices=devices,
     )
     telemetry = TwinTelemetry(Problem.of(scenario))
-    workload = TwinWorkload(Problem.of(scenario), lambda: telemetry.clock)
+    workload = TwinWorkload(Problem.of(scenario), lambda: telemetry.clocks)
     workload.reset(seed)
     telemetry.reset(seed)
     arrived, answered, expired = np.zeros(2), np.zeros(2), np.zeros(2)

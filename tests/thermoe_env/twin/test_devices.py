@@ -47,7 +47,8 @@ def without_leakage(problem: Problem) -> Problem:
 
 def work(power_w: float, share: list[float]) -> WorkStats:
     """A second of even work that needs `power_w` above idle."""
-    return WorkStats(slot_energy_j=np.full(SLOTS, power_w * SLOT_S), device_share=np.array(share))
+    energy_j = np.tile(power_w * SLOT_S * np.array(share), (SLOTS, 1))
+    return WorkStats(slot_energy_j=energy_j, device_clock=np.ones(len(share)))
 
 
 def heated(telemetry: TwinTelemetry, powers: list[float], share: list[float]) -> list[GpuReading]:
@@ -118,7 +119,7 @@ def test_energy_of_an_episode_is_conserved(problem: Problem, n_devices: int) -> 
         index = shared.knobs.indices(rng.integers(0, shared.knobs.nvec, (3, 4)), "multi_discrete")
         batch.step(index)
         energy += batch.gpu["energy_j"]
-        dynamic += batch.slot_energy.sum(axis=1)
+        dynamic += batch.slot_energy.sum(axis=(1, 2))
         assert not batch.gpu["power_capped_s"].any()
     np.testing.assert_allclose(energy, dynamic + 100 * n_devices * shared.twin.idle_power_w, rtol=1e-12)
 
@@ -162,8 +163,8 @@ def test_the_slowest_device_sets_the_clock(problem: Problem) -> None:
     reading = telemetry.read(work(400.0, [0.5, 0.5]), 1.0)
     assert shared.twin.slowdown_c <= telemetry._devices["die_c"][1] < shared.twin.shutdown_c
     assert (reading.thermal_throttle_s, reading.power_capped_s) == (1.0, 0.0)
-    assert telemetry._devices["clock"][0] == 1.0 > telemetry._devices["clock"][1] == telemetry.clock
-    assert reading.sm_clock_mhz == telemetry.clock * shared.twin.max_clock_mhz
+    assert telemetry._devices["clock"][0] == 1.0 > telemetry._devices["clock"][1] == telemetry.clocks[1]
+    assert reading.sm_clock_mhz == telemetry.clocks[1] * shared.twin.max_clock_mhz
 
 
 def test_devices_are_drawn_apart(problem: Problem) -> None:
@@ -174,7 +175,7 @@ def test_devices_are_drawn_apart(problem: Problem) -> None:
     assert alone._devices[0] == shared._devices[0]
     for name in ("r_die_c_per_w", "tau_fan_s", "leakage_per_c", "energy_factor", "inlet_c"):
         assert shared._devices[name][0] != shared._devices[name][1]
-    np.testing.assert_array_equal(alone._drift, shared._drift)
+    np.testing.assert_array_equal(np.repeat(alone._drift, 2, axis=1), shared._drift)
 
 
 def test_shares_follow_expert_work(problem: Problem) -> None:

@@ -231,11 +231,11 @@ def test_the_tables_are_the_fitted_form() -> None:
     for (k, level), (s, name) in itertools.product(((8, 3), (1, 0)), enumerate(DOMAINS)):
         read = float(cost.reads(rows, 0, k, 64, name))
         amounts = cost.amounts(StepWork(rows, 0.0, rows * context, 0.0, k, read))
-        time_s = work.tables.pure[0, s, level, 0, node, :2].sum()
+        time_s = work.tables.pure[0, s, level, 0, node, 0, :2].sum()
         assert time_s == pytest.approx(float(amounts @ cost.time.rate))
         read = float(cost.reads(rows, 960.0, k, 64, name))
         full = cost.amounts(StepWork(rows, 960.0, rows * context + 960, 960 * 259.0, k, read))
-        time_s = work.tables.mixed[0, s, level, node, -1, :2].sum()
+        time_s = work.tables.mixed[0, s, level, node, -1, 0, :2].sum()
         assert time_s == pytest.approx(float(full @ cost.time.rate), rel=0.01)
 
 

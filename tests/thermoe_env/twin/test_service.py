@@ -45,12 +45,12 @@ def start(fixed, seed, state, i):
 
 
 def serve(
-    fixed, knobs, index, arrivals, first_slot, shift, clock, open_classes, state, i, work, histogram,
+    fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, state, i, work, histogram,
     slot_energy,
 ):  # fmt: skip
     """Five steps in a slot: free places are filled, interactive requests first, then each writes a token."""
     for slot in range(first_slot, first_slot + fixed.slots):
-        slot_energy[slot - first_slot] = 0.0
+        slot_energy[slot - first_slot, 0] = 0.0
         for _ in range(5):
             running = 0.0
             for place in range(int(knobs.batch_size)):
@@ -66,11 +66,11 @@ def serve(
                 work.busy_s += STEP_S
                 work.batches += 1.0
                 work.correct += running
-                slot_energy[slot - first_slot] += STEP_J + TOKEN_J * running
+                slot_energy[slot - first_slot, 0] += STEP_J + TOKEN_J * running
     for c in range(2):
         work.arrived[c] = arrivals[c, first_slot + fixed.slots] - arrivals[c, first_slot]
         work.waiting[c] = arrivals[c, first_slot + fixed.slots] - state.next[i, c]
-    work.sm_clock = clock
+    work.sm_clock = clocks[0]
 
 
 implement(Tokens, start, serve)
@@ -141,7 +141,7 @@ def test_the_core_plays_a_service_that_carries_sequences_over_intervals(tokens: 
 def test_one_server_is_the_same_alone_in_a_batch_and_behind_the_workload_seam(tokens: Problem) -> None:
     batch, alone = TwinBatch(tokens, 3), TwinBatch(tokens, 1)
     telemetry = TwinTelemetry(tokens)
-    workload = TwinWorkload(tokens, lambda: telemetry.clock)
+    workload = TwinWorkload(tokens, lambda: telemetry.clocks)
     batch.reset([5, 6, 7])
     alone.reset([6])
     workload.reset(episode_seed(6, 0))
