@@ -14,6 +14,7 @@ import numpy as np
 from moe.compiled import fill, jit, uncounted
 from thermoe_env.mdp.fields import FIELDS, encode_row
 from thermoe_env.mdp.interval import fill_levels, settle
+from thermoe_env.mdp.limits import open_classes
 from thermoe_env.problem.knobs import fill_values
 from thermoe_env.problem.problem import Problem
 from thermoe_env.twin.core import TwinBatch
@@ -33,7 +34,7 @@ def _serve_all(fixed, service, state, servers, now):
         serve(
             service, now.knobs[i], now.levels[i], state.arrivals[i], number * slots,
             state.shift[i, int(number * rules.interval_s)], now.clocks[i],
-            state.track[i].stage < rules.deferrable_below, servers, i, now.work[i], now.histogram[i],
+            open_classes(rules, state.track[i]), servers, i, now.work[i], now.histogram[i],
             now.slot_energy[i],
         )  # fmt: skip
 
@@ -53,8 +54,9 @@ def _settle_all(fixed, service, state, servers, now):
     fixed, state, now = uncounted((fixed, state, now))
     for i in range(now.levels.shape[0]):
         settle(
-            fixed.rules[0], fixed.prices[0], fixed.quality_floor, state.track[i], now.work[i], now.gpu[i],
-            state.budget_w[i], now.levels[i].ttt_steps > 0, now.raw[i], now.terms[i], now.cost[i],
+            fixed.rules[0], fixed.prices[0], fixed.quality_floor, fixed.rules[0].limit_c, state.track[i],
+            now.work[i], now.gpu[i], state.budget_w[i], now.levels[i].ttt_steps > 0, now.raw[i], now.terms[i],
+            now.cost[i],
         )  # fmt: skip
         fill_levels(fixed.rules[0], now.index_rows[i], now.raw_rows[i])
 

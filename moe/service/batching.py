@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from moe.compiled import inlined, jit
+from moe.compiled import inlined, inner
 from moe.service.queueing import SLOT_S, arrived_by, arrived_in_slot, late_count
 
 NEVER_S = 1e9
@@ -116,13 +116,13 @@ def late_in_backlog(
     return _late_in_backlog(arrivals, c, next_request, taken, overdue, period, launches)
 
 
-@jit
+@inner
 def _late_in_backlog(arrivals, c, next_request, taken, overdue, period, launches):
     """The same, told until when requests of launch 1 have arrived that are `overdue`."""
-    if arrived_by(arrivals, c, overdue + (launches - 1) * period) <= next_request:
-        return 0
     if arrived_by(arrivals, c, overdue) >= next_request + taken:
         return taken
+    if arrived_by(arrivals, c, overdue + (launches - 1) * period) <= next_request:
+        return 0
     late, done = 0, 0
     for number in range(launches):
         upto = taken * (number + 1) // launches

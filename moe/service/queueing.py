@@ -128,12 +128,15 @@ def expire(arrivals, c, next_request, head_slot, t, expire_after_s):
     Returns:
         (next_request, head_slot, number expired)
     """
-    if head_slot * SLOT_S >= t - expire_after_s:
+    since = t - expire_after_s
+    if head_slot * SLOT_S >= since:
         return next_request, head_slot, 0
-    limit = arrived_by(arrivals, c, t - expire_after_s)
-    if limit <= next_request:
+    # Whoever is left arrives after that.
+    head_slot = min(int(since / SLOT_S), arrivals.shape[1] - 2)
+    if arrivals[c, head_slot + 1] <= next_request:
         return next_request, head_slot, 0
-    return limit, slot_of(arrivals, c, limit - 1, head_slot), limit - next_request
+    left = max(arrived_by(arrivals, c, since), next_request)
+    return left, head_slot, left - next_request
 
 
 @jit

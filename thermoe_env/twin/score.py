@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe.compiled import copy_row, inlined, jit, uncounted
+from moe.compiled import copy_row, inlined, inner, prefetch, uncounted
 from moe.service.adaptation import adapt, answer_quality, start_unadapted
 from moe.service.batching import (
     full_launches,
@@ -44,6 +44,9 @@ SERVER_DTYPE = np.dtype(
     ]
 )
 """The queue and the running batch between two intervals."""
+
+ADAPTED = 1e-12
+"""Weight of all other states of the model below which adaptation to a shift is over."""
 
 ALIKE = 0.02
 """Sizes of batches that differ by less than this share are taken as one size."""
@@ -164,16 +167,15 @@ def launch_time(terms, arrivals, slot, server, queued, in_slot, now, batch_size,
     arrived = arrived_in_slot(in_slot[0], now) + arrived_in_slot(in_slot[1], now)
     if queued[0] + queued[1] + arrived >= batch_size:  # no need to know who waits for longest
         return now
-    due, server.head[0] = oldest_in_slot(arrivals, 0, server.next[0], server.head[0], slot)
-    due += terms.max_wait_s[0]
-    if open_classes > 1:
-        due_1, server.head[1] = oldest_in_slot(arrivals, 1, server.next[1], server.head[1], slot)
-        due = min(due, due_1 + terms.max_wait_s[1])
+    due = math.inf
+    for c in range(open_classes):
+        oldest, server.head[c] = oldest_in_slot(arrivals, c, server.next[c], server.head[c], slot)
+        due = min(due, oldest + terms.max_wait_s[c])
     return next_launch(now, batch_size, queued[0] + queued[1], in_slot[0] + in_slot[1], arrived, due)
 
 
 @inlined
-def group_from(terms, start, first, queued, in_slot, needs, batch_size, pace, one_by_one):
+def group_from(terms, start, first, queued, in_slot, period, batch_size, one_by_one):
     """The group of batches alike that a first batch begins.
 
     Args:
@@ -182,14 +184,13 @@ def group_from(terms, start, first, queued, in_slot, needs, batch_size, pace, on
         first: per class, requests that it takes.
         queued: per class, waiting at the slot's beginning, less those of the slot served before.
         in_slot: per class, requests that arrive in the slot.
-        needs: its device time.
+        period: its device time and the pause that the pace asks for after it.
         batch_size: most requests of a batch.
-        pace: cap on the device's busy share.
         one_by_one: whether the group must be this batch alone.
     """
     n = first[0] + first[1]
     full, crowded = n == batch_size, first[0] == batch_size
-    launches, period = 1, needs * (1.0 / pace)
+    launches = 1
     rate = (in_slot[0] / SLOT_S, in_slot[1] / SLOT_S)
     if one_by_one:
         pass
@@ -230,37 +231,45 @@ def serve(
     fixed, state, arrivals = uncounted((fixed, state, arrivals))
     histogram, slot_energy = uncounted((histogram, slot_energy))
     terms, server, weights, purse = fixed.terms[0], state.server[i], state.weights[i], state.purse[i]
+    prefetch((arrivals[1],), server.head[1])  # far back where a queue is long, and needed at the end
     cost = fixed.cost[index.expert_count, index.routing_bias]
     batch_size, ttt_steps, pace = int(knobs.batch_size), int(knobs.ttt_steps), knobs.pace
     clock, share = slowest(clocks), fixed.device_share[index.expert_count, index.routing_bias]
     stretch, slower = 1.0 / clock, 1.0 / pace
     energy_factor = clock_power_factor(clock) * stretch
     budgeted = purse.shape[0] > 0
+    full_batch = batch_cost(cost, batch_size)
     quality, adapted = (0.0, 0.0, 0.0), True
+    # Sums over the interval: in registers, where the work's record would be read and written each time.
+    correct, good, confidence, entropy = 0.0, 0.0, 0.0, 0.0
+    batches, busy_s, ttt_busy_s, ttt_steps_taken = 0, 0.0, 0.0, 0
     for slot in range(first_slot, first_slot + terms.slots):
         drop_expired(terms, arrivals, slot, server, work)
         if adapted:
             quality = answer_quality(fixed, weights, shift, index.expert_count, index.routing_bias)
         in_slot = (arrivals[0, slot + 1] - arrivals[0, slot], 0)
+        queued = (arrivals[0, slot] - server.next[0], 0)
         if open_classes > 1:
             in_slot = (in_slot[0], arrivals[1, slot + 1] - arrivals[1, slot])
+            queued = (queued[0], arrivals[1, slot] - server.next[1])
         inside = min(server.tail_s, SLOT_S)
         server.tail_s -= inside
-        work.busy_s += inside
+        busy_s += inside
         energy = inside * server.tail_power_w
-        stepped, now, paid_until = 0, server.free_in_s, 0.0
+        served, late_served, stepped = 0, 0, 0
+        now, paid_until = server.free_in_s, 0.0
         while open_classes > 0 and now < SLOT_S:
-            queued = (arrivals[0, slot] - server.next[0], 0)
-            if open_classes > 1:
-                queued = (queued[0], arrivals[1, slot] - server.next[1])
             start = launch_time(terms, arrivals, slot, server, queued, in_slot, now, batch_size, open_classes)
             if start >= SLOT_S:
                 break
             first = taken_by(start, batch_size, queued, in_slot)
-            if first[0] + first[1] == 0:  # rounding: the request that is due arrives a moment later
+            n = first[0] + first[1]
+            if n == 0:  # rounding: the request that is due arrives a moment later
                 now = start + 1e-9
                 continue
-            unit = batch_cost(cost, first[0] + first[1])
+            unit = full_batch
+            if n < batch_size:
+                unit = batch_cost(cost, n)
             steps, alone = ttt_steps, budgeted and ttt_steps > 0  # each batch is then paid for on its own
             if alone:
                 steps = pay_steps(
@@ -270,7 +279,7 @@ def serve(
                 paid_until = start
                 work.ttt_refused += ttt_steps - steps
             needs = (unit.latency_s + steps * unit.ttt_latency_s) * stretch
-            group = group_from(terms, start, first, queued, in_slot, needs, batch_size, pace, alone)
+            group = group_from(terms, start, first, queued, in_slot, needs * slower, batch_size, alone)
             launches, period = group.launches, group.period
             last = start + (launches - 1) * period
             taken = first
@@ -284,43 +293,48 @@ def serve(
             if budgeted and not alone:
                 for number in range(launches):
                     at = start + number * period
-                    pay_steps(purse, at - paid_until, unit.energy_j * energy_factor, 0.0, 0)
+                    earn(purse, at - paid_until, 0.0)
+                    earn(purse, 0.0, unit.energy_j * energy_factor)
                     paid_until = at
             latency = unit.latency_s * stretch
             joules = (unit.energy_j + steps * unit.ttt_energy_j) * energy_factor
-            late = (
-                late_of(0, group.crowded, terms, arrivals, slot, server, first, taken, group, latency),
-                late_of(1, group.full, terms, arrivals, slot, server, first, taken, group, latency),
-            )
             if histogram.shape[0] > 0:
                 _record_group(arrivals, slot, server, queued, in_slot, batch_size, group, latency, histogram)
             for c in range(2):
+                backlog = group.full if c > 0 else group.crowded
+                late = late_of(c, backlog, terms, arrivals, slot, server, first, taken, group, latency)
                 server.next[c] += taken[c]
                 work.answered[c] += taken[c]
-                work.late[c] += late[c]
-            served = taken[0] + taken[1]
-            work.correct += quality[0] * served
-            work.good += quality[0] * (served - late[0] - late[1])
-            work.confidence += quality[1] * served
-            work.entropy += quality[2] * served
-            work.batches += launches
+                work.late[c] += late
+                served += taken[c]
+                late_served += late
+            queued = (queued[0] - taken[0], queued[1] - taken[1])
+            batches += launches
             stepped += launches * steps
-            work.ttt_busy_s += launches * (steps * unit.ttt_latency_s * stretch)
+            ttt_busy_s += launches * (steps * unit.ttt_latency_s * stretch)
             # All batches but the last end within the slot.
             inside = min(needs, SLOT_S - last)
             server.tail_s, server.tail_power_w = needs - inside, joules / needs
-            work.busy_s += (launches - 1) * needs + inside
+            busy_s += (launches - 1) * needs + inside
             energy += (launches - 1) * joules + inside * server.tail_power_w
             now = last + needs * slower
         server.free_in_s = max(0.0, now - SLOT_S)
         for d in range(share.shape[0]):
             slot_energy[slot - first_slot, d] = energy * share[d]
-        work.ttt_steps += stepped
-        adapted = stepped > 0
+        correct += quality[0] * served
+        good += quality[0] * (served - late_served)
+        confidence += quality[1] * served
+        entropy += quality[2] * served
+        ttt_steps_taken += stepped
+        # A model that has adapted to the shift in force stays as it is.
+        adapted = stepped > 0 and weights[shift + 1] < 1.0 - ADAPTED
         if adapted:
             adapt(weights, shift, stepped, fixed.adapt_rate)
         if budgeted:
             earn(purse, SLOT_S - paid_until, 0.0)
+    work.correct, work.good, work.confidence, work.entropy = correct, good, confidence, entropy
+    work.batches, work.busy_s, work.ttt_busy_s = batches, busy_s, ttt_busy_s
+    work.ttt_steps = ttt_steps_taken
     _sum_up(fixed, knobs, index, arrivals, first_slot, server, purse, work)
     work.sm_clock, work.shift_id = clock, shift
 
@@ -343,7 +357,7 @@ def _sum_up(fixed, knobs, index, arrivals, first_slot, server, purse, work):
         work.load_imbalance = fixed.load_imbalance[index.expert_count, index.routing_bias]
 
 
-@jit
+@inner
 def _record_group(arrivals, slot, server, queued, in_slot, batch_size, group, latency, histogram):
     """Add the latencies of a group's requests to `histogram`, batch by batch."""
     done = (0, 0)
