@@ -164,6 +164,9 @@ def compiler(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 jit = compiler()
+inner = compiler(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""For functions that only compiled code calls: without what would let Python call them, which for small ones
+takes as long to compile as they do."""
 inlined = compiler(inline="always")
 """For small functions of the hottest loops: a call that hands over arrays costs more than they do."""
 parallel = compiler(parallel=True)
@@ -198,6 +201,37 @@ def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
         ]
         return context.make_tuple(builder, kind, parts)
     return value
+
+
+def address_of(function: Any, *arguments: Any) -> int:
+    """Where the code of a compiled function for arguments like these is, for `call`; compiled if need be."""
+    kinds = tuple(numba.typeof(argument) for argument in arguments)
+    function.compile(kinds)
+    compiled = function.overloads[kinds]
+    return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+
+
+@intrinsic
+def call(typing: Any, address: Any, arguments: Any) -> Any:
+    """Call a function that returns nothing by its address (`address_of`), with a tuple of arguments.
+
+    Numba takes what is called by its name into the caller and optimizes it there once more, which for large
+    functions takes most of the time to compile.
+    """
+    kinds = tuple(arguments)
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        convention = context.call_conv
+        function = builder.inttoptr(
+            values[0], ir.PointerType(convention.get_function_type(types.none, kinds))
+        )
+        parts = [builder.extract_value(values[1], i) for i in range(len(kinds))]
+        status, _ = convention.call_function(builder, function, types.none, kinds, parts)
+        with cgutils.if_unlikely(builder, status.is_error):
+            convention.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+
+    return types.none(address, arguments), build
 
 
 _LINE_BYTES = 64

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from moe.compiled import inlined, jit
+from moe.compiled import inlined, inner, jit
 
 SMALL_MEAN = 30.0
 """Poisson means up to this one are drawn exactly, above it from a normal approximation."""
@@ -92,7 +92,7 @@ def _in_layer(drawn):
     return layer, np.float64(np.int64(drawn) >> 11) * _TO_SIGNED_UNIT * _EDGE[layer]
 
 
-@jit
+@inner
 def _beyond_layer(key, layer, x):
     """The rare rest of `normal`, with a stream of its own: apart, so that the common case stays small."""
     i = 0
@@ -126,7 +126,7 @@ def poisson(key, i, mean, root):
     return max(0, int(mean + root * z + (z * z - 1.0) * _SIXTH + 0.5))
 
 
-@jit
+@inner
 def _small_poisson(key, mean):
     """Exact: how many exponential gaps of mean 1 fit into `mean`."""
     count, passed = 0, exponential(key, 0, 1.0)

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from moe.compiled import jit
+from moe.compiled import inner, jit
 from moe.randomness import derive, exponential, integer, poisson, uniform
 from moe.ranges import STRICT, Dwell, Number, Seconds, Share, Whole
 from moe.service.queueing import SLOT_S
@@ -187,20 +187,20 @@ def fill_stream(traffic, seed, arrivals, shift_id):
     _fill_shifts(traffic, shifts, shift_id)
 
 
-@jit
+@inner
 def _keys(seed):
     """Streams of an episode's counts, course of the load, and shifts."""
     key = derive(seed, np.uint64(1))
     return derive(key, np.uint64(0)), derive(key, np.uint64(1)), derive(key, np.uint64(2))
 
 
-@jit
+@inner
 def _level_s(key, i, dwell_s):
     """How long a level of load lasts, in whole seconds."""
     return max(3, int(exponential(key, i, dwell_s) + 0.5))
 
 
-@jit
+@inner
 def _fill_shifts(traffic, key, shift_id):
     """Draw the input shift of every second."""
     shifts, dwell_s = traffic.shifts.shape[0], traffic.shift_dwell_s

@@ -14,7 +14,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from moe.compiled import copy_row, fill, jit, parallel, prefetch, uncounted
+from moe.compiled import address_of, call, copy_row, fill, inner, parallel, prefetch, uncounted
 from moe.randomness import derive
 from moe.service.queueing import SLOT_S
 from moe.service.traffic import fill_stream, traffic_of
@@ -57,7 +57,7 @@ _PLAY, _BEGIN, _LEAVE = range(3)
 """What a call does with an environment: one interval, the beginning of an episode, nothing."""
 
 
-@jit
+@inner
 def _begin(fixed, traffic, service, state, servers, now, i, observation):
     """Begin the episode that is set for environment `i`, and write its first observation [fields]."""
     rules, seed = fixed.rules[0], derive(state.seeds[i], state.episodes[i])
@@ -75,7 +75,7 @@ def _begin(fixed, traffic, service, state, servers, now, i, observation):
     encode_row(raw_row, fixed.low, fixed.scale, observation)
 
 
-@jit
+@inner
 def _advance_rows(todo, autoreset, fixed, traffic, service, state, servers, now, step, first, end):
     """`_advance_all` for the environments from `first` up to `end`."""
     fixed, traffic, service, state, servers = uncounted((fixed, traffic, service, state, servers))
@@ -96,6 +96,7 @@ def _advance_rows(todo, autoreset, fixed, traffic, service, state, servers, now,
             prefetch((arrivals[i + 1, 0], arrivals[i + 1, 1]), number * slots)
             prefetch((shift[i + 1],), int(number * rules[0].interval_s))
             prefetch((drift_c[i + 1], budget_w[i + 1]), number + 1)
+            prefetch((budget_w[i + 1],), number + 1 + rules[0].notice)
         begins = todo[i] == _BEGIN
         if todo[i] == _PLAY:
             levels, devices, number = index[i], all_devices[i], int(track[i].step)
@@ -133,15 +134,19 @@ def _advance_rows(todo, autoreset, fixed, traffic, service, state, servers, now,
 
 
 @parallel
-def _advance_all(threads, todo, autoreset, fixed, traffic, service, state, servers, now, step):
-    """What `todo` [n] says of every environment; with `autoreset` the next episode begins where one ended."""
+def _advance_all(advance_rows, threads, todo, autoreset, fixed, traffic, service, state, servers, now, step):
+    """What `todo` [n] says of every environment; with `autoreset` the next episode begins where one ended.
+
+    `advance_rows` is the address of `_advance_rows`.
+    """
     n = now.levels.shape[0]
     # One call per thread, since a call counts references to every array of its tuples. And nothing but a
     # call: a parallel loop of numba loses what is written to attributes of tuples.
     for t in numba.prange(threads):
-        _advance_rows(
-            todo, autoreset, fixed, traffic, service, state, servers, now, step, n * t // threads,
-            n * (t + 1) // threads,
+        call(
+            advance_rows,
+            (todo, autoreset, fixed, traffic, service, state, servers, now, step, n * t // threads,
+             n * (t + 1) // threads),
         )  # fmt: skip
 
 
@@ -242,6 +247,7 @@ class TwinBatch:
         self._final = np.zeros((n, len(FIELDS)), np.float32)
         self._play = np.full(n, _PLAY)
         self._all = np.ones(n, np.bool_)
+        self._advance_rows = 0
 
     def __getstate__(self) -> tuple[Any, ...]:
         """What makes the batch, and the arrays that change. What else there is follows."""
@@ -310,8 +316,11 @@ class TwinBatch:
             np.empty((n, len(FIELDS)), np.float32), np.empty(n), np.empty(n, np.bool_), np.empty(n, np.bool_),
             self._final,
         )  # fmt: skip
-        _advance_all(
-            min(n, numba.get_num_threads()), todo, self._autoreset, self._fixed, self._traffic, self._service,
-            self.state, self.servers, self._interval, step,
+        arguments = (
+            todo, self._autoreset, self._fixed, self._traffic, self._service, self.state, self.servers,
+            self._interval, step,
         )  # fmt: skip
+        if self._advance_rows == 0:
+            self._advance_rows = address_of(_advance_rows, *arguments, 0, n)
+        _advance_all(self._advance_rows, min(n, numba.get_num_threads()), *arguments)
         return step
