@@ -15,7 +15,6 @@ from thermoe_env.errors import ReadingError
 from thermoe_env.mdp.fields import (
     FIELDS,
     RAW_DTYPE,
-    encode_finite,
     fields_table,
     observation_space,
     ranges_of,
@@ -177,17 +176,20 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self._cost[:] = 0.0
         self._gpu[0] = _reading_row(reading)
         index = np.array(self.problem.knobs.default_index)
-        self._coming = begin_one(
+        observation = np.empty(len(FIELDS), np.float32)
+        finite, self._coming = begin_one(
             self._rules, self._limits_c[0], self._track, self._gpu, self._budget, index, self._raw,
-            self._raw_row,
+            self._raw_row, self._low, self._scale, observation,
         )  # fmt: skip
+        self._running = False
+        self._check(finite)
         self._count = 0
         self._running = True
         if self._dashboard is not None:
             self._dashboard.begin(reading.temp_c, reading.power_w, self._coming[0])
             self._show()
         nothing = WorkStats(budget_share=float(self._rules["first_budget_share"][0]))
-        return self._encode(), self._info(self.problem.knobs.knobs(index), nothing, reading, 1.0, 0)
+        return observation, self._info(self.problem.knobs.knobs(index), nothing, reading, 1.0, 0)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Play one control interval.
@@ -208,10 +210,13 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         reading = self._world.telemetry.read(work, scenario.interval_s)
         _pack_work(self._work_row.data, 0, *work.row)
         _pack_reading(self._gpu_row.data, 0, *_reading_row(reading))
-        reward, self._coming = settle_one(
+        observation = np.empty(len(FIELDS), np.float32)
+        reward, finite, self._coming = settle_one(
             self._rules, self._prices, self.problem.quality_floor, limit_c, self._track, self._work,
-            self._gpu, self._budget, index, self._raw, self._raw_row, self._terms, self._cost,
+            self._gpu, self._budget, index, self._raw, self._raw_row, self._terms, self._cost, self._low,
+            self._scale, observation,
         )  # fmt: skip
+        self._check(finite)
         self._count += 1
         terminated = bool(self._world.telemetry.tripped)
         truncated = not terminated and self._count >= scenario.steps
@@ -221,7 +226,7 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
             notice = len(self._budget) - scenario.steps - 1
             self._dashboard.add(info, self._budget[self._count : self._count + notice])
             self._show()
-        return self._encode(), reward, terminated, truncated, info
+        return observation, reward, terminated, truncated, info
 
     def _info(
         self, knobs: Knobs, work: WorkStats, reading: GpuReading, duty: float, held: int
@@ -272,15 +277,13 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         if self._window is not None:
             self._window.close()
 
-    def _encode(self) -> np.ndarray:
-        observation = np.empty(len(FIELDS), np.float32)
-        if not encode_finite(self._raw_row, self._low, self._scale, observation):
+    def _check(self, finite: bool) -> None:
+        """Refuse an observation that is not `finite`."""
+        if not finite:
             bad = [f.name for f, value in zip(FIELDS, self._raw_row, strict=True) if not np.isfinite(value)]
-            self._running = False
             raise ReadingError(
                 f"not a number in the observation's {bad}; the episode is over, check the sensors"
             )
-        return observation
 
 
 ThermalMoEEnv.__doc__ = (ThermalMoEEnv.__doc__ or "").replace(

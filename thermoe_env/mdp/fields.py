@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from moe.compiled import inlined, jit
+from moe.compiled import inlined
 from moe.service.queueing import SLOT_S
 from moe.workload import KNOB_NAMES
 from thermoe_env.problem.problem import Problem
@@ -222,7 +222,7 @@ def encode_row(raw, low, scale, out):
         out[f] = min(1.0, max(-1.0, (raw[f] - low[f]) * scale[f] - 1.0))
 
 
-@jit
+@inlined
 def encode_finite(raw, low, scale, out):
     """`encode_row`; returns whether all raw values are finite."""
     encode_row(raw, low, scale, out)

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe.compiled import inlined, jit
+from moe.compiled import inlined, inner, jit
 from moe.service.budget import share_of
 from moe.service.gates import CHANGE_TEST, any_changed
 from moe.workload import KNOB_NAMES
 from thermoe_env.device.physics import approach, decay
-from thermoe_env.mdp.fields import FIELD_NAMES
+from thermoe_env.mdp.fields import FIELD_NAMES, encode_finite
 from thermoe_env.mdp.limits import STATE as LIMIT_STATE
 from thermoe_env.mdp.limits import (
     Acts,
@@ -124,7 +124,7 @@ def rules_of(problem: Problem) -> np.ndarray:
     return as_record(rules)
 
 
-@jit
+@inner
 def look_ahead(rules, budget_w, step, raw):
     """Fill the budget's fields: now, lowest within the notice, time until it changes."""
     now = budget_w[step]
@@ -138,7 +138,7 @@ def look_ahead(rules, budget_w, step, raw):
     raw.budget_change_s = change * rules.interval_s
 
 
-@jit
+@inner
 def begin(rules, limit_c, track, gpu, budget_w, raw):
     """Start an episode: clear `track` and fill the raw observation of a device at rest.
 
@@ -166,7 +166,7 @@ def begin(rules, limit_c, track, gpu, budget_w, raw):
     raw.time_left = 1.0
 
 
-@jit
+@inner
 def settle(rules, prices, quality_floor, limit_c, track, work, gpu, budget_w, adapts, raw, terms, cost):
     """Account for one interval.
 
@@ -288,22 +288,31 @@ def _coming(rules, track):
 
 
 @jit
-def begin_one(rules, limit_c, track, gpu, budget_w, index, raw, raw_row):
-    """`begin` for arrays of one record, which cross into compiled code cheaper; returns `_coming`."""
+def begin_one(rules, limit_c, track, gpu, budget_w, index, raw, raw_row, low, scale, observation):
+    """`begin` and `encode_finite` for arrays of one record, which cross into compiled code cheaper.
+
+    Returns:
+        (whether all raw values are finite, `_coming`)
+    """
     begin(rules[0], limit_c, track[0], gpu[0], budget_w, raw[0])
     fill_levels(rules[0], index, raw_row)
-    return _coming(rules[0], track[0])
+    return encode_finite(raw_row, low, scale, observation), _coming(rules[0], track[0])
 
 
 @jit
 def settle_one(
-    rules, prices, quality_floor, limit_c, track, work, gpu, budget_w, index, raw, raw_row, terms, cost
-):
-    """`settle` for arrays of one record; returns (reward, `_coming`)."""
+    rules, prices, quality_floor, limit_c, track, work, gpu, budget_w, index, raw, raw_row, terms, cost, low,
+    scale, observation,
+):  # fmt: skip
+    """`settle` likewise.
+
+    Returns:
+        (reward, whether all raw values are finite, `_coming`)
+    """
     adapts = index[_TTT_STEPS] > 0
     reward = settle(
         rules[0], prices[0], quality_floor, limit_c, track[0], work[0], gpu[0], budget_w, adapts, raw[0],
         terms, cost,
     )  # fmt: skip
     fill_levels(rules[0], index, raw_row)
-    return reward, _coming(rules[0], track[0])
+    return reward, encode_finite(raw_row, low, scale, observation), _coming(rules[0], track[0])

@@ -13,6 +13,7 @@ from moe.service.traffic import RequestStream, draw_stream
 from moe.workload import (
     PER_CLASS_NAMES,
     REQUEST_CLASSES,
+    SCALAR_NAMES,
     WORK_DTYPE,
     Knobs,
     WorkStats,
@@ -22,6 +23,7 @@ from thermoe_env.problem.problem import Problem
 from thermoe_env.twin.service import HISTOGRAM_BINS, single_server
 from thermoe_env.twin.services import service_of
 
+_NAMES = (*PER_CLASS_NAMES, *SCALAR_NAMES)
 _SCALARS_FROM = len(PER_CLASS_NAMES) * len(REQUEST_CLASSES)
 """Place of the first scalar in a record of work; pairs before it."""
 
@@ -83,7 +85,7 @@ class TwinWorkload:
         self._slot += self._slots
         row = self._work_row.tolist()
         pairs = zip(row[:_SCALARS_FROM:2], row[1:_SCALARS_FROM:2], strict=True)
-        stats: dict[str, Any] = dict(zip(WORK_DTYPE.names or (), (*pairs, *row[_SCALARS_FROM:]), strict=True))
+        stats: dict[str, Any] = dict(zip(_NAMES, (*pairs, *row[_SCALARS_FROM:]), strict=True))
         stats["row"] = row
         stats["latency_histogram"] = histogram[0]
         if self._histograms > 1:
