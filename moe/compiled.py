@@ -203,6 +203,53 @@ def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     return value
 
 
+@intrinsic
+def _store(typing: Any, address: Any, value: Any) -> Any:
+    """Write a value to memory as compiled code has it; returns how many bytes it takes."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        form = context.get_value_type(value)
+        at = builder.inttoptr(arguments[0], ir.PointerType(form))
+        with builder.if_then(cgutils.is_not_null(builder, arguments[0])):
+            builder.store(_without_owner(context, builder, value, arguments[1]), at)
+        return context.get_constant(types.intp, context.get_abi_sizeof(form))
+
+    return types.intp(types.intp, value), build
+
+
+@jit
+def _stored(address, value):
+    return _store(address, value)
+
+
+class Held:
+    """Arrays that compiled code finds by one address: each that Python hands over takes time to take apart.
+
+    Attributes:
+        address: What `held` takes.
+        kind: Their type, likewise.
+    """
+
+    def __init__(self, value: tuple[Any, ...]) -> None:
+        """Keep a tuple, whose arrays stay where they are."""
+        self._value, self.kind = value, numba.typeof(value)
+        self._memory = np.zeros(_stored(0, value), np.uint8)
+        self.address = self._memory.ctypes.data
+        _stored(self.address, value)
+
+
+@intrinsic
+def held(typing: Any, address: Any, kind: Any) -> Any:
+    """What a `Held` keeps, uncounted, by its address and its type, which is a constant of the caller's."""
+    value = kind.instance_type
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at = builder.inttoptr(arguments[0], ir.PointerType(context.get_value_type(value)))
+        return builder.load(at)
+
+    return value(types.intp, kind), build
+
+
 def address_of(function: Any, *arguments: Any) -> int:
     """Where the code of a compiled function for arguments like these is, for `call`; compiled if need be."""
     kinds = tuple(numba.typeof(argument) for argument in arguments)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
+from moe.compiled import Held
 from moe.workload import ARRAY_NAMES, STAT_COLUMNS, WORK_DTYPE, Knobs, WorkStats
 from thermoe_env.device.telemetry import READING_NAMES, GpuReading
 from thermoe_env.errors import ReadingError
@@ -19,10 +20,10 @@ from thermoe_env.mdp.fields import (
     observation_space,
     ranges_of,
 )
-from thermoe_env.mdp.interval import COST_NAMES, TRACK_DTYPE, begin_one, prices_of, rules_of, settle_one
+from thermoe_env.mdp.interval import COST_NAMES, TRACK_DTYPE, one_by_address, prices_of, rules_of
 from thermoe_env.mdp.limits import CAUSES_OF
 from thermoe_env.mdp.reward import REWARD_TERMS
-from thermoe_env.mdp.signals import STAGES, draw_power_budget
+from thermoe_env.mdp.signals import STAGES, budget_terms, fill_power_budget
 from thermoe_env.problem.scenario import Scenario, as_overrides, load_scenario
 from thermoe_env.seeding import as_seed, episode_seed
 from thermoe_env.twin.heat import GPU_DTYPE
@@ -134,14 +135,32 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self._view_rows()
         self._experts = self.problem.expert_tokens.shape[2:]
         self._terms, self._cost = np.zeros(len(REWARD_TERMS)), np.zeros(len(COST_NAMES))
+        self._budget_terms = budget_terms(self.scenario.power_budget, self.scenario.interval_s)
+        self._budget = np.zeros(self.scenario.steps + int(self._rules[0]["notice"]) + 1)
+        self._hold()
         self._seed: int | None = None
         self._episode = 0
         self._running = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but compiled functions and where they find their memory."""
+        return {**vars(self), "_begin_one": None, "_settle_one": None, "_held": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the place of what was copied, with two views of one memory again."""
         self.__dict__.update(state)
         self._view_rows()
+        self._hold()
+
+    def _hold(self) -> None:
+        """Let compiled code find what stays where it is."""
+        self._held = Held(
+            (
+                self._rules, self._prices, self.problem.quality_floor, self._track, self._work, self._gpu,
+                self._budget, self._raw, self._raw_row, self._terms, self._cost, self._low, self._scale,
+            )
+        )  # fmt: skip
+        self._begin_one, self._settle_one = one_by_address(self._held.kind)
 
     def _view_rows(self) -> None:
         """The memory of records as plain numbers, which are filled and read several times faster."""
@@ -166,10 +185,9 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         else:
             self._episode += 1
         episode = episode_seed(self._seed, self._episode)
-        scenario = self.problem.scenario
         self._world.workload.reset(episode)
         reading = self._world.telemetry.reset(episode)
-        self._budget = draw_power_budget(scenario.power_budget, episode, scenario.steps, scenario.interval_s)
+        fill_power_budget(self._budget_terms, np.uint64(episode), self._budget)
         self._track.view(np.float64)[:] = 0.0
         self._raw_row[:] = 0.0
         self._terms[:] = 0.0
@@ -177,10 +195,7 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self._gpu[0] = _reading_row(reading)
         index = np.array(self.problem.knobs.default_index)
         observation = np.empty(len(FIELDS), np.float32)
-        finite, self._coming = begin_one(
-            self._rules, self._limits_c[0], self._track, self._gpu, self._budget, index, self._raw,
-            self._raw_row, self._low, self._scale, observation,
-        )  # fmt: skip
+        finite, self._coming = self._begin_one(self._held.address, self._limits_c[0], index, observation)
         self._running = False
         self._check(finite)
         self._count = 0
@@ -211,11 +226,7 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         _pack_work(self._work_row.data, 0, *work.row)
         _pack_reading(self._gpu_row.data, 0, *_reading_row(reading))
         observation = np.empty(len(FIELDS), np.float32)
-        reward, finite, self._coming = settle_one(
-            self._rules, self._prices, self.problem.quality_floor, limit_c, self._track, self._work,
-            self._gpu, self._budget, index, self._raw, self._raw_row, self._terms, self._cost, self._low,
-            self._scale, observation,
-        )  # fmt: skip
+        reward, finite, self._coming = self._settle_one(self._held.address, limit_c, index, observation)
         self._check(finite)
         self._count += 1
         terminated = bool(self._world.telemetry.tripped)

@@ -218,12 +218,12 @@ def test_processes_that_compile_at_once_do_not_disturb_each_other(root: Path) ->
 
 HOT_INTERVAL = """
 import gymnasium, thermoe_env
-from thermoe_env.mdp.interval import settle_one
 env = gymnasium.make("ThermalMoETwin-v0", overrides={"limits": {"temperature_c": 10.0}})
 env.reset(seed=0)
 info = env.step(env.action_space.sample() * 0)[-1]
-hits = sum(settle_one.stats.cache_hits.values())
-print(info["reward_terms"]["heat"], "kept" if hits else "compiled", settle_one.stats.cache_path)
+stats = env.unwrapped._settle_one.stats
+hits = sum(stats.cache_hits.values())
+print(info["reward_terms"]["heat"], "kept" if hits else "compiled", stats.cache_path)
 """
 
 

@@ -7,7 +7,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from moe.compiled import jit, prefetch, uncounted
+from moe.compiled import Held, held, jit, prefetch, uncounted
 
 Pair = namedtuple("Pair", ["wide", "narrow"])
 
@@ -37,3 +37,22 @@ def test_rows_without_entries_may_be_prefetched() -> None:
     wide = np.zeros((3, 0))
     _shift_all(Pair(wide, np.ones(3)), 1)
     assert wide.shape == (3, 0)
+
+
+def test_held_arrays_are_the_same_memory_for_as_long_as_they_are_held() -> None:
+    pair, ones = Pair(np.zeros((2, 3), np.int32), np.arange(5.0)), np.ones(4)
+    kept = Held((pair, ones, 2.5))
+    kind = kept.kind
+    counts = [sys.getrefcount(array) for array in (*pair, ones)]
+
+    @jit
+    def change(address, row):
+        pair, ones, factor = held(address, kind)
+        pair.wide[1, row] += 7
+        ones[0] = pair.narrow.sum()
+        return factor
+
+    for row in range(3):
+        assert change(kept.address, row) == 2.5
+    assert pair.wide.tolist() == [[0, 0, 0], [7, 7, 7]] and ones.tolist() == [10.0, 1.0, 1.0, 1.0]
+    assert counts == [sys.getrefcount(array) for array in (*pair, ones)]

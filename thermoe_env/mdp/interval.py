@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe.compiled import inlined, inner, jit
+from moe.compiled import held, inlined, inner, jit
 from moe.service.budget import share_of
 from moe.service.gates import CHANGE_TEST, any_changed
 from moe.workload import KNOB_NAMES
@@ -287,32 +288,37 @@ def _coming(rules, track):
     return int(track.stage), open_classes(rules, track), track.duty, held_by(rules, track)
 
 
-@jit
-def begin_one(rules, limit_c, track, gpu, budget_w, index, raw, raw_row, low, scale, observation):
-    """`begin` and `encode_finite` for arrays of one record, which cross into compiled code cheaper.
+@cache
+def one_by_address(kind: Any) -> tuple[Any, Any]:
+    """`begin` and `settle`, with what is observed, for arrays of one record that stay where they are.
+
+    Args:
+        kind: of a `Held` of (rules, prices, quality floor, track, work, gpu, budget, raw, its memory, terms,
+            cost, lows, scales of the observation).
 
     Returns:
-        (whether all raw values are finite, `_coming`)
+        (`begin` of (address, limit, index, observation), which returns (whether all raw values are finite,
+        `_coming`); `settle` likewise, which returns (reward, whether finite, `_coming`))
     """
-    begin(rules[0], limit_c, track[0], gpu[0], budget_w, raw[0])
-    fill_levels(rules[0], index, raw_row)
-    return encode_finite(raw_row, low, scale, observation), _coming(rules[0], track[0])
 
+    @jit
+    def begin_one(address, limit_c, index, observation):
+        rules, _, _, track, _, gpu, budget_w, raw, raw_row, _, _, low, scale = held(address, kind)
+        begin(rules[0], limit_c, track[0], gpu[0], budget_w, raw[0])
+        fill_levels(rules[0], index, raw_row)
+        return encode_finite(raw_row, low, scale, observation), _coming(rules[0], track[0])
 
-@jit
-def settle_one(
-    rules, prices, quality_floor, limit_c, track, work, gpu, budget_w, index, raw, raw_row, terms, cost, low,
-    scale, observation,
-):  # fmt: skip
-    """`settle` likewise.
+    @jit
+    def settle_one(address, limit_c, index, observation):
+        rules, prices, floor, track, work, gpu, budget_w, raw, raw_row, terms, cost, low, scale = held(
+            address, kind
+        )
+        adapts = index[_TTT_STEPS] > 0
+        reward = settle(
+            rules[0], prices[0], floor, limit_c, track[0], work[0], gpu[0], budget_w, adapts, raw[0], terms,
+            cost,
+        )  # fmt: skip
+        fill_levels(rules[0], index, raw_row)
+        return reward, encode_finite(raw_row, low, scale, observation), _coming(rules[0], track[0])
 
-    Returns:
-        (reward, whether all raw values are finite, `_coming`)
-    """
-    adapts = index[_TTT_STEPS] > 0
-    reward = settle(
-        rules[0], prices[0], quality_floor, limit_c, track[0], work[0], gpu[0], budget_w, adapts, raw[0],
-        terms, cost,
-    )  # fmt: skip
-    fill_levels(rules[0], index, raw_row)
-    return reward, encode_finite(raw_row, low, scale, observation), _coming(rules[0], track[0])
+    return begin_one, settle_one

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from numba.core import types
 from numba.extending import overload
 
-from moe.compiled import fill, inlined, jit
+from moe.compiled import fill, held, inlined, jit
 from moe.service.queueing import SLOT_S
 from moe.workload import LATENCY_EDGES_S
 
@@ -107,32 +107,30 @@ def implement(fixed: type, start_one: Any, serve_one: Any) -> None:
 
 
 @cache
-def single_server(fixed_kind: Any, state_kind: Any) -> tuple[Any, Any]:
-    """`start` and `serve` of one server alone, for the types of a service's two tuples.
+def single_server(kind: Any) -> tuple[Any, Any]:
+    """`start` and `serve` of one server alone, in memory that stays where it is.
 
-    Both take the arrays of the tuples one by one, last of all, and records as arrays of one: so they cross
-    into compiled code several times faster.
+    Args:
+        kind: of a `Held` of (`Service.fixed`, its state, arrivals, shifts in force [seconds], work, its
+            memory).
 
     Returns:
-        (`start` of (seed, arrays), `serve` of (knobs, index, arrivals, first slot, shifts in force [seconds],
-        clocks [D], open classes, work, its memory, histogram, slot energy, arrays))
+        (`start` of (address, seed), `serve` of (address, knobs, index, first slot, clocks [D], open classes,
+        histogram, slot energy)); records come as arrays of one, which cross into compiled code cheaper.
     """
-    n = len(fixed_kind._fields)
 
     @jit
-    def start_single(seed, *arrays):
-        start(fixed_kind(*arrays[:n]), seed, state_kind(*arrays[n:]), 0)
+    def start_single(address, seed):
+        fixed, state, _, _, _, _ = held(address, kind)
+        start(fixed, seed, state, 0)
 
     @jit
-    def serve_single(
-        knobs, index, arrivals, first_slot, shift_id, clocks, open_classes, work, work_row, histogram,
-        slot_energy, *arrays,
-    ):  # fmt: skip
+    def serve_single(address, knobs, index, first_slot, clocks, open_classes, histogram, slot_energy):
+        fixed, state, arrivals, shift_id, work, work_row = held(address, kind)
         fill(work_row, 0.0)
         serve(
-            fixed_kind(*arrays[:n]), knobs[0], index[0], arrivals, first_slot,
-            shift_id[int(first_slot * SLOT_S)], clocks, open_classes, state_kind(*arrays[n:]), 0, work[0],
-            histogram, slot_energy,
+            fixed, knobs[0], index[0], arrivals, first_slot, shift_id[int(first_slot * SLOT_S)], clocks,
+            open_classes, state, 0, work[0], histogram, slot_energy,
         )  # fmt: skip
 
     return start_single, serve_single

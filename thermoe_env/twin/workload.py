@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from moe.compiled import Held
 from moe.service.queueing import SLOT_S
-from moe.service.traffic import RequestStream, draw_stream
+from moe.service.traffic import fill_stream, traffic_of
 from moe.workload import (
     PER_CLASS_NAMES,
     REQUEST_CLASSES,
@@ -36,37 +37,42 @@ class TwinWorkload:
         self._problem, self._clock = problem, clock
         self._n_devices = problem.placement.n_devices
         service = service_of(problem)
-        self._histograms = service.histograms
+        self._histograms, self._fixed = service.histograms, service.fixed
         self.state = service.new_state(1)
         """The service's own state, of one server."""
-        self._kinds = type(service.fixed), type(self.state)
-        self._start, self._serve = single_server(*self._kinds)
-        self._arrays = (*service.fixed, *self.state)
+        seconds = problem.scenario.episode_s + 1
+        self._traffic = traffic_of(problem.scenario.traffic, seconds, problem.capacity_rps)
+        self._arrivals = np.zeros((2, round(seconds / SLOT_S) + 1), np.int32)
+        self._shift_id = np.zeros(seconds, np.int64)
         self._slots = round(problem.scenario.interval_s / SLOT_S)
         self._known: dict[Knobs, tuple[np.ndarray, ...]] = {}
         """Records of values and levels; tokens per expert of an answer, [L, E]."""
         self._work = np.zeros(1, WORK_DTYPE)
-        self._work_row = self._work.view(np.float64)
+        self._hold()
 
     def __getstate__(self) -> dict[str, Any]:
         """All but compiled functions, which are found again, and what is known of knobs."""
-        return {**vars(self), "_start": None, "_serve": None, "_known": {}}
+        return {**vars(self), "_start": None, "_serve": None, "_held": None, "_known": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take the place of what was copied, with two views of one memory again."""
         self.__dict__.update(state)
-        self._start, self._serve = single_server(*self._kinds)
+        self._hold()
+
+    def _hold(self) -> None:
+        """Let compiled code find what stays where it is."""
         self._work_row = self._work.view(np.float64)
+        self._held = Held(
+            (self._fixed, self.state, self._arrivals, self._shift_id, self._work, self._work_row)
+        )
+        self._start, self._serve = single_server(self._held.kind)
 
     def reset(self, seed: int) -> None:
         """Draw the request stream of `seed` and start with an empty queue."""
-        scenario = self._problem.scenario
         # The live workload plays the same stream.
-        self._stream: RequestStream = draw_stream(
-            scenario.traffic, seed, scenario.episode_s + 1, self._problem.capacity_rps
-        )
+        fill_stream(self._traffic, np.uint64(seed), self._arrivals, self._shift_id)
         self._slot = 0
-        self._start(np.uint64(seed), *self._arrays)
+        self._start(self._held.address, np.uint64(seed))
 
     def run(self, knobs: Knobs, duration_s: float, open_classes: int = 2) -> WorkStats:
         """Serve one interval. `duration_s` must be the scenario's interval."""
@@ -79,8 +85,8 @@ class TwinWorkload:
         histogram = np.zeros((self._histograms, HISTOGRAM_BINS), np.int64)
         slot_energy = np.empty((self._slots, self._n_devices))
         self._serve(
-            values, index, self._stream.arrivals, self._slot, self._stream.shift_id, clocks,
-            open_classes, self._work, self._work_row, histogram.ravel(), slot_energy, *self._arrays,
+            self._held.address, values, index, self._slot, clocks, open_classes, histogram.ravel(),
+            slot_energy,
         )  # fmt: skip
         self._slot += self._slots
         row = self._work_row.tolist()
