@@ -58,15 +58,15 @@ class Study:
         """All plays."""
         plays = []
         for key, variant in self.variants.items():
-            names = [STANDARD, *variant.policies]
-            plays += [variant.play(f"{key}-{name}", name, options, overrides=_ALL) for name in names]
+            names, every = [STANDARD, *variant.policies], _all_knobs(variant, options)
+            plays += [variant.play(f"{key}-{name}", name, options, overrides=every) for name in names]
             for base in self.bases:
                 held = _levels_of(variant, base, options)
                 for knob, values in self._values(variant, options).items():
                     for value in values:
                         levels = held | {knob: value}
                         name = _name(key, base, knob, value)
-                        plays.append(variant.play(name, STANDARD, options, overrides=_ALL, levels=levels))
+                        plays.append(variant.play(name, STANDARD, options, overrides=every, levels=levels))
         return plays
 
     def findings(self, results: dict[str, dict[str, Any]], options: Options) -> Findings:
@@ -119,7 +119,7 @@ class Study:
             sentences.append(f"**{variant.title}**, throttles against `{STANDARD}`: {'; '.join(parts)}.")
         key, variant = next(iter(self.variants.items()))
         parts = []
-        standard = _levels_of(variant, STANDARD, options, **_ALL)
+        standard = _levels_of(variant, STANDARD, options, **_all_knobs(variant, options))
         for knob, values in self._values(variant, options).items():
             plays = {_name(key, self.bases[-1], knob, value): value for value in values}
             own = episodes[episodes.policy.isin(list(plays))].groupby("policy").j_per_good.mean()
@@ -140,7 +140,10 @@ class Study:
     def _course(self, options: Options) -> tuple[str, str, Any]:
         """Power and temperature of the first episode, played again: bit for bit."""
         variant = next(iter(self.variants.values()))
-        plays = {n: variant.play("", n, options, overrides=_ALL) for n in (STANDARD, *variant.policies)}
+        plays = {
+            n: variant.play("", n, options, overrides=_all_knobs(variant, options))
+            for n in (STANDARD, *variant.policies)
+        }
         where = f"simulated (twin), {variant.title}, seed {options.seeds[0]}"
         problem = plays[STANDARD].problem
         return (
@@ -149,7 +152,10 @@ class Study:
         )  # fmt: skip
 
 
-_ALL = {"knobs": list(KNOBS_READ)}
+def _all_knobs(variant: Variant, options: Options) -> dict[str, list[str]]:
+    """Overrides by which a policy sets every knob that can be moved."""
+    levels = variant.play("", STANDARD, options).problem.knobs.levels
+    return {"knobs": [name for name in KNOBS_READ if len(levels[name]) > 1]}
 
 
 def _levels_of(variant: Variant, base: str, options: Options, **overrides: Any) -> dict[str, float]:

@@ -90,7 +90,7 @@ class Randomize:
     leakage: Spread = 0.2
     energy: Spread = 0.03
     inlet_c: Annotated[Degrees, Field(le=30.0)] = 1.0
-    steps: Annotated[Number, Field(ge=0.0, le=3.0)] = 1.0
+    steps: Annotated[Number, Field(ge=0.0, le=10.0)] = 1.0
     """Of task generate: what steps take is drawn from the posterior of their fit, so many times as wide."""
 
 
