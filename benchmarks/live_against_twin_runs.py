@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from agents.live.compare import with_requests_of
 from moe.device.torch_device import device_name, pick_device, uuid_of
 from moe.files import write_file
 from moe.lm.text import documents
@@ -210,13 +211,8 @@ def predict(
     service: Service, twin: Problem, run: Run, capacity_rps: float, draw: int = 0
 ) -> list[dict[str, Any]]:
     """The run in the twin, told nothing but the requests and the knobs; `draw` is of what steps cost."""
-    asked = traffic_of(twin.scenario, run.load)
-    # Load 1.0 is what it was live: the same requests.
-    ratio = capacity_rps / twin.capacity_rps
-    traffic = replace(
-        asked.traffic, low_load=asked.traffic.low_load * ratio, high_load=asked.traffic.high_load * ratio
-    )
-    problem = replace(twin, scenario=replace(asked, traffic=traffic))
+    asked = replace(twin, scenario=traffic_of(twin.scenario, run.load))
+    problem = with_requests_of(capacity_rps, asked)  # load 1.0 is what it was live
     workload = TwinWorkload(problem, lambda: 1.0)
     workload.reset(run.seed)
     if service == "tokens":

@@ -140,10 +140,8 @@ class Study:
     def _course(self, options: Options) -> tuple[str, str, Any]:
         """Power and temperature of the first episode, played again: bit for bit."""
         variant = next(iter(self.variants.values()))
-        plays = {
-            n: variant.play("", n, options, overrides=_all_knobs(variant, options))
-            for n in (STANDARD, *variant.policies)
-        }
+        every = _all_knobs(variant, options)
+        plays = {n: variant.play("", n, options, overrides=every) for n in (STANDARD, *variant.policies)}
         where = f"simulated (twin), {variant.title}, seed {options.seeds[0]}"
         problem = plays[STANDARD].problem
         return (

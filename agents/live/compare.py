@@ -44,6 +44,13 @@ def live_problem(scenario: Scenario, world: str) -> Problem:
     return Problem.of(scenario, profile_of(scenario, f"cpu-{scenario.task}"))
 
 
+def with_requests_of(capacity_rps: float, problem: Problem) -> Problem:
+    """The problem at such loads that its requests are those of another one of that capacity."""
+    ratio, traffic = capacity_rps / problem.capacity_rps, problem.scenario.traffic
+    traffic = replace(traffic, low_load=traffic.low_load * ratio, high_load=traffic.high_load * ratio)
+    return replace(problem, scenario=replace(problem.scenario, traffic=traffic))
+
+
 def twin_problem(scenario: Scenario, world: str, capacity_rps: float, idle_c: float | None) -> Problem:
     """The twin of one live episode: the same requests, and one device in the room of that day.
 
@@ -55,11 +62,8 @@ def twin_problem(scenario: Scenario, world: str, capacity_rps: float, idle_c: fl
             idles there; None leaves it as calibrated. The slow drift, which nobody can predict, is off.
     """
     problem = live_problem(scenario, world)
-    problem = replace(problem, profile=problem.metered_profile)
-    ratio, traffic = capacity_rps / problem.capacity_rps, problem.scenario.traffic
-    traffic = replace(traffic, low_load=traffic.low_load * ratio, high_load=traffic.high_load * ratio)
-    scenario = replace(problem.scenario, traffic=traffic, randomize=Randomize(**NO_SPREAD))
-    twin = problem.twin
+    problem = with_requests_of(capacity_rps, replace(problem, profile=problem.metered_profile))
+    scenario, twin = replace(problem.scenario, randomize=Randomize(**NO_SPREAD)), problem.twin
     inlet_c = twin.inlet_c if idle_c is None else idle_c - twin.idle_rise_c
     room = {**vars(twin), "inlet_drift_c": 0.0, "inlet_c": inlet_c}
     twin = validated(TwinParams, room, f"twin {scenario.twin!r} in a room where it idles at {idle_c} degC")

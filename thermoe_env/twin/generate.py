@@ -76,7 +76,7 @@ class Terms(NamedTuple):
     decoded: float
     """Mean rows of an answer: one less than its tokens."""
     decoded_harmonic: float
-    """Their harmonic mean, of answers that have any: times per token of short answers vary most."""
+    """Their harmonic mean, at least one each: times per token of short answers vary most."""
     places: float
     """Most sequences that the engine and its cache hold."""
     cache_share: float
