@@ -167,7 +167,9 @@ class ExpertReads:
         """
         n, m, k, limit = np.broadcast_arrays(*map(np.asarray, (decode_rows, prompt_rows, top_k, readable)))
         free = self._unlimited(n, m, k, domain)
-        return (free**-_SHARPNESS + limit.astype(float) ** -_SHARPNESS) ** (-1.0 / _SHARPNESS)
+        # Less the pool of all: where all are readable, or all would be read, nothing is rounded off.
+        norms = free**-_SHARPNESS + limit.astype(float) ** -_SHARPNESS - self.n_experts**-_SHARPNESS
+        return norms ** (-1.0 / _SHARPNESS)
 
     def _unlimited(
         self, n: np.ndarray, m: np.ndarray, k: np.ndarray, domain: str | None = None

@@ -1,6 +1,7 @@
 """Time and energy of a step, cell by cell, at the service's own cadence.
 
 Rows stay where they are and are launched over and over, a few steps ahead of the device, as the service does.
+While the energy counter is read the device runs dry, so a card's steps are timed by their own events.
 Decode rows lie at a context each; prompt rows are the chunk that ends there. Before the first cell the text
 of every slot is read: rows attend to it and choose the experts that they would choose in service.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from statistics import mean, pstdev
 from typing import NamedTuple
@@ -19,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 from moe.device.meter import EnergyMeter
-from moe.lm.config import readable_experts
+from moe.lm.config import AHEAD, readable_experts
 from moe.lm.engine.blocks import blocks_for
-from moe.lm.engine.engine import Engine
+from moe.lm.engine.engine import Engine, Step
 from moe.lm.engine.rows import Rows
 from moe.profiling.token_quality import read_prompts
 from moe.token_profile import CostCell
@@ -144,34 +146,57 @@ def measure_place(
         GpuLostError: the device stopped answering.
         ReadingError: its counter says what cannot be.
     """
-    rows = rows_of(engine, place)
-    launched = 0
+    rows, load = rows_of(engine, place), _Load(engine)
 
     def launch() -> None:
         """Launch for a while: between readings of the counter, which cost about what is launched ahead."""
-        nonlocal launched
-        end = time.perf_counter() + BURST_S
-        while launched == 0 or time.perf_counter() < end:
-            engine.launch(rows, place.top_k, place.readable)
-            launched += 1
+        load.launch_for(BURST_S, rows, place)
 
     try:
         _for_s(launch, WARM_S)
         engine.usage()
-        launched = 0
-        visits = [_visit(engine, launch, lambda: launched, meter, window_s) for _ in range(VISITS)]
+        before = load.launched
+        visits = [_visit(load, launch, meter, idle_w or 0.0, window_s) for _ in range(VISITS)]
         _, reads = engine.usage()
     finally:
         engine.reset()
     step_s = [visit[0] for visit in visits]
-    energy_j = [(power - (idle_w or 0.0)) * seconds for seconds, power in visits if power is not None]
+    energy_j = [joules for _, joules in visits if joules is not None]
     return CostCell(
         **place._asdict(),
-        experts_read=float(reads.sum()) / launched / len(reads),
+        experts_read=float(reads.sum()) / (load.launched - before) / len(reads),
         step_s=mean(step_s), step_spread=pstdev(step_s) / mean(step_s),
         energy_j=mean(energy_j) if energy_j else None,
         energy_spread=pstdev(energy_j) / abs(mean(energy_j)) if energy_j else None,
     )  # fmt: skip
+
+
+class _Load:
+    """Steps that are launched one behind the other.
+
+    Attributes:
+        launched: How many.
+        ended: Those whose time is known.
+        busy_s: Time of the device that these took.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._flying: deque[Step] = deque()
+        self.launched = self.ended = 0
+        self.busy_s = 0.0
+
+    def launch_for(self, seconds: float, rows: Rows, place: Place) -> None:
+        """Launch one step, and more until so much time is over."""
+        end = time.perf_counter() + seconds
+        while True:
+            self._flying.append(self._engine.launch(rows, place.top_k, place.readable))
+            self.launched += 1
+            if len(self._flying) > AHEAD:  # the engine has waited for it
+                self.busy_s += self._flying.popleft().duration_s
+                self.ended += 1
+            if time.perf_counter() >= end:
+                return
 
 
 def read_texts(engine: Engine, sequences: int, positions: int) -> None:
@@ -234,23 +259,20 @@ def copy_bytes_per_s(device: torch.device) -> float | None:
 
 
 def _visit(
-    engine: Engine, launch: Callable[[], None], launched: Callable[[], int], meter: EnergyMeter | None,
-    window_s: float,
-) -> tuple[float, float | None]:  # fmt: skip
-    """Seconds of a step, and watts."""
+    load: _Load, launch: Callable[[], None], meter: EnergyMeter | None, idle_w: float, window_s: float
+) -> tuple[float, float | None]:
+    """Seconds and joules of a step."""
     if meter is None:
-        engine.synchronize()
-        first, begin = launched(), time.perf_counter()
-        while time.perf_counter() - begin < window_s or launched() - first < CPU_STEPS:
+        first, begin = load.launched, time.perf_counter()
+        while time.perf_counter() - begin < window_s or load.launched - first < CPU_STEPS:
             launch()
-        engine.synchronize()
-        return (time.perf_counter() - begin) / (launched() - first), None
+        return (time.perf_counter() - begin) / (load.launched - first), None
     start = meter.next_tick(launch)
-    first = launched()
+    first, ended, busy_s = load.launched, load.ended, load.busy_s
     # As many steps are under way at either tick, so their number cancels.
     end = meter.next_tick(launch, start.time_s + window_s - 0.05)
-    elapsed_s = end.time_s - start.time_s
-    return elapsed_s / (launched() - first), (end.energy_j - start.energy_j) / elapsed_s
+    joules = end.energy_j - start.energy_j - idle_w * (end.time_s - start.time_s)
+    return (load.busy_s - busy_s) / (load.ended - ended), joules / (load.launched - first)
 
 
 def _for_s(run: Callable[[], None], seconds: float) -> None:

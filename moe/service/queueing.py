@@ -188,15 +188,17 @@ def record_latencies(arrivals, c, first, last, head_slot, completion, histogram)
 def latency_quantile(histogram: np.ndarray, q: float) -> float:
     """Quantile of the recorded latencies in seconds, NaN when nothing was answered.
 
+    Within a bin they are taken to lie evenly on its logarithmic scale.
+
     Args:
         histogram: int64 [bins], as in `WorkStats.latency_histogram`.
         q: quantile in [0, 1].
     """
-    total = histogram.sum()
-    if total == 0:
+    counts = np.cumsum(histogram)
+    if counts[-1] == 0:
         return math.nan
-    index = int(
-        np.searchsorted(np.cumsum(histogram), max(1.0, q * total))
-    )  # the first request is the 0-quantile
+    wanted = max(1.0, q * counts[-1])  # the first request is the 0-quantile
+    index = int(np.searchsorted(counts, wanted))
+    within = 1.0 - (counts[index] - wanted + 0.5) / histogram[index]
     edges = np.concatenate(([LATENCY_EDGES_S[0] * 0.5], LATENCY_EDGES_S, [LATENCY_EDGES_S[-1]]))
-    return float(math.sqrt(edges[index] * edges[index + 1]))
+    return float(edges[index] * (edges[index + 1] / edges[index]) ** min(1.0, max(0.0, within)))

@@ -28,13 +28,13 @@ def test_the_reference_load_is_what_steps_of_the_standard_service_answer() -> No
     lengths = token_lengths(problem.scenario.generate.lengths, 1024)  # type: ignore[union-attr]
     cells = load_token_profile(config_path("profiles", "h200-generate", ".json")).cost.cells
     step = {(c.decode_rows, c.prefill_rows, c.context): c for c in cells if (c.top_k, c.readable) == (8, 64)}
-    running, most = 128, max(rows for n, rows, _ in step if n == 128)
-    decode, beside = step[128, 0, 640], step[128, most, 512]
-    prompt_s = (beside.step_s - decode.step_s) / most
+    running, most = 128, max(rows for n, rows, _ in step if n)
+    decode, alone, beside = step[128, 0, 300], step[32, 0, 300], step[32, most, 256]
+    prompt_s = (beside.step_s - alone.step_s) / most
     request_s = lengths.output.mean() * decode.step_s / running + lengths.prompt.mean() * prompt_s
     assert problem.capacity_rps * request_s == pytest.approx(1.0)
-    assert beside.energy_j is not None and decode.energy_j is not None
-    prompt_j = (beside.energy_j - decode.energy_j) / most
+    assert beside.energy_j is not None and decode.energy_j is not None and alone.energy_j is not None
+    prompt_j = (beside.energy_j - alone.energy_j) / most
     request_j = lengths.output.mean() * decode.energy_j / running + lengths.prompt.mean() * prompt_j
     assert problem.serving_power_w == pytest.approx(problem.capacity_rps * request_j)
 

@@ -62,6 +62,9 @@ TRANSIT = AHEAD + 1.0
 """Steps in which a place is taken and no row of an answer runs: those that were launched before its last
 token came back, and the one that reads the next prompt."""
 _ITERATIONS = 2
+_RANKS = 64
+_GOLDEN = 0.6180339887498949
+"""Multiples of it, less their whole parts, lie evenly however many there are."""
 
 
 class Terms(NamedTuple):
@@ -77,6 +80,10 @@ class Terms(NamedTuple):
     """Mean rows of an answer: one less than its tokens."""
     decoded_harmonic: float
     """Their harmonic mean, at least one each: times per token of short answers vary most."""
+    decoded_ranked: np.ndarray
+    """Theirs from shortest to longest, [_RANKS]."""
+    prompt_variance: float
+    """Of the tokens of a prompt, over the square of their mean."""
     places: float
     """Most sequences that the engine and its cache hold."""
     cache_share: float
@@ -121,8 +128,10 @@ def generate_service(problem: Problem) -> Service:
     terms = Terms(
         np.array(promised.ttft_s), np.array(promised.tpot_s), np.array(service.deadline_s),
         np.array(service.expire_after_s), float(prompt.mean()), max(1e-3, float(output.mean()) - 1.0),
-        float(1.0 / (1.0 / np.maximum(1.0, output - 1.0)).mean()), places,
-        blocks / n_blocks, float(work.max_rows), round(scenario.interval_s / SLOT_S),
+        float(1.0 / (1.0 / np.maximum(1.0, output - 1.0)).mean()),
+        np.quantile(np.maximum(1.0, output - 1.0), (np.arange(_RANKS) + 0.5) / _RANKS),
+        float(prompt.var() / prompt.mean() ** 2), places, blocks / n_blocks, float(work.max_rows),
+        round(scenario.interval_s / SLOT_S),
     )  # fmt: skip
 
     def new_state(n: int) -> GenerateState:
@@ -203,8 +212,11 @@ def serve(
         of_read = read / max(1e-12, unread + enter[0] + enter[1])
         wait_unread = max(0.0, unread + enter[0] + enter[1] - read) / max(1e-12, read) * SLOT_S
         extra_s = (steps.mixed_s - steps.pure_s) / pace
-        read_share = steps.mixed_share
-        noise = extra_s * math.sqrt(read_share * (1.0 - read_share) / terms.decoded_harmonic) + 0.01 * period
+        # Prompts come to steps by chance, and so do their lengths (a compound Poisson sum), as far as there
+        # is room for them.
+        varies = steps.mixed_share * extra_s * math.sqrt((1.0 + terms.prompt_variance) / max(1e-9, per_step))
+        varies *= math.sqrt(1.0 - steps.mixed_share * steps.filled * steps.filled)
+        noise = varies / math.sqrt(terms.decoded_harmonic) + 0.01 * period
         for c in range(2):
             ahead = behind = steps.mixed_share
             if not crowded:
@@ -235,7 +247,7 @@ def serve(
                 if histogram.shape[0] > 0:
                     _record(
                         histogram, first_s + low, first_s + high, last - first,
-                        terms.decoded, token_s, noise, steps.pure_s / pace,
+                        terms.decoded_ranked, token_s, varies, steps.pure_s / pace,
                     )  # fmt: skip
                 server.next[c] = last
             took = (server.prompts[c] + enter[c]) * of_read
@@ -302,7 +314,7 @@ def _sum_up(fixed, knobs, arrivals, first_slot, server, before, tokens, running,
 
 
 @jit
-def _record(histogram, low, high, requests, decoded, token_s, noise, least_s):
+def _record(histogram, low, high, requests, decoded, token_s, varies, least_s):
     """Add answers to the three histograms.
 
     Args:
@@ -310,17 +322,20 @@ def _record(histogram, low, high, requests, decoded, token_s, noise, least_s):
         low: least time to first token; they lie evenly up to `high`.
         high: likewise.
         requests: how many.
-        decoded: rows of an answer.
-        token_s: mean time per output token; single answers are spread about it as by a logistic distribution.
-        noise: standard deviation of that.
+        decoded: rows of answers, ranked.  # [_RANKS]
+        token_s: mean time per output token; that of an answer is spread about it as by a logistic
+            distribution.
+        varies: standard deviation of a step.
         least_s: time of a step that reads no prompt.
     """
     bins = histogram.shape[0] // 3
     for part in range(requests):
         share = (part + 0.5) / requests
         first = low + share * (high - low)
+        rows = decoded[int(part * _GOLDEN % 1.0 * _RANKS)]
+        noise = varies / math.sqrt(rows) + 0.01 * token_s
         each = max(least_s, token_s + 0.55 * noise * math.log(share / (1.0 - share)))
-        histogram[latency_bin(first + decoded * token_s)] += 1
+        histogram[latency_bin(first + rows * each)] += 1
         histogram[bins + latency_bin(first)] += 1
         histogram[2 * bins + latency_bin(10.0 * each)] += 1  # edges are a tenth of those of whole answers
 

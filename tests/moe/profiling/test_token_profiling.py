@@ -366,7 +366,7 @@ def test_json_has_the_documented_keys(
     assert list(shown["quality_by_bias"]["32"]) == ["0.0", "0.25", "0.5", "0.75", "1.0"]
     cell = next(
         c for c in profile.cost.cells
-        if (c.decode_rows, c.prefill_rows, c.context, c.top_k, c.readable) == (32, 0, 640, 8, 16)
+        if (c.decode_rows, c.prefill_rows, c.context, c.top_k, c.readable) == (32, 0, 300, 8, 16)
     )  # fmt: skip
     assert cell.energy_j is not None
     assert shown["energy_per_token_by_bias"]["32"]["1.0"] == cell.energy_j / 32
@@ -378,7 +378,7 @@ def test_a_profile_is_shown_in_words_and_others_have_no_json(
 ) -> None:
     run(monkeypatch, H200)
     shown = capsys.readouterr().out
-    assert "NVIDIA H200, base" in shown and "mJ per token by routing bias, 32 sequences: 0: 11.17" in shown
+    assert "NVIDIA H200, base" in shown and "mJ per token by routing bias, 32 sequences: 0: 9.77" in shown
     with pytest.raises(SystemExit, match="--json is for profiles of tokens"):
         run(monkeypatch, H200.with_name("h100-vision.json"), "--json")
     with pytest.raises(SystemExit, match="is no profile"):

@@ -18,6 +18,7 @@ import pytest
 from moe.lm.text import DOMAINS, documents
 from moe.service.generate.live import GenerateWorkload
 from moe.service.generate.sequences import Texts
+from moe.service.queueing import latency_quantile
 from moe.step_cost import StepWork
 from moe.workload import Knobs, WorkStats
 from tests.thermoe_env.twin.token_engine import ModelledEngine
@@ -132,6 +133,12 @@ def test_the_twin_serves_as_the_service_does_step_by_step(name: str) -> None:
     assert found["prefill_tokens"] == pytest.approx(expected["prefill_tokens"], rel=0.03 + chance)
     assert found["ttft_s"] == pytest.approx(expected["ttft_s"], rel=0.08 + 8 * chance)
     assert found["late"] == pytest.approx(expected["late"], abs=0.02 + chance)
+    for name, q in (("tpot_histogram", 0.5), ("tpot_histogram", 0.99), ("latency_histogram", 0.95)):
+        one, other = (
+            latency_quantile(np.sum([getattr(work, name) for work in of], axis=0), q)
+            for of in (stats, [work for work, _ in stepped])
+        )
+        assert one == pytest.approx(other, rel=0.09 + chance), (name, q)
 
 
 def random_knobs(problem: Problem, rng: np.random.Generator) -> Knobs:
