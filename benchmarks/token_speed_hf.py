@@ -10,11 +10,9 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, StaticCache
 
+from moe.hf.steering import import_transformers
 from moe.lm.config import LmConfig
 
 
@@ -48,16 +46,17 @@ def decide_routing(model: nn.Module, router: str, generator: torch.Generator) ->
 def make_hf(config: LmConfig, device: torch.device, dtype: torch.dtype, seed: int) -> Any:
     """The class of a shape, `Qwen3MoeForCausalLM`, with random weights."""
     torch.manual_seed(seed)
-    hf = Qwen3MoeConfig(
+    transformers = import_transformers()
+    hf = transformers.Qwen3MoeConfig(
         vocab_size=config.vocabulary, hidden_size=config.d_model, num_hidden_layers=config.n_layers,
         num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
-        head_dim=config.head_dim,  # pyright: ignore[reportCallIssue]: of the general configuration
-        num_experts=config.n_experts, num_experts_per_tok=config.top_k, norm_topk_prob=True,
+        head_dim=config.head_dim, num_experts=config.n_experts, num_experts_per_tok=config.top_k,
+        norm_topk_prob=True,
         moe_intermediate_size=config.expert_width, max_position_embeddings=config.context,
         tie_word_embeddings=config.tied,
     )  # fmt: skip
     with device:
-        model = AutoModelForCausalLM.from_config(hf, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(hf, dtype=dtype)
     decide_routing(model, "mlp.gate.weight", torch.Generator(device).manual_seed(seed))
     return model.eval()
 
@@ -74,7 +73,7 @@ class HfDecoder:
             first: tokens of the prompts.
         """
         self._model, self._tokens, self._position = model, tokens, first
-        self._cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1])
+        self._cache = import_transformers().StaticCache(config=model.config, max_cache_len=tokens.shape[1])
         model.set_experts_implementation("grouped_mm")
         # By place: versions of the library call the cache by different names.
         model(tokens[:, :first], None, None, self._cache, logits_to_keep=1)
@@ -103,9 +102,11 @@ def measure_hf(
     Yields:
         A row of each form; of one that does not compile, why.
     """
-    model = make_hf(config, tokens.device, dtype, seed)
+    from torch._dynamo.utils import counters  # takes seconds
+
+    model, version = make_hf(config, tokens.device, dtype, seed), import_transformers().__version__
     for form in forms:
-        row = {"class": f"{type(model).__name__} of transformers {transformers.__version__}",
+        row = {"class": f"{type(model).__name__} of transformers {version}",
                "form": "compiled" if form.compiled else "eager",
                "experts": form.experts, "running": len(tokens), "context": tokens.shape[1] - 1}  # fmt: skip
         if not form.compiled:

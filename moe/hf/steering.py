@@ -10,6 +10,7 @@ Shapes: T tokens, D model, E experts, K experts per token, L layers with experts
 
 from __future__ import annotations
 
+import importlib
 import operator
 from collections.abc import Sequence
 from types import TracebackType
@@ -226,7 +227,8 @@ def import_transformers() -> Any:
         HfModelError: it is missing, or older than `OLDEST`.
     """
     try:
-        import transformers
+        # By name: to know its types, type checkers read all of its models, which takes minutes.
+        transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise HfModelError(f"transformers cannot be imported ({error}): pip install '.[hf]'") from error
     if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:

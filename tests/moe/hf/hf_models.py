@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.hf.steering import import_transformers
+
 E, D, VOCAB = 8, 32, 260
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -39,11 +41,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def build(family: str, top_k: int = 4, **changes: Any) -> Any:
     """A model whose weights are the same for every `top_k`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    transformers = import_transformers()
     shape = {**_COMMON, **SHAPES[family], "num_experts_per_tok": top_k, **changes}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
+    config = transformers.AutoConfig.for_model(family, **shape)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for name, buffer in model.named_buffers():  # a load correction is learned: at the start it is 0
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.linspace(-0.2, 0.2, E).roll(len(name)))
@@ -84,7 +86,6 @@ def save_checkpoint(path: Path, family: str = "olmoe", begins: bool = True, **ch
         changes: of the model's config.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {"<s>": 0} | {letter: 1 + i for i, letter in enumerate(alphabet)}
@@ -93,6 +94,7 @@ def save_checkpoint(path: Path, family: str = "olmoe", begins: bool = True, **ch
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
     if begins:
         tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])  # pyright: ignore
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(path)
+    fast = import_transformers().PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(path)
     build(family, **changes).save_pretrained(path)
     return path

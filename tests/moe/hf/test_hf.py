@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from moe.hf.families import FAMILIES, HfModelError
-from moe.hf.steering import attach
+from moe.hf.steering import attach, import_transformers
 from moe.model.router import BIAS_SCALE, route
 from tests.moe.hf.hf_models import (
     COST,
@@ -250,17 +250,16 @@ def test_no_more_experts_than_the_groups_of_a_token_hold(family):
 
 
 def test_models_that_cannot_be_attached_are_refused():
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
+    transformers = import_transformers()
     small: dict[str, Any] = {
         "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 2, "vocab_size": 64,
     }  # fmt: skip
     with pytest.raises(HfModelError, match="'llama' is not a Mixture-of-Experts model"):
-        attach(LlamaForCausalLM(LlamaConfig(**small)))
-    unknown = AutoConfig.for_model("qwen2_moe", **small, num_experts=4, moe_intermediate_size=16)
+        attach(transformers.LlamaForCausalLM(transformers.LlamaConfig(**small)))
+    unknown = transformers.AutoConfig.for_model("qwen2_moe", **small, num_experts=4, moe_intermediate_size=16)
     with pytest.raises(HfModelError, match=r"'qwen2_moe' is a family.*'olmoe'"):
-        attach(AutoModelForCausalLM.from_config(unknown))
+        attach(transformers.AutoModelForCausalLM.from_config(unknown))
     with pytest.raises(HfModelError, match=r"Linear is not a model of transformers"):
         attach(nn.Linear(2, 2))
     with pytest.raises(HfModelError, match="no layer with experts"):

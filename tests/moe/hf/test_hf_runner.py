@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from moe.data.datasets import load_language
 from moe.hf.families import HfModelError
 from moe.hf.runner import SIZE, HfRunner, TokenPool, check_checkpoint, checkpoint_identity, load_runner
+from moe.hf.steering import import_transformers
 from moe.profiles import ProfileError, load_profile
 from moe.profiling import command as profile_command
 from moe.profiling import expert_cost
@@ -52,9 +53,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("begins", [True, False])
 def test_a_request_is_a_chunk_of_text_and_its_next_token(begins, tmp_path):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(save_checkpoint(tmp_path, begins=begins))
+    tokenizer = import_transformers().AutoTokenizer.from_pretrained(save_checkpoint(tmp_path, begins=begins))
     pool = TokenPool(tokenizer, VOCAB, CONTEXT, SHIFTS, "cpu")
     assert pool.inputs.shape == (2, len(pool), CONTEXT) and pool.targets.shape == (2, len(pool))
     for shift, domain in enumerate(("prose", "code")):
@@ -69,9 +68,7 @@ def test_a_request_is_a_chunk_of_text_and_its_next_token(begins, tmp_path):
 
 
 def test_tokens_that_the_model_does_not_know_and_unknown_shifts_are_refused(folder):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder)
     with pytest.raises(HfModelError, match="the model knows 100: they do not belong together"):
         TokenPool(tokenizer, 100, CONTEXT, SHIFTS, "cpu")
     with pytest.raises(ValueError, match="a language shift is one of"):
