@@ -2,6 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
+# Each of the many processes that tests start would compile every source anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-all freeze lint type bench clean help
 
 help:  ## show this list
@@ -13,7 +16,7 @@ demo: $(INSTALLED)  ## train an agent in the twin, compare it with static and ru
 # First one short training, alone: it compiles the twin, which the workers of the tests would all do at once.
 test: $(INSTALLED)  ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest -q tests/agents/learning/test_training.py -k the_seed_decides
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: test  ## run the tests, then the slow ones, which repeat at length what the others hold
 	$(BIN)/python -m pytest -m slow

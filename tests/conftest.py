@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+
+# One thread for torch's small tensors, here and in processes that tests start: there are several workers on
+# few cores. Threads that wait do not spin. Read when the libraries are loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,11 +29,23 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 os.environ["SDL_VIDEODRIVER"] = "dummy"  # windows without a screen
 
-torch.set_num_threads(1)  # small tensors, and several workers on few cores
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """One thread for torch: parallel loops of numba, which shares its OpenMP, leave it as many as theirs."""
+    torch.set_num_threads(1)
+
+
+LONG = (
+    "test_wheel.py", "test_frozen.py", "test_fuzz.py", "test_expert_parallel.py", "test_calibrate.py",
+    "test_kill_resume.py", "test_autoreset.py", "test_ttt.py", "test_tables.py", "test_token_profiling.py",
+)  # fmt: skip
+"""Files that take longest: begun first, so that no worker is left alone with one of them at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests marked gpu where there is no GPU."""
+    """Long files first; skip the tests marked gpu where there is no GPU."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
