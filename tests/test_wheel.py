@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -71,8 +73,13 @@ def test_wheel_holds_the_data_files_and_nothing_else_of_the_checkout(wheel: Path
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the code that the checkout has compiled, which is taken for the very same sources or not at all."""
     folder = tmp_path_factory.mktemp("installed")
     pip("install", "--no-deps", "--target", folder, wheel)
+    for package in ("moe", "thermoe_env", "agents"):
+        for path in (ROOT / package).rglob("__pycache__/*.nb[ci]"):
+            with contextlib.suppress(FileNotFoundError):  # another process may just replace it
+                shutil.copy(path, folder / path.relative_to(ROOT))
     return folder
 
 
@@ -134,10 +141,10 @@ def test_another_package_called_agents_is_named(installed: Path, tmp_path: Path)
         assert len(shadowed.stderr.splitlines()) == 1
 
 
-def test_a_package_that_overwrote_ours_is_named(wheel: Path, tmp_path: Path) -> None:
-    pip("install", "--no-deps", "--target", tmp_path, wheel)
-    ours = tmp_path / "agents" / "__init__.py"
+def test_a_package_that_overwrote_ours_is_named(installed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(installed, tmp_path / "overwritten")
+    ours = folder / "agents" / "__init__.py"
     for content in ("", "import nothing_such"):
         ours.write_text(content)
-        shadowed = run(tmp_path, tmp_path, sys.executable, tmp_path / "bin" / "thermalmoe-train")
+        shadowed = run(folder, tmp_path, sys.executable, folder / "bin" / "thermalmoe-train")
         assert shadowed.returncode == 1 and f"in place of ThermalMoE's: {ours}; un" in shadowed.stderr
