@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numba
 import pytest
 import torch
 from hypothesis import settings
@@ -29,11 +30,8 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 os.environ["SDL_VIDEODRIVER"] = "dummy"  # windows without a screen
 
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
-    """One thread for torch: parallel loops of numba, which shares its OpenMP, leave it as many as theirs."""
-    torch.set_num_threads(1)
+numba.get_num_threads()  # starts its threads, which sets torch's OpenMP, the same, to as many
+torch.set_num_threads(1)
 
 
 LONG = (

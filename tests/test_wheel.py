@@ -73,7 +73,7 @@ def test_wheel_holds_the_data_files_and_nothing_else_of_the_checkout(wheel: Path
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the code that the checkout has compiled, which is taken for the very same sources or not at all."""
+    """With the code that the checkout has compiled: it is taken for the very same sources or not at all."""
     folder = tmp_path_factory.mktemp("installed")
     pip("install", "--no-deps", "--target", folder, wheel)
     for package in ("moe", "thermoe_env", "agents"):
