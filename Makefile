@@ -13,9 +13,11 @@ help:  ## show this list
 demo: $(INSTALLED)  ## train an agent in the twin, compare it with static and rule_based, write a report
 	$(BIN)/python -m agents.demo
 
-# First one short training, alone: it compiles the twin, which the workers of the tests would all do at once.
+# First, alone, a short training and an episode of each kind of service: they compile what the workers of the
+# tests would all compile at once.
 test: $(INSTALLED)  ## run the tests, but for the slow ones
-	$(BIN)/python -m pytest -q tests/agents/learning/test_training.py -k the_seed_decides
+	$(BIN)/python -m pytest -q tests/agents/learning/test_training.py tests/thermoe_env/test_env.py \
+		tests/thermoe_env/test_env_tokens.py -k "the_seed_decides or same_keys or the_twin_plays"
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: test  ## run the tests, then the slow ones, which repeat at length what the others hold

@@ -30,6 +30,9 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 os.environ["SDL_VIDEODRIVER"] = "dummy"  # windows without a screen
 
+ONE_THREAD = {"NUMBA_NUM_THREADS": "1"}
+"""What to add to the environment of a process whose episodes are short: threads would wait for each other."""
+
 numba.get_num_threads()  # starts its threads, which sets torch's OpenMP, the same, to as many
 torch.set_num_threads(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.conftest import ONE_THREAD
 from tests.frozen import FILE, SHORT
 
 FROZEN = json.loads(FILE.read_text())
@@ -20,7 +22,9 @@ FROZEN = json.loads(FILE.read_text())
 def now() -> dict[str, Any]:
     """Computed in a process of its own, so that no other test can move it."""
     command = [sys.executable, "-m", "tests.frozen"]
-    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    run = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=os.environ | ONE_THREAD, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 

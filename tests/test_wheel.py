@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ONE_THREAD
+
 ROOT = Path(__file__).parents[1]
 EPISODE = """
 import json, gymnasium, thermoe_env, moe.data.datasets
@@ -40,7 +42,8 @@ def pip(*arguments: str | Path) -> None:
 
 def run(folder: Path, cwd: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a command in a fresh process that finds our packages in ``folder`` first."""
-    environment = os.environ | {"PYTHONPATH": str(folder), "THERMALMOE_DATA": "", "COLUMNS": "100"}
+    own = {"PYTHONPATH": str(folder), "THERMALMOE_DATA": "", "COLUMNS": "100"}
+    environment = os.environ | ONE_THREAD | own
     return subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
@@ -104,7 +107,7 @@ def test_installed_wheel_plays_what_the_checkout_plays(installed: Path, tmp_path
 
 
 def test_the_wheel_alone_trains_and_evaluates(installed: Path, tmp_path: Path) -> None:
-    (tmp_path / "short.yaml").write_text("{name: short, base: default, episode_s: 20}")
+    (tmp_path / "short.yaml").write_text("{name: short, base: default, episode_s: 20, knobs: [batch_size, expert_count]}")
     commands = installed / "bin"
     tiny = "--algo ppo --scenario short.yaml -n 80 --n-envs 2 --eval-freq 40 --log-folder mine".split()
     trained = run(installed, tmp_path, sys.executable, commands / "thermalmoe-train", *tiny)

@@ -18,6 +18,7 @@ from agents.load import load_policy, long_label, model_file, policy_label
 from agents.play.metrics import episode_metrics
 from agents.play.rollout import play_live, play_twin
 from agents.policies.policy import ConstantPolicy, PolicyError
+from tests.conftest import ONE_THREAD
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.problem.problem import Problem
 
@@ -54,7 +55,7 @@ def test_a_policy_of_another_package_is_played_by_the_command(
     run = subprocess.run(
         [sys.executable, str(ROOT / "evaluate.py"), *options],
         cwd=package.parent,
-        env=os.environ | {"THERMALMOE_CACHE": str(tmp_path / "cache")},
+        env=os.environ | ONE_THREAD | {"THERMALMOE_CACHE": str(tmp_path / "cache")},
         capture_output=True,
         text=True,
     )

@@ -19,6 +19,7 @@ from rich.console import Console
 from agents.evaluation.command import EvaluateConfig, evaluate
 from agents.evaluation.tables import ResultsError, read_tables
 from agents.load import policy_label
+from tests.conftest import ONE_THREAD
 
 ROOT = Path(__file__).parents[3]
 NAMES = (
@@ -37,7 +38,8 @@ def played(
     for name in NAMES:
         shutil.copytree(run_folder, folder / name)
     command = [sys.executable, str(ROOT / "evaluate.py"), "--scenario", scenario, "--seeds", "3"]
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "40", "PYTHONWARNINGS": "default"}
+    environment = os.environ | ONE_THREAD | {"PYTHONIOENCODING": "ascii", "COLUMNS": "40"}
+    environment["PYTHONWARNINGS"] = "default"
     run = subprocess.run(
         [*command, "--out", str(folder / "out"), "--policy", *(str(folder / name) for name in NAMES)],
         capture_output=True, env=environment, check=False,
