@@ -38,7 +38,7 @@ from benchmarks.expert_parallel_report import add_forecast, draw, summarise
 from moe.data import datasets as data
 from moe.device.base import Tick
 from moe.device.meter import EnergyMeter, open_meter
-from moe.device.torch_device import device_name
+from moe.device.torch_device import device_name, one_thread_on_cpu
 from moe.errors import ReadingError, one_line_errors
 from moe.files import read_json
 from moe.model.config import Size
@@ -162,7 +162,7 @@ def main(options: Options) -> None:
 
 def _device(name: str, local_rank: int, n_local: int) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        torch.set_num_threads(1)
+        one_thread_on_cpu(torch.device("cpu"))
         return torch.device("cpu")
     if torch.cuda.device_count() < n_local:
         sys.exit(

@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from moe.device.torch_device import device_name, serving_dtype
+from moe.device.torch_device import device_name, one_thread_on_cpu, serving_dtype
 from moe.errors import one_line_errors
 from moe.files import refuse_unwritable
 from moe.model.config import Size, model_config
@@ -52,8 +52,7 @@ def main(options: Options) -> None:
     if options.out is not None:
         refuse_unwritable(options.out)
     device = torch.device(options.device)
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    one_thread_on_cpu(device)
     rows = [row for n in options.tokens for row in _compare_experts(options, n, device)]
     rows += [row for n in options.tokens for row in _compare_counting(options, n, device)]
     table = Table(

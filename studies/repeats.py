@@ -23,7 +23,7 @@ import torch
 from agents.files import write_file
 from agents.play.metrics import student_interval
 from moe.data import datasets as data
-from moe.device.torch_device import device_name, pick_device
+from moe.device.torch_device import device_name, one_thread_on_cpu, pick_device
 from moe.model.config import TASKS, Size, Task
 from moe.training.recipes import RECIPES, Recipe
 from studies.tasks import StudyError, is_done, read_result
@@ -94,8 +94,7 @@ def ensure_repeats(
 ) -> None:
     """Run the repeats that are missing, see `ensure_repeat`."""
     device = pick_device(arguments.device)
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # as the measured service does: the same arithmetic in every repeat
+    one_thread_on_cpu(device)  # as in the measured service: the same arithmetic in every repeat
     for seed in arguments.seeds:
         for task in arguments.tasks:
             settings = study.settings(task, arguments.size, device.type)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pandas as pd
 import torch
 
-from moe.device.torch_device import pick_device
+from moe.device.torch_device import one_thread_on_cpu, pick_device
 from moe.model.config import Size, Task
 from studies.plays import Options
 from studies.repeats import origin, range_text, select, summarize
@@ -60,8 +60,7 @@ class Repeat:
 
     def run(self) -> dict[str, Any]:
         """See `Task.run`."""
-        if self.device == "cpu":
-            torch.set_num_threads(1)  # the same arithmetic in every repeat
+        one_thread_on_cpu(torch.device(self.device))  # the same arithmetic in every repeat
         return run_repeat(load_study(self.config), self.task, self.size, torch.device(self.device), self.seed)
 
 

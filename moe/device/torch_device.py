@@ -25,6 +25,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def one_thread_on_cpu(device: torch.device) -> None:
+    """Keep torch to one thread on a CPU, in this process.
+
+    The models for a CPU are so small that more threads gain nothing, and cost a thousandfold where another
+    process holds one of the cores.
+    """
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+
+
 def device_name(device: torch.device) -> str:
     """Return the name of the GPU, or of the processor architecture."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"

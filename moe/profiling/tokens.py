@@ -19,7 +19,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from moe.device.meter import EnergyMeter, open_meter
-from moe.device.torch_device import device_name, pick_device
+from moe.device.torch_device import device_name, one_thread_on_cpu, pick_device
 from moe.files import refuse_unwritable, write_file
 from moe.lm.config import ENGINE, Size
 from moe.lm.engine.engine import Engine
@@ -82,8 +82,7 @@ def open_engine(size: Size, device: torch.device, cache_positions: int | None = 
     Raises:
         WeightsError: no such weights; names the command that makes them.
     """
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # matrices this small leave threads waiting for each other
+    one_thread_on_cpu(device)
     texts = Texts(documents().tokens.astype(np.int32), reference(size))
     model, room = load_model(size, device), ENGINE[device.type]
     engine = Engine(

@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from moe.device.meter import open_meter
-from moe.device.torch_device import device_name, pick_device
+from moe.device.torch_device import device_name, one_thread_on_cpu, pick_device
 from moe.errors import one_line_errors
 from moe.lm.config import LmConfig, Recipe
 from moe.lm.corpus import build_corpus, default_roots
@@ -125,8 +125,7 @@ class Training:
     def run(self) -> dict[str, Any]:
         """See `Task.run`."""
         device = torch.device(self.device)
-        if device.type == "cpu":
-            torch.set_num_threads(1)  # matrices this small leave threads waiting for each other
+        one_thread_on_cpu(device)
         corpus = build_corpus(cache_folder(), self.roots)
         model, training = train(self.config, self.recipe, corpus.tokens, device, self.seed, name=self.name)
         cells = measure(

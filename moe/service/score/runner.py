@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moe.data.pools import SamplePool
+from moe.device.torch_device import one_thread_on_cpu
 from moe.errors import ThermoeError
 from moe.model.graph import Recorder
 from moe.model.transformer import ModelOutput, MoEModel
@@ -193,13 +194,11 @@ class Runner:
         """Prepare to serve `samples` with `model`, both on `device`.
 
         A model adapts by `adapter`; without one, a model with batch norms by guarded TENT on its norms.
-        For the whole process, on CUDA this turns cuDNN's attention off, and on a CPU it sets torch to one
-        thread: the models for a CPU are so small that more threads gain nothing, and cost a thousandfold
-        where another process holds one of the cores.
+        For the whole process, on CUDA this turns cuDNN's attention off, and on a CPU it keeps torch to one
+        thread.
         """
         self.model = model
-        if torch.device(device).type == "cpu":
-            torch.set_num_threads(1)
+        one_thread_on_cpu(torch.device(device))
         if adapter is None and model.config.norm == "batch":
             adapter = Adapter(model)
         self.adapter = adapter
