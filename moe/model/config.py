@@ -10,7 +10,9 @@ Task = Literal["vision", "language"]
 Size = Literal["tiny", "base"]
 Norm = Literal["batch", "group", "layer", "rms"]
 ZeroComputation = Literal["zero", "copy", "constant"]
-Method = Literal["batch_statistics", "tent", "eata", "sar", "rotation", "dynamic_evaluation"]
+Method = Literal[
+    "batch_statistics", "tent", "eata", "sar", "roid", "eva", "rotation", "neo", "bank", "dynamic_evaluation"
+]
 Group = Literal["norms", "router", "expert_norms", "last_block"]
 TASKS: tuple[Task, ...] = ("vision", "language")
 SIZES: tuple[Size, ...] = ("tiny", "base")
@@ -18,7 +20,7 @@ NORMS: tuple[Norm, ...] = ("batch", "group", "layer", "rms")
 ZERO_COMPUTATIONS: tuple[ZeroComputation, ...] = ("zero", "copy", "constant")
 
 TTT_METHODS: dict[str, tuple[Method, ...]] = {
-    "vision": ("batch_statistics", "tent", "eata", "sar", "rotation"),
+    "vision": ("batch_statistics", "tent", "eata", "sar", "roid", "eva", "rotation", "neo", "bank"),
     "language": ("dynamic_evaluation",),
 }
 """Methods of test-time training by task, see `moe.ttt`."""

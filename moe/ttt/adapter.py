@@ -9,30 +9,40 @@ from torch import Tensor
 
 from moe.model.config import TTT_METHODS, Method
 from moe.model.transformer import MoEModel
+from moe.ttt.bank import bank
 from moe.ttt.groups import Group
 from moe.ttt.guards import Guard, GuardCounters, GuardSettings
-from moe.ttt.methods import batch_statistics, dynamic_evaluation, eata, sar, tent
-from moe.ttt.rotation import rotation
-from moe.ttt.state import (
-    AdaptationState,
+from moe.ttt.neo import PLAIN, neo
+from moe.ttt.settings import (
+    Bank,
     BatchStatistics,
     DynamicEvaluation,
     Eata,
+    Eva,
+    Neo,
+    Roid,
     Rotation,
     Sar,
-    Saved,
+    Settings,
     Tent,
-    start,
 )
+from moe.ttt.state import AdaptationState, Saved, start
 from moe.ttt.steps import Step, smallest_batch
 
-METHODS: dict[Method, tuple[type[BatchStatistics], Callable[..., Step]]] = {
-    "batch_statistics": (BatchStatistics, batch_statistics),
-    "tent": (Tent, tent),
-    "eata": (Eata, eata),
-    "sar": (Sar, sar),
-    "rotation": (Rotation, rotation),
-    "dynamic_evaluation": (DynamicEvaluation, dynamic_evaluation),
+SETTINGS: dict[Method, type[Settings]] = {
+    "batch_statistics": BatchStatistics,
+    "tent": Tent,
+    "eata": Eata,
+    "sar": Sar,
+    "roid": Roid,
+    "eva": Eva,
+    "rotation": Rotation,
+    "neo": Neo,
+    "bank": Bank,
+    "dynamic_evaluation": DynamicEvaluation,
+}
+METHODS: dict[Method, tuple[type[Settings], Callable[..., Step]]] = {
+    name: (kind, {**PLAIN, Neo: neo, Bank: bank}[kind]) for name, kind in SETTINGS.items()
 }
 """Name -> (type of the settings, function). A type of settings picks its function."""
 
@@ -52,7 +62,7 @@ class Adapter:
     def __init__(
         self,
         model: MoEModel,
-        settings: BatchStatistics | None = None,
+        settings: Settings | None = None,
         group: Group = "norms",
         guard: GuardSettings | None = GuardSettings(),  # noqa: B008  (immutable)
     ) -> None:
@@ -65,7 +75,7 @@ class Adapter:
             guard: Limits of the guard; None: unguarded.
 
         Raises:
-            ValueError: The method is for another task, or the model has nothing for it to adapt.
+            ValueError: The method is for another task, or the model lacks what it needs.
         """
         self.model, self.settings = model, Tent() if settings is None else settings
         name, self.method = _method_of(self.settings)
@@ -117,7 +127,7 @@ class Adapter:
             self._count("empty")
             return 0
         kept = 0
-        while kept < steps and self._step(inputs, answers, top_k, routing_bias):
+        while kept < steps and self._step(inputs, answers, top_k, routing_bias, served=kept == 0):
             kept += 1
             self.adapted = True
         return kept
@@ -146,12 +156,17 @@ class Adapter:
         """Undo all adaptation: weights, statistics, optimizer, averages, and the guard's memory."""
         self.restore(self.state.source)
 
-    def _step(self, inputs: Tensor, answers: Tensor, top_k: int | None, routing_bias: float) -> bool:
-        """Take a step; returns whether it was taken and kept."""
+    def _step(
+        self, inputs: Tensor, answers: Tensor, top_k: int | None, routing_bias: float, served: bool
+    ) -> bool:
+        """Take a step; returns whether it was taken and kept. `served`: the model is as it answered."""
         if self.guard is not None:
-            step = self.guard.step(self.method, inputs, answers, self.settings, top_k, routing_bias)
+            step = self.guard.step(
+                self.method, inputs, answers, self.settings, top_k, routing_bias, served=served
+            )
             return step is not None and step.selected > 0
-        step = self.method(self.model, self.state, inputs, self.settings, top_k, routing_bias)
+        given = answers if served else None
+        step = self.method(self.model, self.state, inputs, self.settings, top_k, routing_bias, given)
         self._count("steps" if step.selected else "empty")
         return step.selected > 0
 
@@ -159,7 +174,7 @@ class Adapter:
         self._counters = replace(self._counters, **{what: getattr(self._counters, what) + 1})
 
 
-def _method_of(settings: BatchStatistics) -> tuple[Method, Callable[..., Step]]:
+def _method_of(settings: Settings) -> tuple[Method, Callable[..., Step]]:
     for name, (kind, method) in METHODS.items():
         if type(settings) is kind:
             return name, method

@@ -37,10 +37,13 @@ import torch
 from torch import Tensor
 
 from moe.model.transformer import BatchNorm, MoEModel
-from moe.ttt.groups import batch_norms, running_statistics
+from moe.ttt.bank import recognises
+from moe.ttt.groups import batch_norms
+from moe.ttt.neo import uncentred
 from moe.ttt.service import AdaptationDiverged
+from moe.ttt.settings import Bank, Settings, recentres
 from moe.ttt.state import AdaptationState, Saved
-from moe.ttt.steps import Step, look
+from moe.ttt.steps import Step, divergence, look
 
 DEVIATION_OF_MEAN_ABSOLUTE = math.sqrt(math.pi / 2)
 """Standard deviation of a normal variable over its mean absolute deviation."""
@@ -185,36 +188,40 @@ class Guard:
         settings: Any,
         top_k: int | None = None,
         routing_bias: float = 0.0,
+        *,
+        served: bool = True,
     ) -> Step | None:
         """Take a guarded step.
 
         Args:
             method: One of `moe.ttt.methods`.
             inputs: Inputs to learn from.  # [B, ...]
-            answers: Logits that the model in its present state gave them.  # [B, C] or [B, S, C]
+            answers: Logits that the model gave them.  # [B, C] or [B, S, C]
             settings: Of the method.
             top_k: Experts per token; None means the config's.
             routing_bias: Pull to cheap experts.
+            served: Whether the model is still as it was at these answers.
 
         Returns:
             What the step did, or None where it was refused or undone; the counters say why.
         """
-        batch = _describe(inputs, answers, self._shares, self.settings.average_decay)
+        batch = self._describe(inputs, answers)
         if not all(math.isfinite(value) for value in batch.numbers.values()):
             return self._roll_back("non_finite")
-        if self._is_poisoned(batch):
+        if self._is_poisoned(batch, inputs, settings):
             return self._count("poisoned")
         if self._is_collapsed(batch):
             return self._roll_back("collapsed")
-        if self._is_concentrated(batch, inputs, top_k, routing_bias):
+        if self._is_concentrated(batch, inputs, settings, top_k, routing_bias):
             self._count("concentrated")
-            mixed = self._gather(inputs, answers, top_k, routing_bias)
+            mixed = self._gather(inputs, answers, settings, top_k, routing_bias)
             if mixed is None:
                 return None
-            inputs = mixed
+            inputs, served = mixed, False
         self._left_out.clear()
+        given = answers if served else None
         try:
-            step = method(self._model, self._state, inputs, settings, top_k, routing_bias)
+            step = method(self._model, self._state, inputs, settings, top_k, routing_bias, given)
         except AdaptationDiverged:
             return self._roll_back("non_finite")
         if not step.selected:
@@ -226,15 +233,26 @@ class Guard:
         self._promote()
         return step
 
-    def _is_poisoned(self, batch: _Batch) -> bool:
-        """Judge a batch by its inputs and its entropy; outliers leave the baselines as they are."""
+    def _describe(self, inputs: Tensor, answers: Tensor) -> _Batch:
+        recentred = self._state.centring is not None
+        plain = uncentred(self._model, self._state, answers) if recentred else answers
+        return _describe(inputs, answers, plain, self._shares, self.settings.average_decay)
+
+    def _is_poisoned(self, batch: _Batch, inputs: Tensor, method_settings: Any) -> bool:
+        """Judge a batch by its inputs and its entropy; outliers leave the baselines as they are.
+
+        A shift that a bank knows is no poison: one batch of it is enough for a change.
+        """
         settings = self.settings
         ready = self._baselines["entropy"].n >= settings.warm_up
         if ready and any(
             line.z(batch.numbers[name]) > settings.outlier_z for name, line in self._baselines.items()
         ):
             self._outliers += 1
-            if self._outliers < settings.shift_after:
+            known = isinstance(method_settings, Bank) and recognises(
+                self._model, self._state, inputs, method_settings
+            )
+            if self._outliers < settings.shift_after and not known:
                 return True
             self._baselines = _baselines()
             self._left_out.clear()
@@ -253,10 +271,18 @@ class Guard:
             or self._entropy < settings.entropy_limit
         )
 
-    def _is_concentrated(self, batch: _Batch, inputs: Tensor, top_k: int | None, routing_bias: float) -> bool:
-        """Judge whether a batch holds few classes, by the three signs of the module's head."""
-        if self._model.config.norm != "batch" or batch.numbers["spread"] >= self.settings.spread_limit:
+    def _is_concentrated(
+        self, batch: _Batch, inputs: Tensor, method_settings: Any, top_k: int | None, routing_bias: float
+    ) -> bool:
+        """Judge whether a batch holds few classes, by the three signs of the module's head.
+
+        Without batch norms there is one sign, the classes that are named, and one thing to fit to them: the
+        mean that is taken away.
+        """
+        if batch.numbers["spread"] >= self.settings.spread_limit:
             return False
+        if self._model.config.norm != "batch":
+            return isinstance(method_settings, Settings) and recentres(method_settings)
         output, moved = look(self._model, inputs, top_k, routing_bias)
         first, last = _moves(self._model, moved)
         adapted_entropy, first_move, last_move = torch.stack([output.entropy.mean(), first, last]).tolist()
@@ -264,7 +290,12 @@ class Guard:
         return doubt > self.settings.doubt_margin and last_move > first_move
 
     def _gather(
-        self, inputs: Tensor, answers: Tensor, top_k: int | None, routing_bias: float
+        self,
+        inputs: Tensor,
+        answers: Tensor,
+        method_settings: Any,
+        top_k: int | None,
+        routing_bias: float,
     ) -> Tensor | None:
         """Keep a batch of few classes; return a batch drawn evenly from those kept once it holds many."""
         self._left_out.append((inputs.clone(), answers.clone()))  # callers may reuse their buffers
@@ -272,12 +303,12 @@ class Guard:
         if len(self._left_out) < n:
             return None
         inputs, answers = (torch.cat(part)[::n] for part in zip(*self._left_out, strict=True))
-        mixed = _describe(inputs, answers, self._shares, self.settings.average_decay)
-        return None if self._is_concentrated(mixed, inputs, top_k, routing_bias) else inputs
+        mixed = self._describe(inputs, answers)
+        return None if self._is_concentrated(mixed, inputs, method_settings, top_k, routing_bias) else inputs
 
     def _is_finite(self) -> bool:
         """Whether parameters and statistics are numbers; decided on the device, read once."""
-        tensors = [*self._state.parameters, *running_statistics(self._model)]
+        tensors = [*self._state.parameters, *self._state.moved(self._model)]
         return bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
 
     def _promote(self) -> None:
@@ -313,22 +344,31 @@ def _baselines() -> dict[str, _Baseline]:
 
 
 @torch.no_grad()
-def _describe(inputs: Tensor, answers: Tensor, shares: Tensor | None, decay: float) -> _Batch:
+def _describe(
+    inputs: Tensor, answers: Tensor, uncentred: Tensor, shares: Tensor | None, decay: float
+) -> _Batch:
     """Return what a batch is judged by; the host waits once.
 
-    The moving average of the classes' shares starts at even shares: the first answers are no collapse.
+    The moving average of the classes' shares starts at even shares: the first answers are no collapse. How
+    many classes are named is told from answers before `neo`, which spreads those to any batch over all
+    classes.
     """
     x = inputs.float()
     log_p = answers.float().log_softmax(dim=-1).flatten(0, -2)  # [N, C]
     n_classes = log_p.shape[-1]
     entropy = -(log_p.exp() * log_p).sum(dim=-1).mean() / math.log(n_classes)
-    classes = torch.arange(n_classes, device=log_p.device)
-    now = (log_p.argmax(dim=-1, keepdim=True) == classes).float().mean(dim=0)  # [C]
+    now = _shares(answers)
     old = torch.full_like(now, 1 / n_classes) if shares is None else shares
     shares = decay * old + (1 - decay) * now
-    spread = _spread(now, len(log_p))
+    spread = _spread(_shares(uncentred), len(log_p))
     values = torch.stack([x.mean(), x.std(correction=0), entropy, shares.max(), spread]).tolist()
     return _Batch(dict(zip((*_JUDGED, "concentration", "spread"), values, strict=True)), shares)
+
+
+def _shares(answers: Tensor) -> Tensor:
+    """Return the share of each class among the answers, [C]."""
+    classes = torch.arange(answers.shape[-1], device=answers.device)
+    return (answers.flatten(0, -2).argmax(dim=-1, keepdim=True) == classes).float().mean(dim=0)
 
 
 def _spread(shares: Tensor, n_answers: int) -> Tensor:
@@ -342,9 +382,7 @@ def _spread(shares: Tensor, n_answers: int) -> Tensor:
 
 @torch.no_grad()
 def _moves(model: MoEModel, moved: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return how far the first and the last batch norm's statistics would move, 0-dim.
-
-    Mean over the channels of the Kullback-Leibler divergence of normal distributions, in nats.
+    """Return how far the first and the last batch norm's statistics would move (`divergence`), 0-dim.
 
     Args:
         model: Model with batch norms.
@@ -353,9 +391,8 @@ def _moves(model: MoEModel, moved: list[Tensor]) -> tuple[Tensor, Tensor]:
     norms = [norm for _, norm in batch_norms(model)]
     per_norm = len(moved) // len(norms)
 
-    def divergence(norm: BatchNorm, mean: Tensor, variance: Tensor) -> Tensor:
+    def move(norm: BatchNorm, mean: Tensor, variance: Tensor) -> Tensor:
         assert norm.running_mean is not None and norm.running_var is not None
-        ratio = variance / norm.running_var
-        return (ratio + (mean - norm.running_mean) ** 2 / norm.running_var - 1 - ratio.log()).mean() / 2
+        return divergence(mean, variance, norm.running_mean, norm.running_var)
 
-    return divergence(norms[0], *moved[:2]), divergence(norms[-1], *moved[-per_norm:][:2])
+    return move(norms[0], *moved[:2]), move(norms[-1], *moved[-per_norm:][:2])

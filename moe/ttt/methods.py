@@ -1,8 +1,10 @@
 """Methods of test-time training, as functions of one shape: model, state, inputs, settings.
 
-All take one step on inputs that were already answered. A step that is skipped (nothing selected) builds no
-graph and leaves parameters, statistics, optimizer and averages as they were; so does a step that raises.
-On a model with batch norms the adapting pass normalises by its batch, and the running statistics follow once.
+All take one step on inputs that were already answered; `answers` are the logits that they got, where the
+model is still as it was then, and only methods without a pass of their own read them. A step that is skipped
+(nothing selected) builds no graph and leaves parameters, statistics, optimizer and averages as they were; so
+does a step that raises. On a model with batch norms the adapting pass normalises by its batch, and the
+running statistics follow once.
 
 The host waits once per step to see that the loss is a number, and once more for each selection (its size).
 Shapes: B samples, C classes, S bytes.
@@ -21,16 +23,8 @@ from torch import Tensor, nn
 from moe.model.transformer import ModelOutput, MoEModel
 from moe.ttt.groups import batch_statistics_in_force
 from moe.ttt.service import adapt
-from moe.ttt.state import (
-    AdaptationState,
-    BatchStatistics,
-    DynamicEvaluation,
-    Eata,
-    RmsDynamicEvaluation,
-    Sar,
-    Tent,
-    require_batch_norms,
-)
+from moe.ttt.settings import BatchStatistics, DynamicEvaluation, Eata, RmsDynamicEvaluation, Sar, Tent
+from moe.ttt.state import AdaptationState, require_batch_norms
 from moe.ttt.steps import (
     SKIPPED,
     Step,
@@ -52,6 +46,7 @@ def batch_statistics(
     settings: BatchStatistics,
     top_k: int | None = None,
     routing_bias: float = 0.0,
+    answers: Tensor | None = None,
 ) -> Step:
     """Move the running statistics toward the batch's, without a gradient (arXiv 2006.16971).
 
@@ -73,6 +68,7 @@ def tent(
     settings: Tent,
     top_k: int | None = None,
     routing_bias: float = 0.0,
+    answers: Tensor | None = None,
 ) -> Step:
     """Descend the mean entropy of the answers (TENT, arXiv 2006.10726), as the service does (`adapt`).
 
@@ -94,6 +90,7 @@ def eata(
     settings: Eata,
     top_k: int | None = None,
     routing_bias: float = 0.0,
+    answers: Tensor | None = None,
 ) -> Step:
     """Descend the entropy of reliable, not redundant samples (EATA, arXiv 2204.02610, section 4).
 
@@ -162,6 +159,7 @@ def sar(
     settings: Sar,
     top_k: int | None = None,
     routing_bias: float = 0.0,
+    answers: Tensor | None = None,
 ) -> Step:
     """Descend the entropy of reliable samples toward flat minima (SAR, arXiv 2302.12400, section 4).
 
@@ -210,6 +208,7 @@ def dynamic_evaluation(
     settings: DynamicEvaluation,
     top_k: int | None = None,
     routing_bias: float = 0.0,
+    answers: Tensor | None = None,
 ) -> Step:
     """Learn from bytes already scored (dynamic evaluation: Krause et al., ICML 2018, arXiv 1709.07432).
 
@@ -227,6 +226,7 @@ def dynamic_evaluation(
         settings: Of the method.
         top_k: Experts per token; None means the config's.
         routing_bias: Pull to cheap experts.
+        answers: Not read.
 
     Raises:
         ValueError: The model is no language model, there is no next byte, or the rms was not measured.

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.model.transformer import ModelOutput, MoEModel
-from moe.ttt.state import AdaptationState, Rotation
+from moe.ttt.settings import Rotation
+from moe.ttt.state import AdaptationState
 from moe.ttt.steps import Step, check_batch, descend, look, set_statistics, statistics_held
 
 
@@ -36,6 +37,7 @@ def rotation(
     settings: Rotation,
     top_k: int | None = None,
     routing_bias: float = 0.0,
+    answers: Tensor | None = None,
 ) -> Step:
     """Descend the loss of the rotation head on a batch in all four turns (TTT, arXiv 1909.13231).
 
@@ -44,15 +46,10 @@ def rotation(
     graph more.
 
     Raises:
-        ValueError: The model has no rotation head; or the batch is a single sample and it has batch norms.
+        ValueError: The batch is a single sample and the model has batch norms.
         AdaptationDiverged: The loss is not a number.
     """
     check_batch(model, inputs)
-    if model.rotation_head is None:
-        raise ValueError(
-            "the model has no rotation head: train one with `python -m moe.training --task vision "
-            "--rotation-head`, or adapt by another method"
-        )
     moved = look(model, inputs, top_k, routing_bias)[1] if model.config.norm == "batch" else []
     turns = torch.arange(4, device=inputs.device).repeat_interleave(len(inputs))  # [4 B]
 

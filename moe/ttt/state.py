@@ -1,14 +1,13 @@
-"""Settings of the adaptation methods, and all that a method remembers from step to step.
+"""All that a method remembers from step to step.
 
-What adaptation changes is: the parameters of its group, the running statistics of batch norms, the
-optimizer's state, and moving averages. `AdaptationState` holds or reaches all of it, so that its `snapshot`,
-`restore` and `reset` are complete.
+What adaptation changes is: the parameters of its group, the running statistics of batch norms, the last
+norm's offset where `neo` moves it, the optimizer's state, moving averages, and the shifts of a bank.
+`AdaptationState` holds or reaches all of it, so that its `snapshot`, `restore` and `reset` are complete.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,143 +16,11 @@ from torch import Tensor, nn
 
 from moe.model.transformer import MoEModel
 from moe.ttt.groups import Group, batch_norms, collect_params, running_statistics
-from moe.ttt.service import LEARNING_RATE, STATISTICS_MOMENTUM
+from moe.ttt.service import STATISTICS_MOMENTUM
+from moe.ttt.settings import Bank, Rotation, Settings, Tent, plain, recentres
 
-
-@dataclass(frozen=True, kw_only=True)
-class BatchStatistics:
-    """Settings of `batch_statistics`.
-
-    Attributes:
-        statistics_momentum: Share of the batch in the running statistics, 0 to 1.
-    """
-
-    statistics_momentum: float = STATISTICS_MOMENTUM
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        _check_shares(self, "statistics_momentum")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tent(BatchStatistics):
-    """Settings of `tent`, and what all methods with a gradient share. The optimizer is SGD.
-
-    Attributes:
-        learning_rate: Of a loss in shares of log C, so that it means the same for any number of classes.
-        momentum: Of SGD, 0 to below 1.
-    """
-
-    learning_rate: float = LEARNING_RATE
-    momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        super().__post_init__()
-        _check_positive(self, "learning_rate")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be within 0 <= momentum < 1, got {self.momentum}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eata(Tent):
-    """Settings of `eata`.
-
-    Attributes:
-        entropy_margin: Samples above are unreliable; a share of log C (0.4: EATA, section 4.1).
-        redundancy_margin: Samples whose probabilities have at least this cosine to their moving average are
-            redundant; 0.4 for 10 classes, 0.05 for 1000 in the paper.
-        average_decay: Of that moving average.
-        anchor_strength: Weight of the Fisher anchor, where one was made (`fisher_anchor`).
-    """
-
-    entropy_margin: float = 0.4
-    redundancy_margin: float = 0.4
-    average_decay: float = 0.9
-    anchor_strength: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        super().__post_init__()
-        _check_shares(self, "entropy_margin", "redundancy_margin", "average_decay")
-        _check_positive(self, "anchor_strength")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sar(Tent):
-    """Settings of `sar`.
-
-    Attributes:
-        entropy_margin: As of `Eata`.
-        rho: Length of the ascent step.
-        recover_below_nats: Back to the start when the moving average of the entropy falls under this.
-            In nats, 0.2 as in SAR's code, whose models tell 1000 classes apart.
-        average_decay: Of that moving average.
-    """
-
-    entropy_margin: float = 0.4
-    rho: float = 0.05
-    recover_below_nats: float = 0.2
-    average_decay: float = 0.9
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        super().__post_init__()
-        _check_shares(self, "entropy_margin", "average_decay")
-        _check_positive(self, "rho")
-        if not 0 <= self.recover_below_nats < math.inf:
-            raise ValueError(
-                f"recover_below_nats must be finite and not negative, got {self.recover_below_nats}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rotation(Tent):
-    """Settings of `rotation`; the loss is in shares of log 4, and takes larger steps than an entropy."""
-
-    learning_rate: float = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class DynamicEvaluation(Tent):
-    """Settings of `dynamic_evaluation`; the loss is in nats per byte.
-
-    The default learning rate is for norms, which a tenfold one ruins; the last block takes 1.
-
-    Attributes:
-        decay: Share of the way back to the first parameters in each step, 0 to below 1.
-    """
-
-    decay: float = 0.0
-    learning_rate: float = 3e-2
-    momentum: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        super().__post_init__()
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be within 0 <= decay < 1, got {self.decay}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RmsDynamicEvaluation(DynamicEvaluation):
-    """Settings of `dynamic_evaluation` with gradients over their usual size, which `gradient_rms` measures.
-
-    The defaults are for the last block, which learns most and is the cheapest; norms take a rate of 1e-2.
-
-    Attributes:
-        epsilon: Added to that size, in units of its mean over the group: parameters that hardly have a
-            gradient before a shift would fly off after it.
-    """
-
-    epsilon: float = 1.0
-    learning_rate: float = 1.5e-3
-    decay: float = 1e-3
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        super().__post_init__()
-        _check_positive(self, "epsilon")
+SOURCE_BATCHES = 1_000_000
+"""Batches that the statistics of the unadapted model count for in a bank: a new one hardly moves them."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +31,23 @@ class Saved:
     statistics: list[Tensor]
     optimizer: dict[str, Any] | None
     averages: dict[str, Tensor]
+    shifts: tuple[Shift, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A shift that a bank knows: how its features look, and the state that goes with it.
+
+    Attributes:
+        mean: Of each channel that the first norm takes in.  # [D] variance: Likewise.  # [D] batches:
+        Batches that it has learned from. saved: State when it was last left, without a bank of its own; of
+        the shift in force it is out of date.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    batches: int
+    saved: Saved
 
 
 @dataclass
@@ -175,9 +59,11 @@ class AdaptationState:
         names: Their names.
         optimizer: Over them; None where there are none.
         averages: Moving averages of the method by name, missing until there is one.
+        shifts: Those that a bank knows, the one in force last.
         source: The state at the start, for `reset`.
         fisher: Constant weight of each parameter's distance to the start, or none; see `fisher_anchor`.
         rms: Constant root mean square of each parameter's gradient, or none; see `gradient_rms`.
+        centring: Constant map from mean logits to the last norm's offset that gives them, or none.  # [D, C]
     """
 
     parameters: list[nn.Parameter]
@@ -185,8 +71,10 @@ class AdaptationState:
     optimizer: torch.optim.Optimizer | None
     source: Saved
     averages: dict[str, Tensor] = field(default_factory=dict)
+    shifts: tuple[Shift, ...] = ()
     fisher: list[Tensor] | None = None
     rms: list[Tensor] | None = None
+    centring: Tensor | None = None
 
     @property
     def descent(self) -> torch.optim.Optimizer:
@@ -199,15 +87,26 @@ class AdaptationState:
             raise ValueError("this state was started without parameters; start it with the method's settings")
         return self.optimizer
 
+    def moved(self, model: MoEModel) -> list[Tensor]:
+        """What steps move without a gradient, no copies: running statistics, and the offset of `neo`."""
+        return running_statistics(model) + ([] if self.centring is None else [offset_of(model)])
+
     def snapshot(self, model: MoEModel) -> Saved:
         """Copy all that adaptation changes. Copies what adapts, so the group sets the cost; no host wait."""
-        return _save(model, self.parameters, self.optimizer, self.averages)
+        return Saved(
+            parameters=[parameter.detach().clone() for parameter in self.parameters],
+            statistics=[tensor.detach().clone() for tensor in self.moved(model)],
+            optimizer=None if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict()),
+            averages={name: value.clone() for name, value in self.averages.items()},
+            shifts=self.shifts,
+        )
 
     def restore(self, model: MoEModel, saved: Saved) -> None:
         """Put a snapshot back, bit for bit; it may be put back again."""
         _copy(self.parameters, saved.parameters)
-        _copy(running_statistics(model), saved.statistics)
+        _copy(self.moved(model), saved.statistics)
         self.averages = {name: value.clone() for name, value in saved.averages.items()}
+        self.shifts = saved.shifts
         if self.optimizer is not None and saved.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
             self.optimizer.load_state_dict(copy.deepcopy(saved.optimizer))
@@ -223,28 +122,47 @@ class AdaptationState:
         return self.averages[name]
 
 
-def start(model: MoEModel, settings: BatchStatistics, group: Group = "norms") -> AdaptationState:
+def start(model: MoEModel, settings: Settings, group: Group = "norms") -> AdaptationState:
     """Prepare a model to adapt: freeze all but the group, leave eval mode on, and make the state.
+
+    A bank knows the shift of the training data from the start where running statistics say how it looks.
 
     Args:
         model: Model to adapt.
         settings: Of the method that will be used.
-        group: What adapts; `batch_statistics` has no parameters to adapt and takes none.
+        group: What adapts; methods without a gradient have no parameters to adapt and take none.
 
     Raises:
-        ValueError: The group is empty, or the method needs batch norms and the model has none.
+        ValueError: The group is empty, or the model lacks what the method needs: batch norms, a last norm
+            with an offset, or a rotation head.
     """
+    base = plain(settings)
+    if base is not None and not isinstance(base, Tent):
+        require_batch_norms(model)
+    if isinstance(base, Rotation) and model.rotation_head is None:
+        raise ValueError(
+            "the model has no rotation head: train one with `python -m moe.training --task vision "
+            "--rotation-head`, or adapt by another method"
+        )
     model.requires_grad_(False).eval()
     for _, norm in batch_norms(model):
-        norm.momentum = settings.statistics_momentum
-    if not isinstance(settings, Tent):
-        require_batch_norms(model)
-        return AdaptationState([], [], None, _save(model, [], None, {}))
-    parameters, names = collect_params(model, group)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.SGD(parameters, lr=settings.learning_rate, momentum=settings.momentum)
-    return AdaptationState(parameters, names, optimizer, _save(model, parameters, optimizer, {}))
+        norm.momentum = STATISTICS_MOMENTUM if base is None else base.statistics_momentum
+    state = AdaptationState([], [], None, Saved([], [], None, {}))
+    if isinstance(base, Tent):
+        state.parameters, state.names = collect_params(model, group)
+        for parameter in state.parameters:
+            parameter.requires_grad_(True)
+        state.optimizer = torch.optim.SGD(state.parameters, lr=base.learning_rate, momentum=base.momentum)
+    if recentres(settings):
+        offset_of(model)
+        state.centring = torch.linalg.pinv(model.head.weight.float())
+    state.source = state.snapshot(model)
+    first = next(batch_norms(model), None)
+    if isinstance(settings, Bank) and first is not None:
+        mean, variance = (tensor.clone() for tensor in running_statistics(model)[:2])
+        state.shifts = (Shift(mean, variance, SOURCE_BATCHES, state.source),)
+        state.source = state.snapshot(model)
+    return state
 
 
 def require_batch_norms(model: MoEModel) -> None:
@@ -256,33 +174,21 @@ def require_batch_norms(model: MoEModel) -> None:
         )
 
 
-def _save(
-    model: MoEModel,
-    parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer | None,
-    averages: dict[str, Tensor],
-) -> Saved:
-    return Saved(
-        parameters=[parameter.detach().clone() for parameter in parameters],
-        statistics=[buffer.clone() for buffer in running_statistics(model)],
-        optimizer=None if optimizer is None else copy.deepcopy(optimizer.state_dict()),
-        averages={name: value.clone() for name, value in averages.items()},
-    )
+def offset_of(model: MoEModel) -> Tensor:
+    """Return the last norm's offset, [D], whose mean over the tokens the classifier sees.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if model.config.norm == "rms":
+        raise ValueError(
+            "neo moves the offset of the last norm, and norm 'rms' has none; use a model with norm 'batch', "
+            "'group' or 'layer', or another method"
+        )
+    return model.norm.bias.detach()
 
 
 @torch.no_grad()
 def _copy(targets: list[Any], values: list[Tensor]) -> None:
     for target, value in zip(targets, values, strict=True):
         target.copy_(value)
-
-
-def _check_shares(settings: object, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(settings, name) <= 1:
-            raise ValueError(f"{name} must be within 0..1, got {getattr(settings, name)}")
-
-
-def _check_positive(settings: object, *names: str) -> None:
-    for name in names:
-        if not 0 < getattr(settings, name) < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {getattr(settings, name)}")

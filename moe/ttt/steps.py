@@ -100,6 +100,15 @@ def set_statistics(model: MoEModel, statistics: list[Tensor]) -> None:
         buffer.copy_(value)
 
 
+def divergence(mean: Tensor, variance: Tensor, mean_0: Tensor, variance_0: Tensor) -> Tensor:
+    """Return how far channels' normal distributions are from others, 0-dim.
+
+    Mean over the channels, [D] each, of the Kullback-Leibler divergence, in nats.
+    """
+    ratio = variance / variance_0
+    return (ratio + (mean - mean_0) ** 2 / variance_0 - 1 - ratio.log()).mean() / 2
+
+
 def check_finite(loss: Tensor) -> None:
     """Refuse a loss that is not a number; the host waits."""
     if not torch.isfinite(loss):
