@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -53,7 +54,9 @@ class ModelConfig:
         norm: Over what the stream is normalised: ``"batch"`` each channel of a batch, ``"group"`` each group
             of channels of a sample (both mix tokens, so they are for vision), ``"layer"`` or ``"rms"`` each
             token.
-        patch_size: Edge of a square image patch in pixels (vision).
+        patch_size: Edge of a square image patch in pixels (vision), each a token.
+        stem: Widths of the stages of a convolutional stem, each of which halves the image (vision); its
+            pixels are the tokens then. Empty: a linear map of each patch.
         context_length: Longest byte sequence (language).
         n_classes: Width of the output: classes, or 256 byte values.
         rotation_head: Whether a second head tells by how many quarters an image is turned (TTT,
@@ -76,6 +79,7 @@ class ModelConfig:
     balance_bias: bool = False
     norm: Norm
     patch_size: int = 7
+    stem: tuple[int, ...] = ()
     context_length: int = 128
     n_classes: int
     rotation_head: bool = False
@@ -90,8 +94,11 @@ class ModelConfig:
             raise ValueError(
                 f"norm {self.norm!r} mixes a token with later ones; use 'layer' or 'rms' for task 'language'"
             )
-        if self.rotation_head and self.task == "language":
-            raise ValueError("rotation_head is for images: leave it False for task 'language'")
+        for name in ("rotation_head", "stem"):
+            if getattr(self, name) and self.task == "language":
+                raise ValueError(f"{name} is for images: leave it out for task 'language'")
+        if any(width < ALIGNMENT or width % ALIGNMENT for width in self.stem):
+            raise ValueError(f"every width of stem must be a multiple of {ALIGNMENT}, got {self.stem}")
         for name in (
             "d_model",
             "n_layers",
@@ -148,17 +155,22 @@ class ModelConfig:
 
     @property
     def tokens_per_sample(self) -> int:
-        """Tokens of one request: patches of an image, or bytes of a full context."""
-        return (IMAGE_SIZE // self.patch_size) ** 2 if self.task == "vision" else self.context_length
+        """Tokens of one request: patches of an image, pixels behind its stem, or bytes of a full context."""
+        if self.task == "language":
+            return self.context_length
+        if self.stem:
+            return math.ceil(IMAGE_SIZE / 2 ** len(self.stem)) ** 2
+        return (IMAGE_SIZE // self.patch_size) ** 2
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON types; ``rotation_head`` only where there is one.
+        """Return the fields as plain JSON types; ``rotation_head`` and ``stem`` only where there is one.
 
-        So the records and hashes of models made before there was such a head stay what they are.
+        So the records and hashes of models made before there were such parts stay what they are.
         """
         values = dataclasses.asdict(self)
-        if not self.rotation_head:
-            del values["rotation_head"]
+        for name in ("rotation_head", "stem"):
+            if not values[name]:
+                del values[name]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
@@ -168,7 +180,7 @@ class ModelConfig:
         Raises:
             ValueError: A field is unknown or missing, or a rule is broken.
         """
-        values = {"rotation_head": False} | values
+        values = {"rotation_head": False, "stem": ()} | values
         known = {field.name for field in dataclasses.fields(cls)}
         if set(values) != known:
             unknown, missing = sorted(set(values) - known), sorted(known - set(values))

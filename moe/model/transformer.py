@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from moe.model.config import IMAGE_SIZE, ModelConfig
 from moe.model.experts import ConstantExpert, Experts, ExpertSlice
+from moe.model.layers import BatchNorm, Convolution, GroupNorm, LayerNorm, Linear, RmsNorm, make_norm
 from moe.model.router import Router, Routing, route
-
-GROUPS = 8
-"""Groups of channels of a group norm: every width is a multiple of it (`moe.model.config.ALIGNMENT`)."""
+from moe.model.stem import Stem
 
 
 @dataclass(frozen=True)
@@ -59,60 +58,6 @@ class ModelOutput:
         """Tokens sent to each expert of each layer, [L, E]."""
         ends = torch.stack([routing.dispatch.expert_ends for routing in self.routing])  # [L, E]
         return ends.diff(dim=-1, prepend=ends.new_zeros(len(ends), 1))
-
-
-class Linear(nn.Module):
-    """Linear map without offset whose weight is cast to the input's type."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x W^T``."""
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over samples and tokens, channels last; parameters and statistics in float32."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise each channel of [B, S, D]."""
-        return super().forward(input.flatten(0, -2)).view_as(input)
-
-
-class GroupNorm(nn.GroupNorm):
-    """Normalisation of groups of a sample's channels (arXiv 1803.08494), channels last; float32 as above."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise each group of channels of each sample of [B, S, D]."""
-        normal = F.group_norm(input.transpose(1, 2), self.num_groups, eps=self.eps).transpose(1, 2)
-        return torch.addcmul(self.bias.to(input.dtype), normal, self.weight.to(input.dtype))
-
-
-class LayerNorm(nn.LayerNorm):
-    """Normalisation of each token (arXiv 1607.06450); gain and offset are float32."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise each token of [B, S, D]."""
-        normal = F.layer_norm(input, self.normalized_shape, eps=self.eps)
-        return torch.addcmul(self.bias.to(input.dtype), normal, self.weight.to(input.dtype))
-
-
-class RmsNorm(nn.Module):
-    """Root-mean-square normalisation of each token (arXiv 1910.07467); the gain is float32."""
-
-    def __init__(self, d_model: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_model))  # [D]
-
-    def reset_parameters(self) -> None:
-        """Set the gain to one."""
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise each token of [B, S, D]."""
-        return F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.weight.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -207,8 +152,10 @@ class MoEModel(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
-        if config.task == "vision":
-            self.embed: nn.Module = Linear(config.patch_size**2, config.d_model)
+        if config.stem:
+            self.embed: nn.Module = Stem(config)
+        elif config.task == "vision":
+            self.embed = Linear(config.patch_size**2, config.d_model)
         else:
             self.embed = nn.Embedding(config.n_classes, config.d_model)
         self.position = nn.Parameter(torch.empty(config.tokens_per_sample, config.d_model))  # [S, D]
@@ -269,8 +216,10 @@ class MoEModel(nn.Module):
     def embed_inputs(self, inputs: Tensor) -> Tensor:
         """Turn images or bytes into tokens, [B, S, D], of ``compute_dtype``."""
         config = self.config
-        if config.task == "vision":
-            patches = inputs.to(self.compute_dtype).div(127.5).sub(1)  # [B, 28, 28] in [-1, 1]
+        if config.stem:
+            x = self.embed(self._pixels(inputs))  # [B, S, D]
+        elif config.task == "vision":
+            patches = self._pixels(inputs)
             side = IMAGE_SIZE // config.patch_size
             patches = patches.view(-1, side, config.patch_size, side, config.patch_size)
             x = self.embed(patches.transpose(2, 3).flatten(3).flatten(1, 2))  # [B, S, D]
@@ -280,11 +229,23 @@ class MoEModel(nn.Module):
             x = self.embed(inputs.int()).to(self.compute_dtype)  # [B, S, D]
         return x + self.position[: x.shape[1]].to(x.dtype)
 
+    def first_features(self, inputs: Tensor) -> Tensor:
+        """Return what the first norm takes in, float32, [B, P, W]: no state of the norms changes it.
+
+        P is tokens, or pixels behind the first convolution of a stem; W is their channels.
+        """
+        if isinstance(self.embed, Stem):
+            return self.embed.first_features(self._pixels(inputs)).float()
+        return self.embed_inputs(inputs).float()
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        return images.to(self.compute_dtype).div(127.5).sub(1)  # [B, 28, 28] in [-1, 1]
+
     def cast_weights(self, dtype: torch.dtype) -> Self:
         """Hold matrices and compute in ``dtype``, leaving router and norms in float32; returns self."""
         self.compute_dtype = dtype
         for module in self.modules():
-            if isinstance(module, Linear | nn.Embedding | ExpertSlice | ConstantExpert):
+            if isinstance(module, Linear | Convolution | nn.Embedding | ExpertSlice | ConstantExpert):
                 module.to(dtype)
         self.position.data = self.position.data.to(dtype)
         return self
@@ -315,7 +276,9 @@ class MoEModel(nn.Module):
         experts = config.d_model * (config.n_experts + 3 * top_k * mean_width)
         ends = config.d_model * (config.n_classes + 4 * config.rotation_head)
         if config.task == "vision":
-            ends = ends / config.tokens_per_sample + config.d_model * config.patch_size**2
+            first = config.tokens_per_sample * config.d_model * config.patch_size**2
+            products = self.embed.products if isinstance(self.embed, Stem) else first
+            ends = (ends + products) / config.tokens_per_sample
         return 2 * (config.n_layers * (attention + experts) + ends)
 
 
@@ -323,13 +286,6 @@ def width_cost(config: ModelConfig) -> Tensor:
     """Return each expert's width over the widest, its cost where nobody measured one, float32, [E]."""
     widths = torch.tensor(config.expert_widths, dtype=torch.float32)
     return widths / widths.max()
-
-
-def make_norm(config: ModelConfig) -> nn.Module:
-    """Return a new norm of the config's kind."""
-    if config.norm == "group":
-        return GroupNorm(GROUPS, config.d_model)
-    return {"batch": BatchNorm, "layer": LayerNorm, "rms": RmsNorm}[config.norm](config.d_model)
 
 
 def initialise(model: MoEModel, generator: torch.Generator) -> MoEModel:
@@ -349,6 +305,8 @@ def initialise(model: MoEModel, generator: torch.Generator) -> MoEModel:
     for module in model.modules():
         if isinstance(module, BatchNorm | GroupNorm | LayerNorm | RmsNorm):
             module.reset_parameters()
+        elif isinstance(module, Convolution):
+            normal(module.weight, math.sqrt(2 / module.weight[0].numel()))  # He et al., arXiv 1502.01852
         elif isinstance(module, Attention):
             normal(module.qkv.weight, config.d_model**-0.5)
             normal(module.out.weight, (config.n_heads * config.head_dim) ** -0.5 * into_stream)
@@ -360,7 +318,9 @@ def initialise(model: MoEModel, generator: torch.Generator) -> MoEModel:
         elif isinstance(module, ExpertSlice):
             normal(module.gate_up, config.d_model**-0.5)
             normal(module.down, mean_width**-0.5 * into_stream)
-    if isinstance(model.embed, nn.Embedding):
+    if isinstance(model.embed, Stem):
+        normal(model.embed.project.weight, model.embed.project.weight.shape[1] ** -0.5)
+    elif isinstance(model.embed, nn.Embedding):
         normal(model.embed.weight, 1.0)
     else:
         normal(model.embed.weight, config.patch_size**-1.0)  # pyright: ignore[reportArgumentType]

@@ -62,3 +62,13 @@ def with_norm(config: ModelConfig, norm: Norm) -> ModelConfig:
         ValueError: The norm is unknown or not for the task.
     """
     return dataclasses.replace(config, norm=norm)
+
+
+def with_stem(config: ModelConfig) -> ModelConfig:
+    """Return the model with a convolutional stem of three stages, up to an eighth of the model's width or 64.
+
+    Raises:
+        ValueError: The model is not for images.
+    """
+    widest = max(64, config.d_model // 8)
+    return dataclasses.replace(config, stem=(widest // 4, widest // 2, widest))

@@ -37,8 +37,10 @@ from moe.model.variants import (
     with_balance_bias,
     with_norm,
     with_rotation_head,
+    with_stem,
     with_zero_computation,
 )
+from moe.training.augment import augment
 from moe.training.checkpoint import SHIPPED_FOLDER, TrainingRecord, save_checkpoint
 from moe.training.energy_loss import ASSUMED, EnergyTerm, cost_of_experts, measured_cost
 from moe.training.energy_report import energy_report, print_report
@@ -102,9 +104,11 @@ def fit(
         cost_source: What measured it, for the record.
 
     Raises:
-        TrainingDiverged: The loss is not finite.
-        ValueError: The cost or the budget does not fit the model, as `energy_loss.EnergyTerm` says.
+        TrainingDiverged: The loss is not finite. ValueError: Text is to be augmented, or the cost or the
+        budget does not fit the model, as `energy_loss.EnergyTerm` says.
     """
+    if recipe.augment and config.task == "language":
+        raise ValueError("augment is for images: leave it 0 for task 'language'")
     energy = EnergyTerm(config, recipe, expert_cost, cost_source, device) if recipe.energy_aware else None
     groups = expert_groups(config).to(device) if energy is not None else None
     model = initialise(_new_model(config, device), torch.Generator(device).manual_seed(seed))
@@ -115,10 +119,13 @@ def fit(
     top_k_source = random.Random(seed)
     batches = _batches(config, recipe.batch_size, device, torch.Generator(device).manual_seed(seed + 1))
     turns_source = torch.Generator(device).manual_seed(seed + 2)
+    changes_source = torch.Generator(device).manual_seed(seed + 3)
     model.train()
     progress = tqdm(range(1, recipe.steps + 1), desc=f"train {config.task}", unit="step", mininterval=1.0)
     for step in progress:
         inputs, targets = next(batches)
+        if recipe.augment:
+            inputs = augment(inputs, recipe.augment, changes_source)
         top_k = top_k_source.choices(config.top_k_choices, k=config.n_layers)
         optimizer.zero_grad(set_to_none=True)
         if config.rotation_head:
@@ -248,6 +255,10 @@ class Arguments:
     """Train for this number of experts per token alone."""
     norm: Norm | None = None
     """Normalisation; None means the shipped model's. Text takes layer or rms."""
+    stem: bool = False
+    """A convolutional stem, with norms from the first convolution on, for test-time training."""
+    augment: float = 0.0
+    """Share of the images that are changed at random while training."""
     rotation_head: bool = False
     """A second head that tells how far an image is turned, for test-time training (arXiv 1909.13231)."""
     report: bool = False
@@ -261,6 +272,7 @@ class Arguments:
         config = even(config) if self.even else config
         config = config if self.fixed_k is None else fixed_k(config, self.fixed_k)
         config = config if self.norm is None else with_norm(config, self.norm)
+        config = with_stem(config) if self.stem else config
         config = with_rotation_head(config) if self.rotation_head else config
         return with_balance_bias(config) if self.balance == "bias" else config
 
@@ -270,6 +282,7 @@ class Arguments:
         return dataclasses.replace(
             recipe,
             steps=recipe.steps if self.steps is None else self.steps,
+            augment=self.augment,
             energy_lambda=self.energy_lambda,
             energy_budget=self.energy_budget,
         )
@@ -287,6 +300,8 @@ class Arguments:
         parts += [] if self.fixed_k is None else [f"k{self.fixed_k}"]
         norm = self.config().norm
         parts += [] if norm == model_config(self.task, self.size).norm else [norm]
+        parts += ["stem"] if self.stem else []
+        parts += [f"augment{self.augment:g}"] if self.augment else []
         parts += ["rotation"] if self.rotation_head else []
         parts += ["bias"] if self.balance == "bias" else []
         parts += [f"lambda{self.energy_lambda:g}"] if self.energy_lambda else []

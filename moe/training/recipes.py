@@ -28,6 +28,8 @@ class Recipe:
     since a training here is a thousand steps, not a hundred thousand."""
     rotation_weight: float = 1.0
     """Weight of the rotation head's loss, where the config has one; 1 as in arXiv 1909.13231, section 2."""
+    augment: float = 0.0
+    """Share of the images that are changed at random, `moe.training.augment`."""
     energy_lambda: float = 0.0
     """Weight of the experts' energy in the loss, usefully 0 to 1; 0 leaves energy out."""
     energy_budget: float | None = None
@@ -39,6 +41,8 @@ class Recipe:
             raise ValueError(f"energy_lambda must be 0 or more, usefully 0..1, got {self.energy_lambda}")
         if not (math.isfinite(self.rotation_weight) and self.rotation_weight > 0):
             raise ValueError(f"rotation_weight must be above 0, got {self.rotation_weight}")
+        if not 0 <= self.augment <= 1:
+            raise ValueError(f"augment must be within 0..1, got {self.augment}")
         budget = self.energy_budget
         if budget is not None and not (math.isfinite(budget) and budget > 0):
             raise ValueError(

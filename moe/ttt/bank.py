@@ -73,8 +73,8 @@ def bank(
 @torch.no_grad()
 def features(model: MoEModel, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and variance of each channel that the first norm takes in, [D] each."""
-    tokens = model.embed_inputs(inputs).float().flatten(0, 1)  # [B * S, D]
-    variance, mean = torch.var_mean(tokens, dim=0)
+    taken = model.first_features(inputs).flatten(0, 1)  # [B * P, D]
+    variance, mean = torch.var_mean(taken, dim=0)
     return mean, variance
 
 

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from moe.model.config import GROUPS, Group
+from moe.model.layers import BatchNorm, GroupNorm, LayerNorm, RmsNorm
 from moe.model.router import Router
-from moe.model.transformer import BatchNorm, Block, GroupNorm, LayerNorm, RmsNorm
+from moe.model.transformer import Block
 
 NORMS = (BatchNorm, GroupNorm, LayerNorm, RmsNorm)
 

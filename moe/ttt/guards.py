@@ -36,7 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe.model.transformer import BatchNorm, MoEModel
+from moe.model.layers import BatchNorm
+from moe.model.transformer import MoEModel
 from moe.ttt.bank import recognises
 from moe.ttt.groups import batch_norms
 from moe.ttt.neo import uncentred

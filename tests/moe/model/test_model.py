@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe.model.config import NORMS, ModelConfig, model_config
-from moe.model.transformer import GROUPS, MoEModel, initialise, make_norm
+from moe.model.layers import GROUPS, make_norm
+from moe.model.transformer import MoEModel, initialise
 
 
 def make_model(task: str, **changes: Any) -> MoEModel:

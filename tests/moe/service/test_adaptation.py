@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from moe import ttt
 from moe.model.config import ModelConfig
-from moe.model.transformer import BatchNorm, MoEModel, initialise
+from moe.model.layers import BatchNorm
+from moe.model.transformer import MoEModel, initialise
 from moe.service.adaptation import (
     adapt,
     answer_quality,

@@ -21,8 +21,9 @@ from moe import ttt
 from moe.data.pools import SamplePool
 from moe.device.torch_device import serving_dtype
 from moe.model.config import ModelConfig, model_config
+from moe.model.layers import BatchNorm
 from moe.model.router import Routing
-from moe.model.transformer import BatchNorm, ModelOutput, MoEModel
+from moe.model.transformer import ModelOutput, MoEModel
 from moe.model.variants import with_norm
 from moe.profiling.command import BATCH_SIZES
 from moe.service.score.answers import Answers, pack

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moe import ttt
 from moe.model.config import ModelConfig, model_config
-from moe.model.transformer import BatchNorm, MoEModel, initialise
+from moe.model.layers import BatchNorm
+from moe.model.transformer import MoEModel, initialise
 from moe.service.score.runner import NonFiniteAnswersError, Runner
 from moe.workload import Knobs
 

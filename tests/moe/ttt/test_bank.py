@@ -9,7 +9,8 @@ from torch import Tensor
 from moe import ttt
 from moe.data.corruptions import corrupt
 from moe.data.datasets import load_vision
-from moe.model.transformer import BatchNorm, MoEModel
+from moe.model.layers import BatchNorm
+from moe.model.transformer import MoEModel
 from moe.training.weights import load_model
 from tests.moe.ttt.ttt_models import LAYER_VISION, VISION, assert_same, make_inputs, make_model, whole_state
 

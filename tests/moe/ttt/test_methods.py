@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moe import ttt
 from moe.model.config import model_config
-from moe.model.transformer import BatchNorm, MoEModel
+from moe.model.layers import BatchNorm
+from moe.model.transformer import MoEModel
 from moe.model.variants import with_rotation_head
 from moe.ttt.methods import _ascended
 from tests.moe.ttt.ttt_models import (

@@ -10,7 +10,8 @@ from moe import ttt
 from moe.data.corruptions import corrupt
 from moe.data.datasets import load_vision
 from moe.model.config import model_config
-from moe.model.transformer import BatchNorm, MoEModel, initialise
+from moe.model.layers import BatchNorm
+from moe.model.transformer import MoEModel, initialise
 from moe.training.evaluate import evaluate_vision
 from moe.training.weights import load_model
 
