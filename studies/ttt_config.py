@@ -25,15 +25,20 @@ ALL_KINDS = "all"
 class Method:
     """A method of `moe.ttt`: what it needs, and how a step is taken."""
 
-    settings: type[ttt.BatchStatistics]
+    settings: type[ttt.Settings]
     step: Callable[..., ttt.Step]
     task: Task
     norms: tuple[Norm, ...] = NORMS
     """Norms of the models that it can adapt."""
 
 
+_NORMS_OF: dict[str, tuple[Norm, ...]] = {
+    "batch_statistics": ("batch",),
+    "bank": ("batch",),
+    "neo": ("batch", "group", "layer"),
+}
 METHODS: dict[str, Method] = {
-    name: Method(*ttt.METHODS[name], task, ("batch",) if name == "batch_statistics" else NORMS)
+    name: Method(*ttt.METHODS[name], task, _NORMS_OF.get(name, NORMS))
     for task in TASKS
     for name in TTT_METHODS[task]
 }
@@ -51,27 +56,37 @@ NEVER = "never"
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptation:
-    """A method with its settings; fields that are not named keep the method's defaults."""
+    """A method with its settings; fields that are not named keep the method's defaults.
+
+    `neo` and `bank` stand on a `base`, which they have by default where none is named.
+    """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     method: str
     group: Group = "norms"
     settings: dict[str, float] = field(default_factory=dict)
+    base: Adaptation | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; known: {tuple(METHODS)}")
         known = {f.name for f in dataclasses.fields(METHODS[self.method].settings)}
+        if self.base is not None and "base" not in known:
+            raise ValueError(f"{self.method} stands on no other method; leave out base")
+        known -= {"base"}
         if not set(self.settings) <= known:
             raise ValueError(
                 f"{self.method} has no settings {sorted(set(self.settings) - known)}; known: {sorted(known)}"
             )
         self.make_settings()
 
-    def make_settings(self) -> ttt.BatchStatistics:
+    def make_settings(self) -> ttt.Settings:
         """Settings of the method."""
-        return METHODS[self.method].settings(**self.settings)
+        values: dict[str, Any] = dict(self.settings)
+        if self.base is not None:
+            values["base"] = self.base.make_settings()
+        return METHODS[self.method].settings(**values)
 
     def at_rate(self, learning_rate: float | None) -> Adaptation:
         """The same at another learning rate; None keeps it."""

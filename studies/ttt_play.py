@@ -91,7 +91,7 @@ class Learner:
     def learn(self, inputs: Tensor, logits: Tensor) -> ttt.Step | None:
         """Take a step; None where the guard refused or undid it."""
         if self.guard is None:
-            step = self._step(self.model, self.state, inputs, self._settings)
+            step = self._step(self.model, self.state, inputs, self._settings, None, 0.0, logits)
         else:
             self.clock.enter(GUARD)
             step = self.guard.step(self._step, inputs, logits, self._settings)
