@@ -6,6 +6,7 @@ Shapes: B samples, H pixels a side, W channels, S tokens, D model.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,10 +35,10 @@ class Stem(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        widths = (1, *config.stem)
-        pairs = itertools.pairwise(widths)
+        self.widths = config.stem
+        pairs = itertools.pairwise((1, *config.stem))
         self.stages = nn.ModuleList(Stage(config, before, width) for before, width in pairs)
-        self.project = Linear(widths[-1], config.d_model)
+        self.project = Linear(config.stem[-1], config.d_model)
 
     def forward(self, images: Tensor) -> Tensor:
         """Turn images, [B, 28, 28], into tokens, [B, S, D]."""
@@ -48,14 +49,15 @@ class Stem(nn.Module):
 
     def first_features(self, images: Tensor) -> Tensor:
         """Return what the first norm takes in, [B, H * H / 4, W]."""
-        return self.stages[0].down(images.flatten(1)[..., None])
+        first: Any = self.stages[0]
+        return first.down(images.flatten(1)[..., None])
 
     @property
     def products(self) -> int:
         """Multiply-adds of an image."""
         total, side, before = 0, IMAGE_SIZE, 1
-        for stage in self.stages:
-            side, width = (side + 1) // 2, len(stage.down.weight)
+        for width in self.widths:
+            side = (side + 1) // 2
             total += side**2 * 9 * width * (before + 2 * width)
             before = width
         return total + side**2 * self.project.weight.numel()

@@ -76,6 +76,10 @@ WITHIN_S = {"cpu": 300.0, "cuda": 180.0}
 SCORED_SAMPLES = {"cpu": 1000, "cuda": 4000}
 
 
+UNPLAYED_METHODS: tuple[Method, ...] = ("neo", "bank")
+"""Methods whose states `moe.service.adaptation` does not describe."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What to measure, and how long."""
@@ -126,6 +130,11 @@ class Options:
             raise ValueError(f"batch_sizes must be at least 1, got {self.batch_sizes}")
         if self.method not in TTT_METHODS["vision"]:
             raise ValueError(f"method must be one of {TTT_METHODS['vision']}, got {self.method!r}")
+        if self.method in UNPLAYED_METHODS:
+            raise ValueError(
+                f"method {self.method!r} has states that the twin does not play: its steps do not replace a "
+                "fixed share of the norms' statistics; measure another method, or play it live"
+            )
         if self.shifts and self.shifts[0] != "clean":
             raise ValueError(f'shifts must start with "clean", got {self.shifts}')
         for biases in (self.routing_biases, self.cost_biases):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe.model.transformer import ModelOutput, MoEModel
 from moe.ttt.groups import NORMS, batch_statistics_in_force, running_statistics
@@ -21,7 +21,7 @@ from moe.ttt.settings import Eva
 from moe.ttt.state import AdaptationState
 from moe.ttt.steps import Step, check_batch, check_finite, set_statistics, statistics_held
 
-Noise = dict[nn.Module, tuple[Tensor, Tensor | None]]
+Noise = dict[Any, tuple[Tensor | None, Tensor | None]]
 """Signs of each norm's gain and offset, [B, D] each; None without an offset."""
 
 
@@ -70,7 +70,7 @@ def eva(
 
 
 def _loss(output: ModelOutput) -> Tensor:
-    """Return each answer's entropy over log C at logits of the batch's mean size, [B].
+    """Return each answer's entropy over log C at logits of length one, [B].
 
     Larger logits alone lower an entropy, which no answer gains by.
     """
@@ -88,7 +88,7 @@ def _draw(model: MoEModel, n: int, seed: int) -> Noise:
         drawn = torch.randint(2, (n, len(parameter)), generator=generator)
         return (2.0 * drawn - 1).to(parameter.device)
 
-    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    norms: list[Any] = [module for module in model.modules() if isinstance(module, NORMS)]
     return {norm: (signs(norm.weight), signs(getattr(norm, "bias", None))) for norm in norms}
 
 

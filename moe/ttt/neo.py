@@ -72,10 +72,7 @@ def neo(
         raise ValueError("this state was not started to re-centre; start it with the method's settings")
     step = Step(selected=len(inputs))
     if settings.base is None:
-        if answers is None:
-            with torch.no_grad():
-                answers = model(inputs, top_k, routing_bias).logits
-        mean = answers.mean(dim=0)  # [C]
+        mean = (_answered(model, inputs, top_k, routing_bias) if answers is None else answers).mean(dim=0)
         check_finite(mean.sum())
     else:
         with _first_answers(model.head) as seen:
@@ -91,6 +88,11 @@ def uncentred(model: MoEModel, state: AdaptationState, logits: Tensor) -> Tensor
     """Return logits, [B, C], as they were with the last norm's offset of the start."""
     moved = offset_of(model) - state.source.statistics[-1]  # [D]
     return logits - model.head.weight.float() @ moved
+
+
+@torch.no_grad()
+def _answered(model: MoEModel, inputs: Tensor, top_k: int | None, routing_bias: float) -> Tensor:
+    return model(inputs, top_k, routing_bias).logits
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moe.model.transformer import MoEModel
 from moe.ttt.groups import Group, batch_norms, collect_params, running_statistics
 from moe.ttt.service import STATISTICS_MOMENTUM
-from moe.ttt.settings import Bank, Rotation, Settings, Tent, plain, recentres
+from moe.ttt.settings import Bank, Eva, Rotation, Settings, Tent, plain, recentres
 
 SOURCE_BATCHES = 1_000_000
 """Batches that the statistics of the unadapted model count for in a bank: a new one hardly moves them."""
@@ -144,6 +144,8 @@ def start(model: MoEModel, settings: Settings, group: Group = "norms") -> Adapta
             "the model has no rotation head: train one with `python -m moe.training --task vision "
             "--rotation-head`, or adapt by another method"
         )
+    if isinstance(base, Eva) and group != "norms":
+        raise ValueError(f"eva perturbs the norms' gains and offsets, so its group is 'norms', got {group!r}")
     model.requires_grad_(False).eval()
     for _, norm in batch_norms(model):
         norm.momentum = STATISTICS_MOMENTUM if base is None else base.statistics_momentum
@@ -185,7 +187,7 @@ def offset_of(model: MoEModel) -> Tensor:
             "neo moves the offset of the last norm, and norm 'rms' has none; use a model with norm 'batch', "
             "'group' or 'layer', or another method"
         )
-    return model.norm.bias.detach()
+    return model.get_parameter("norm.bias").detach()
 
 
 @torch.no_grad()

@@ -135,7 +135,7 @@ def test_visits_are_those_of_the_stream_that_returns(repeats):
 
 def test_what_adds_up_is_said_of_every_model(finished, repeats):
     costs = costs_table(repeats)
-    assert len(costs) == 4 and (costs[["of_mixed", "of_step"]] > 0).all().all()
+    assert len(costs) == 4 and costs[["of_mixed", "of_step"]].to_numpy().min() > 0
     report = (finished.out / "report.md").read_text()
     assert "no energy meter" in report and "of_mixed" in report and "J per image" not in report
 

@@ -163,6 +163,11 @@ def test_what_cannot_be_is_refused_at_construction(config, make, message):
         ttt.Adapter(make_model(config), make())
 
 
+def test_forward_only_steps_are_of_all_norms():
+    with pytest.raises(ValueError, match="its group is 'norms', got 'router'"):
+        ttt.Adapter(make_model(VISION), ttt.Eva(), "router")
+
+
 def test_wrappers_stand_on_plain_methods_only():
     inner: Any = ttt.Neo()
     with pytest.raises(ValueError, match="base Neo"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -68,12 +69,12 @@ def test_the_answers_of_the_service_spare_the_pass():
     state, inputs = ttt.start(model, settings), make_inputs(VISION, 1)
     answers = model(inputs).logits
     ttt.neo(model, state, inputs, settings)
-    moved = model.norm.bias.clone()
+    moved = model.get_parameter("norm.bias").clone()
     state.reset(model)
     passes = []
     model.register_forward_hook(lambda *_: passes.append(1))
     ttt.neo(model, state, inputs, settings, answers=answers)
-    assert not passes and torch.equal(model.norm.bias, moved)
+    assert not passes and torch.equal(model.get_parameter("norm.bias"), moved)
     adapter = ttt.Adapter(model, settings, guard=None)
     assert adapter.adapt(inputs, answers, 3) == 3
     assert len(passes) == 2  # the second and third step know of no answers
@@ -82,7 +83,7 @@ def test_the_answers_of_the_service_spare_the_pass():
 def test_on_batch_statistics_it_takes_the_mean_of_the_adapting_pass_away():
     model = make_model(VISION)
     with torch.no_grad():
-        model.norm.bias.normal_(generator=torch.Generator().manual_seed(0))
+        model.get_parameter("norm.bias").normal_(generator=torch.Generator().manual_seed(0))
     settings = ttt.Neo(base=ttt.BatchStatistics(), centre_momentum=1.0)
     state, plain = ttt.start(model, settings), copy.deepcopy(model)
     inputs = make_inputs(VISION, 1)
@@ -174,7 +175,8 @@ def test_a_larger_scale_of_the_logits_is_no_gain_of_forward_only_steps():
 
 def test_source_share_pulls_back_to_the_start():
     model = make_model(VISION)
-    for make, step in ((ttt.Roid, ttt.roid), (ttt.Eva, ttt.eva)):
+    pairs: list[tuple[Any, Any]] = [(ttt.Roid, ttt.roid), (ttt.Eva, ttt.eva)]
+    for make, step in pairs:
         settings = make(source_share=1.0, learning_rate=0.1)
         state = ttt.start(model, settings)
         before = whole_state(model, state)
