@@ -286,6 +286,4 @@ def test_a_count_of_experts_without_the_models_own_is_refused(runner, monkeypatc
 @pytest.mark.parametrize("method", ["neo", "bank"])
 def test_methods_whose_states_the_twin_does_not_play_are_not_measured(method, tmp_path):
     with pytest.raises(ValueError, match="states that the twin does not play"):
-        profile.Options(
-            task="vision", size="tiny", device="cpu", out=tmp_path / "none.json", method=method
-        )
+        profile.Options(task="vision", size="tiny", device="cpu", out=tmp_path / "none.json", method=method)
