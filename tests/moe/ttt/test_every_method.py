@@ -203,22 +203,15 @@ def test_like_labels_and_streams_without_a_shift_cost_two_points_at_most(shipped
     if like:
         order = torch.cat([torch.where(labels == c)[0][:96] for c in range(10)])
         images, labels = images[order], labels[order]
+    batches = list(zip(images[:960].split(32), labels[:960].split(32), strict=True))
+    with torch.no_grad():
+        before = sum(int((shipped(batch).predictions == answers).sum()) for batch, answers in batches)
     adapter = ttt.Adapter(shipped, settings)
-    gained = 0
-    for batch, answers in zip(images[:960].split(32), labels[:960].split(32), strict=True):
+    right = 0
+    for batch, answers in batches:
         with torch.no_grad():
             logits = shipped(batch).logits
-            unadapted = shipped_alone(adapter, batch)
-        gained += int((logits.argmax(1) == answers).sum()) - int((unadapted.argmax(1) == answers).sum())
+        right += int((logits.argmax(1) == answers).sum())
         adapter.adapt(batch, logits, 1)
     adapter.reset()
-    assert gained / 960 >= -0.02
-
-
-def shipped_alone(adapter: ttt.Adapter, batch: Tensor) -> Tensor:
-    """Answers of the model as it was at the start."""
-    now = adapter.snapshot()
-    adapter.state.reset(adapter.model)
-    logits = adapter.model(batch).logits
-    adapter.state.restore(adapter.model, now)
-    return logits
+    assert (right - before) / 960 >= -0.02
