@@ -8,64 +8,53 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numpy as np
+from numba.core import types
 
-from moe.compiled import fill, jit, uncounted
+from moe.compiled import jit
+from moe.memory import Held, call, held, numbers, place_of
 from thermoe_env.mdp.fields import FIELDS, encode_row
-from thermoe_env.mdp.interval import fill_levels, settle
-from thermoe_env.mdp.limits import open_classes
-from thermoe_env.problem.knobs import fill_values
 from thermoe_env.problem.problem import Problem
-from thermoe_env.twin.core import TwinBatch
-from thermoe_env.twin.heat import fill_clocks, heat_devices
-from thermoe_env.twin.service import serve
+from thermoe_env.twin.core import TwinBatch, choose
 
 
-@jit
-def _serve_all(fixed, service, state, servers, now):
-    fixed, service, state, servers, now = uncounted((fixed, service, state, servers, now))
-    rules, slots = fixed.rules[0], now.slot_energy.shape[1]
-    for i in range(now.levels.shape[0]):
-        number = int(state.track[i].step)
-        fill_values(fixed.level_table, now.index_rows[i], now.knob_rows[i])
-        fill(now.work_rows[i], 0.0)
-        fill_clocks(state.devices[i], now.knobs[i].sm_clock, now.clocks[i])
-        serve(
-            service, now.knobs[i], now.levels[i], state.arrivals[i], number * slots,
-            state.shift[i, int(number * rules.interval_s)], now.clocks[i],
-            open_classes(rules, state.track[i]), servers, i, now.work[i], now.histogram[i],
-            now.slot_energy[i],
-        )  # fmt: skip
+@cache
+def _parts_of(kind: Any) -> tuple[Any, ...]:
+    """Serving, heating, settling and encoding of all environments of a `Held` of a `Batch`."""
 
+    @jit
+    def serve_all(address):
+        batch = held(address, kind)
+        slots = batch.serving.slot_energy.shape[1]
+        for i in range(batch.seeds.shape[0]):
+            number, classes = choose(batch, i)
+            call(batch.code.serve, (place_of(batch.serving), i, number * slots, classes), types.none)
 
-@jit
-def _heat_all(fixed, service, state, servers, now):
-    fixed, state, now = uncounted((fixed, state, now))
-    for i in range(now.levels.shape[0]):
-        second = int(state.track[i].step * fixed.rules[0].interval_s)
-        heat_devices(
-            state.devices[i], now.slot_energy[i], now.clocks[i], state.drift_c[i, second], now.gpu[i]
-        )
+    @jit
+    def heat_all(address):
+        batch = held(address, kind)
+        account = batch.account
+        for i in range(batch.seeds.shape[0]):
+            second = int(account.track[i].step * account.rules[0].interval_s)
+            call(batch.code.heat, (place_of(batch.heating), i, second), types.boolean)
 
+    @jit
+    def settle_all(address):
+        batch = held(address, kind)
+        limit_c = batch.account.rules[0].limit_c
+        for i in range(batch.seeds.shape[0]):
+            call(batch.code.settle, (place_of(batch.account), i, limit_c), types.float64)
 
-@jit
-def _settle_all(fixed, service, state, servers, now):
-    fixed, state, now = uncounted((fixed, state, now))
-    for i in range(now.levels.shape[0]):
-        settle(
-            fixed.rules[0], fixed.prices[0], fixed.quality_floor, fixed.rules[0].limit_c, state.track[i],
-            now.work[i], now.gpu[i], state.budget_w[i], now.levels[i].ttt_steps > 0, now.raw[i], now.terms[i],
-            now.cost[i],
-        )  # fmt: skip
-        fill_levels(fixed.rules[0], now.index_rows[i], now.raw_rows[i])
+    @jit
+    def encode_all(address, observation):
+        account = held(address, kind).account
+        for i in range(observation.shape[0]):
+            encode_row(numbers(account.raw[i]), account.low, account.scale, observation[i])
 
-
-@jit
-def _encode_all(fixed, now, observation):
-    fixed, now, observation = uncounted((fixed, now, observation))
-    for i in range(now.levels.shape[0]):
-        encode_row(now.raw_rows[i], fixed.low, fixed.scale, observation[i])
+    return serve_all, heat_all, settle_all, encode_all
 
 
 def interval_parts(problem: Problem, n: int, *, episodes: int = 5) -> dict[str, float]:
@@ -86,13 +75,14 @@ def interval_parts(problem: Problem, n: int, *, episodes: int = 5) -> dict[str, 
         problem.knobs.indices(rng.integers(0, nvec, (n, len(nvec))), "multi_discrete") for _ in range(16)
     ]
     batch.reset(np.arange(n))
-    arrays = batch._fixed, batch._service, batch.state, batch.servers, batch._interval
+    held_batch = Held(batch.whole)
+    address, (serve, heat, settle, encode) = held_batch.address, _parts_of(held_batch.kind)
     observation = np.empty((n, len(FIELDS)), np.float32)
     parts: dict[str, Callable[[], object]] = {
-        "serve": lambda: _serve_all(*arrays),
-        "heat": lambda: _heat_all(*arrays),
-        "settle": lambda: _settle_all(*arrays),
-        "encode": lambda: _encode_all(batch._fixed, batch._interval, observation),
+        "serve": lambda: serve(address),
+        "heat": lambda: heat(address),
+        "settle": lambda: settle(address),
+        "encode": lambda: encode(address, observation),
     }
     spent: dict[str, list[float]] = {name: [] for name in ("begin", *parts)}
     for _ in range(episodes + 1):  # the first one compiles

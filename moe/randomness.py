@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from moe.compiled import inlined, inner, jit
+from moe.compiled import inlined, inner, jit, small
 
 SMALL_MEAN = 30.0
 """Poisson means up to this one are drawn exactly, above it from a normal approximation."""
@@ -27,7 +27,7 @@ _TAIL = 3.442619855899
 _AREA = 9.91256303526217e-3
 
 
-@inlined
+@small
 def _mixed(z):
     """Scramble a uint64."""
     z = (z ^ (z >> _30)) * _MIX_1
@@ -35,7 +35,7 @@ def _mixed(z):
     return z ^ (z >> _31)
 
 
-@inlined
+@small
 def bits(key, i):
     """64 random bits: draw number `i` of a stream, uint64."""
     return _mixed(key + np.uint64(i + 1) * _STEP)
@@ -47,19 +47,19 @@ def derive(seed, number):
     return _mixed(_mixed(seed + _STEP) + number * _STEP)
 
 
-@inlined
+@small
 def uniform(key, i, low, high):
     """Uniform in the open interval (low, high)."""
     return low + (high - low) * ((np.float64(np.int64(bits(key, i) >> _11)) + 0.5) * _TO_UNIT)
 
 
-@inlined
+@small
 def integer(key, i, n):
     """Uniform integer in [0, n)."""
     return min(int(uniform(key, i, 0.0, n)), n - 1)
 
 
-@inlined
+@small
 def exponential(key, i, mean):
     """Exponential with the given mean."""
     return -mean * math.log(uniform(key, i, 0.0, 1.0))
@@ -85,7 +85,7 @@ def normal(key, i):
     return x if abs(x) < _EDGE[layer + 1] else _beyond_layer(drawn, layer, x)
 
 
-@inlined
+@small
 def _in_layer(drawn):
     """A layer, which the 7 lowest bits choose, and a point of it."""
     layer = np.int64(drawn & _LAYER_BITS)

@@ -155,18 +155,21 @@ class WorkStats:
     """[devices] SM clock of each over its maximum; None likewise."""
 
     @cached_property
-    def row(self) -> list[float]:
-        """The numbers of a `WORK_DTYPE` record."""
+    def row(self) -> np.ndarray:
+        """The numbers of a `WORK_DTYPE` record, float64."""
         per_class = (number for name in PER_CLASS_NAMES for number in getattr(self, name))
-        return [*per_class, *(getattr(self, name) for name in SCALAR_NAMES)]
+        return np.array([*per_class, *(getattr(self, name) for name in SCALAR_NAMES)], np.float64)
+
+    @cached_property
+    def counted(self) -> dict[str, Any]:
+        """What is no array, by name."""
+        return {name: getattr(self, name) for name in (*PER_CLASS_NAMES, *SCALAR_NAMES)}
 
 
 _HINTS = get_type_hints(WorkStats)
 PER_CLASS_NAMES: tuple[str, ...] = tuple(name for name, hint in _HINTS.items() if hint == PerClass)
 SCALAR_NAMES: tuple[str, ...] = tuple(name for name, hint in _HINTS.items() if hint is float)
 
-ARRAY_NAMES: tuple[str, ...] = tuple(_HINTS.keys() - {*PER_CLASS_NAMES, *SCALAR_NAMES})
-"""The fields of `WorkStats` that are arrays."""
 
 WORK_DTYPE = np.dtype(
     [(name, np.float64, (len(REQUEST_CLASSES),)) for name in PER_CLASS_NAMES]

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
-from moe.compiled import Held
-from moe.workload import ARRAY_NAMES, STAT_COLUMNS, WORK_DTYPE, Knobs, WorkStats
+from moe.memory import Held, address_of
+from moe.workload import WORK_DTYPE, Knobs, WorkStats
 from thermoe_env.device.telemetry import READING_NAMES, GpuReading
 from thermoe_env.errors import ReadingError
+from thermoe_env.mdp.account import Account, account_alone, account_rows
 from thermoe_env.mdp.fields import (
     FIELDS,
     RAW_DTYPE,
@@ -20,10 +21,11 @@ from thermoe_env.mdp.fields import (
     observation_space,
     ranges_of,
 )
-from thermoe_env.mdp.interval import COST_NAMES, TRACK_DTYPE, one_by_address, prices_of, rules_of
+from thermoe_env.mdp.interval import COST_NAMES, TRACK_DTYPE, as_record, prices_of, rules_of
 from thermoe_env.mdp.limits import CAUSES_OF
 from thermoe_env.mdp.reward import REWARD_TERMS
-from thermoe_env.mdp.signals import STAGES, budget_terms, fill_power_budget
+from thermoe_env.mdp.signals import STAGES, budget_terms
+from thermoe_env.problem.knobs import INDEX_DTYPE
 from thermoe_env.problem.scenario import Scenario, as_overrides, load_scenario
 from thermoe_env.seeding import as_seed, episode_seed
 from thermoe_env.twin.heat import GPU_DTYPE
@@ -122,21 +124,18 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self.action_mode = action_mode
         self.action_space = self.problem.knobs.action_space(action_mode)
         self.observation_space = observation_space()
-        ranges = ranges_of(self.problem)
-        self._low, self._scale = ranges.low, ranges.scale
-        self._rules, self._prices = rules_of(self.problem), prices_of(self.problem)
+        ranges, rules = ranges_of(self.problem), rules_of(self.problem)
         self._limits_c = self._world.limits_c()
-        self._track, self._gpu, self._work = (
-            np.zeros(1, TRACK_DTYPE),
-            np.zeros(1, GPU_DTYPE),
-            np.zeros(1, WORK_DTYPE),
-        )
-        self._raw = np.zeros(1, RAW_DTYPE)
-        self._view_rows()
+        gpu, raw = np.zeros(1, GPU_DTYPE), np.zeros(1, RAW_DTYPE)
+        self._here = Account(
+            rules, prices_of(self.problem), self.problem.quality_floor, ranges.low, ranges.scale,
+            np.array(self.problem.knobs.default_index, np.int64),
+            as_record(budget_terms(self.scenario.power_budget, self.scenario.interval_s)),
+            np.zeros((1, self.scenario.steps + int(rules[0]["notice"]) + 1)), np.zeros(1, INDEX_DTYPE),
+            np.zeros(1, TRACK_DTYPE), np.zeros(1, WORK_DTYPE), gpu, raw, np.zeros((1, len(REWARD_TERMS))),
+            np.zeros((1, len(COST_NAMES))), gpu, raw,
+        )  # fmt: skip
         self._experts = self.problem.expert_tokens.shape[2:]
-        self._terms, self._cost = np.zeros(len(REWARD_TERMS)), np.zeros(len(COST_NAMES))
-        self._budget_terms = budget_terms(self.scenario.power_budget, self.scenario.interval_s)
-        self._budget = np.zeros(self.scenario.steps + int(self._rules[0]["notice"]) + 1)
         self._hold()
         self._seed: int | None = None
         self._episode = 0
@@ -144,29 +143,25 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but compiled functions and where they find their memory."""
-        return {**vars(self), "_begin_one": None, "_settle_one": None, "_held": None}
+        return {**vars(self), "_held": None, "_begin_one": None, "_settle_one": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the place of what was copied, with two views of one memory again."""
+        """Take the place of what was copied, with views of the same memory again."""
         self.__dict__.update(state)
-        self._view_rows()
         self._hold()
 
     def _hold(self) -> None:
         """Let compiled code find what stays where it is."""
-        self._held = Held(
-            (
-                self._rules, self._prices, self.problem.quality_floor, self._track, self._work, self._gpu,
-                self._budget, self._raw, self._raw_row, self._terms, self._cost, self._low, self._scale,
-            )
-        )  # fmt: skip
-        self._begin_one, self._settle_one = one_by_address(self._held.kind)
-
-    def _view_rows(self) -> None:
-        """The memory of records as plain numbers, which are filled and read several times faster."""
-        self._raw_row, self._work_row, self._gpu_row = (
-            record.view(np.float64) for record in (self._raw, self._work, self._gpu)
-        )
+        here = self._here
+        # Plain numbers are filled and read several times faster than records.
+        self._index, self._work_row = here.levels.view(np.int64), here.work.view(np.float64)
+        self._gpu_row, self._raw_row = here.gpu.view(np.float64), here.raw.view(np.float64)
+        self._terms, self._cost, self._budget = here.terms[0], here.cost[0], here.budget_w[0]
+        self._held = Held(here)
+        begin_row, settle_row = account_rows(self._held.kind)
+        self._begin_one, self._settle_one = account_alone(self._held.kind)
+        self._begin_row = address_of(begin_row, self._held.address, np.uint64(0), 0, 0.0)
+        self._settle_row = address_of(settle_row, self._held.address, 0, 0.0)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -187,15 +182,13 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         episode = episode_seed(self._seed, self._episode)
         self._world.workload.reset(episode)
         reading = self._world.telemetry.reset(episode)
-        fill_power_budget(self._budget_terms, np.uint64(episode), self._budget)
-        self._track.view(np.float64)[:] = 0.0
-        self._raw_row[:] = 0.0
         self._terms[:] = 0.0
         self._cost[:] = 0.0
-        self._gpu[0] = _reading_row(reading)
-        index = np.array(self.problem.knobs.default_index)
+        _pack_reading(self._gpu_row.data, 0, *_reading_row(reading))
         observation = np.empty(len(FIELDS), np.float32)
-        finite, self._coming = self._begin_one(self._held.address, self._limits_c[0], index, observation)
+        finite, self._coming = self._begin_one(
+            self._begin_row, self._held.address, np.uint64(episode), self._limits_c[0], observation
+        )
         self._running = False
         self._check(finite)
         self._count = 0
@@ -203,8 +196,10 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         if self._dashboard is not None:
             self._dashboard.begin(reading.temp_c, reading.power_w, self._coming[0])
             self._show()
-        nothing = WorkStats(budget_share=float(self._rules["first_budget_share"][0]))
-        return observation, self._info(self.problem.knobs.knobs(index), nothing, reading, 1.0, 0)
+        nothing = WorkStats(budget_share=float(self._here.rules["first_budget_share"][0]))
+        return observation, self._info(
+            self.problem.knobs.knobs(self._here.default_index), nothing, reading, 1.0, 0
+        )
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Play one control interval.
@@ -223,10 +218,12 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self._running = False  # an interval that fails ends the episode
         work = self._world.workload.run(knobs.under(duty), scenario.interval_s, open_classes)
         reading = self._world.telemetry.read(work, scenario.interval_s)
-        _pack_work(self._work_row.data, 0, *work.row)
+        self._work_row[:], self._index[:] = work.row, index
         _pack_reading(self._gpu_row.data, 0, *_reading_row(reading))
         observation = np.empty(len(FIELDS), np.float32)
-        reward, finite, self._coming = self._settle_one(self._held.address, limit_c, index, observation)
+        reward, finite, self._coming = self._settle_one(
+            self._settle_row, self._held.address, limit_c, observation
+        )
         self._check(finite)
         self._count += 1
         terminated = bool(self._world.telemetry.tripped)
@@ -243,15 +240,12 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self, knobs: Knobs, work: WorkStats, reading: GpuReading, duty: float, held: int
     ) -> dict[str, Any]:
         """What is told of the interval just played, or of a beginning."""
-        counted = dict(vars(work))
-        for name in ("row", *ARRAY_NAMES):
-            counted.pop(name, None)
         tokens, last = work.tokens_per_expert, max(0, self._count - 1)
         return {
             "world": self.world,
             "missing": self._missing,
             "knobs": dict(vars(knobs)),
-            "work": counted,
+            "work": work.counted,
             "latency_histogram": work.latency_histogram,
             "tokens_per_expert": np.zeros(self._experts) if tokens is None else tokens,
             "reading": dict(vars(reading)),
@@ -304,5 +298,4 @@ ThermalMoEEnv.__doc__ = (ThermalMoEEnv.__doc__ or "").replace(
 
 _reading_row = attrgetter(*READING_NAMES)
 # Fills an array of one record several times faster than NumPy does from a tuple.
-_pack_work = struct.Struct(f"{len(STAT_COLUMNS)}d").pack_into
 _pack_reading = struct.Struct(f"{len(READING_NAMES)}d").pack_into

@@ -16,7 +16,7 @@ from thermoe_env.device.telemetry import Telemetry
 from thermoe_env.errors import GpuUnavailableError, ScenarioError
 from thermoe_env.problem.problem import Problem, profile_of
 from thermoe_env.problem.scenario import Scenario
-from thermoe_env.twin.heat import TwinTelemetry
+from thermoe_env.twin.telemetry import TwinTelemetry
 from thermoe_env.twin.workload import TwinWorkload
 
 if TYPE_CHECKING:

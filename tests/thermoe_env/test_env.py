@@ -15,7 +15,7 @@ from thermoe_env.mdp.fields import FIELD_NAMES, ranges_of
 from thermoe_env.problem.knobs import ACTION_MODES
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
-from thermoe_env.twin.heat import TwinTelemetry
+from thermoe_env.twin.telemetry import TwinTelemetry
 
 
 @pytest.mark.parametrize("mode", ACTION_MODES)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from moe.compiled import inlined
+from moe.compiled import inlined, small
 from moe.service.queueing import SLOT_S
 from moe.workload import KNOB_NAMES
 from thermoe_env.problem.problem import Problem
@@ -215,7 +215,7 @@ def observation_space() -> spaces.Box:
     return spaces.Box(-1.0, 1.0, (len(FIELDS),), np.float32)
 
 
-@inlined
+@small
 def encode_row(raw, low, scale, out):
     """Scale one raw row (float64 [fields]) by `Ranges` into an observation row (float32 [fields])."""
     for f in range(raw.shape[0]):

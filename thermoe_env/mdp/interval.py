@@ -5,24 +5,21 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe.compiled import held, inlined, inner, jit
+from moe.compiled import inlined, inner
 from moe.service.budget import share_of
 from moe.service.gates import CHANGE_TEST, any_changed
 from moe.workload import KNOB_NAMES
 from thermoe_env.device.physics import approach, decay
-from thermoe_env.mdp.fields import FIELD_NAMES, encode_finite
+from thermoe_env.mdp.fields import FIELD_NAMES
 from thermoe_env.mdp.limits import STATE as LIMIT_STATE
 from thermoe_env.mdp.limits import (
     Acts,
     heed_power,
     heed_temperature,
-    held_by,
-    open_classes,
     pass_drain,
     show_limits,
 )
@@ -52,7 +49,6 @@ CHANGE_THRESHOLD, CHANGE_TOLERANCE = 0.006, 0.0025
 """Of the change tests of confidence and entropy: several standard errors of a second's answers."""
 
 
-_TTT_STEPS = KNOB_NAMES.index("ttt_steps")
 _FIRST_LEVEL = FIELD_NAMES.index(f"{KNOB_NAMES[0]}_level")
 """Place of the first knob's level; the others follow in the order of the table."""
 
@@ -280,45 +276,3 @@ def fill_levels(rules, index, raw_row):
     """
     for k in range(index.shape[0]):
         raw_row[_FIRST_LEVEL + k] = index[k] * rules.level_share[k]
-
-
-@inlined
-def _coming(rules, track):
-    """Of the coming interval: (stage, classes that may be begun, duty, what holds, see `held_by`)."""
-    return int(track.stage), open_classes(rules, track), track.duty, held_by(rules, track)
-
-
-@cache
-def one_by_address(kind: Any) -> tuple[Any, Any]:
-    """`begin` and `settle`, with what is observed, for arrays of one record that stay where they are.
-
-    Args:
-        kind: of a `Held` of (rules, prices, quality floor, track, work, gpu, budget, raw, its memory, terms,
-            cost, lows, scales of the observation).
-
-    Returns:
-        (`begin` of (address, limit, index, observation), which returns (whether all raw values are finite,
-        `_coming`); `settle` likewise, which returns (reward, whether finite, `_coming`))
-    """
-
-    @jit
-    def begin_one(address, limit_c, index, observation):
-        rules, _, _, track, _, gpu, budget_w, raw, raw_row, _, _, low, scale = held(address, kind)
-        begin(rules[0], limit_c, track[0], gpu[0], budget_w, raw[0])
-        fill_levels(rules[0], index, raw_row)
-        return encode_finite(raw_row, low, scale, observation), _coming(rules[0], track[0])
-
-    @jit
-    def settle_one(address, limit_c, index, observation):
-        rules, prices, floor, track, work, gpu, budget_w, raw, raw_row, terms, cost, low, scale = held(
-            address, kind
-        )
-        adapts = index[_TTT_STEPS] > 0
-        reward = settle(
-            rules[0], prices[0], floor, limit_c, track[0], work[0], gpu[0], budget_w, adapts, raw[0], terms,
-            cost,
-        )  # fmt: skip
-        fill_levels(rules[0], index, raw_row)
-        return reward, encode_finite(raw_row, low, scale, observation), _coming(rules[0], track[0])
-
-    return begin_one, settle_one

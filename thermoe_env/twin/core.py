@@ -1,53 +1,41 @@
 """The batched core: many twin environments advanced by one compiled call, around any compiled service.
 
-Every environment runs the same scalar functions as the single one (`fill_stream`, `start_devices`, `serve`,
-`heat_devices`, `settle`, `encode_row`, ...), so results depend neither on the number of environments nor on
-threads.
+Every environment runs the same scalar functions as the single one, and the same compiled code of them
+(`serving_rows`, `heating_rows`, `account_rows`), so results depend neither on the number of environments nor
+on threads.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
+from numba.core import types
 
-from moe.compiled import address_of, call, copy_row, fill, inner, parallel, prefetch, uncounted
+from moe.compiled import copy_row, fill, inlined, inner, jit, parallel
+from moe.memory import Held, address_of, call, held, numbers, place_of, prefetch, take
 from moe.randomness import derive
 from moe.service.queueing import SLOT_S
-from moe.service.traffic import fill_stream, traffic_of
+from moe.service.traffic import traffic_of
 from moe.workload import WORK_DTYPE
+from thermoe_env.mdp.account import Account, account_rows
 from thermoe_env.mdp.fields import FIELDS, RAW_DTYPE, encode_row, ranges_of
-from thermoe_env.mdp.interval import (
-    COST_NAMES,
-    TRACK_DTYPE,
-    as_record,
-    begin,
-    fill_levels,
-    prices_of,
-    rules_of,
-    settle,
-)
+from thermoe_env.mdp.interval import COST_NAMES, TRACK_DTYPE, as_record, prices_of, rules_of
 from thermoe_env.mdp.limits import open_classes
 from thermoe_env.mdp.reward import REWARD_TERMS
-from thermoe_env.mdp.signals import budget_terms, fill_power_budget
+from thermoe_env.mdp.signals import budget_terms
 from thermoe_env.problem.knobs import INDEX_DTYPE, VALUE_DTYPE, fill_values
 from thermoe_env.problem.problem import Problem
 from thermoe_env.seeding import as_seed
-from thermoe_env.twin.heat import (
-    DEVICE_DTYPE,
-    GPU_DTYPE,
-    fill_clocks,
-    heat_devices,
-    nominal_devices,
-    spread_of,
-    start_devices,
-)
-from thermoe_env.twin.records import BatchState, BatchStep, Fixed, Interval
-from thermoe_env.twin.service import HISTOGRAM_BINS, serve, start
+from thermoe_env.twin.heat import DEVICE_DTYPE, GPU_DTYPE, fill_clocks, nominal_devices, spread_of
+from thermoe_env.twin.records import Batch, BatchState, BatchStep, Call, Code, Interval
+from thermoe_env.twin.service import HISTOGRAM_BINS, Serving, serving_rows
 from thermoe_env.twin.services import service_of
+from thermoe_env.twin.telemetry import Heating, heating_rows
 
 # Threads of GNU OpenMP spin while they wait for each other, which costs most of the speed wherever another
 # process wants the cores as well. It reads this when numba starts its threads; the user's own choice stays.
@@ -57,103 +45,197 @@ _PLAY, _BEGIN, _LEAVE = range(3)
 """What a call does with an environment: one interval, the beginning of an episode, nothing."""
 
 
-@inner
-def _begin(fixed, traffic, service, state, servers, now, i, observation):
+_AT_ONCE = 64
+"""Environments that a thread takes at once: one that has to wait for a core leaves the others to the rest."""
+
+
+@inlined
+def _ask_ahead(batch, i):
+    """Have the memory brought that the environments after `i` need next."""
+    serving, heating, account = batch.serving, batch.heating, batch.account
+    n = account.track.shape[0]
+    if i + 2 < n:
+        prefetch(
+            (serving.levels, serving.knobs, serving.work, account.gpu, account.raw, account.track,
+             heating.devices, serving.slot_energy, account.terms, account.cost), i + 2,
+        )  # fmt: skip
+        prefetch(serving.servers, i + 2)
+    if i + 1 < n:  # of what was drawn at the episode's beginning: the interval's
+        rules, number = account.rules[0], int(account.track[i + 1].step)
+        second, slot = int(number * rules.interval_s), number * serving.slot_energy.shape[1]
+        arrivals, budget_w = serving.arrivals[i + 1], account.budget_w[i + 1]
+        prefetch((arrivals[0], arrivals[1]), slot)
+        prefetch((serving.shift[i + 1], heating.drift_c[i + 1]), second)
+        prefetch((budget_w,), number + 1)
+        prefetch((budget_w,), number + 1 + rules.notice)
+
+
+@inlined
+def choose(batch, i):
+    """Set the knobs and clocks of the coming interval in environment `i`; returns its number."""
+    serving, account, track = batch.serving, batch.account, batch.account.track[i]
+    knobs = serving.knobs[i]
+    fill_values(batch.level_table, numbers(serving.levels[i]), numbers(knobs))
+    knobs.pace = min(knobs.pace, track.duty)
+    fill_clocks(batch.heating.devices[i], knobs.sm_clock, serving.clocks[i])
+    return int(track.step), open_classes(account.rules[0], track)
+
+
+@inlined
+def _play(batch, i, out):
+    """Play an interval in environment `i`."""
+    code, account = batch.code, batch.account
+    rules, track = account.rules[0], account.track[i]
+    number, classes = choose(batch, i)
+    second, slot = int(number * rules.interval_s), number * batch.serving.slot_energy.shape[1]
+    call(code.serve, (place_of(batch.serving), i, slot, classes), types.none)
+    terminated = call(code.heat, (place_of(batch.heating), i, second), types.boolean)
+    out.reward[i] = call(code.settle, (place_of(account), i, rules.limit_c), types.float64)
+    encode_row(numbers(account.raw[i]), account.low, account.scale, out.observation[i])
+    out.terminated[i] = terminated
+    out.truncated[i] = not terminated and track.step >= batch.steps
+
+
+@inlined
+def _begin(batch, i, observation):
     """Begin the episode that is set for environment `i`, and write its first observation [fields]."""
-    rules, seed = fixed.rules[0], derive(state.seeds[i], state.episodes[i])
-    gpu, raw, raw_row = now.first_gpu[i], now.first_raw[i], now.first_raw_rows[i]
-    fill_stream(traffic, seed, state.arrivals[i], state.shift[i])
-    fill_power_budget(fixed.budget[0], seed, state.budget_w[i])
-    start(service, seed, servers, i)
-    start_devices(
-        fixed.spread[0], seed, fixed.nominal, fixed.inlet_offset_c, state.devices[i], state.drift_c[i], gpu
-    )
-    fill(now.track_rows[i], 0.0)
-    fill(raw_row, 0.0)
-    begin(rules, rules.limit_c, state.track[i], gpu, state.budget_w[i], raw)
-    fill_levels(rules, fixed.default_index, raw_row)
-    encode_row(raw_row, fixed.low, fixed.scale, observation)
+    code, account, seed = batch.code, batch.account, derive(batch.seeds[i], batch.episodes[i])
+    call(code.start, (place_of(batch.serving), seed, i), types.none)
+    call(code.cool, (place_of(batch.heating), seed, i), types.none)
+    call(code.begin, (place_of(account), seed, i, account.rules[0].limit_c), types.none)
+    encode_row(numbers(account.first_raw[i]), account.low, account.scale, observation)
 
 
-@inner
-def _advance_rows(todo, autoreset, fixed, traffic, service, state, servers, now, step, first, end):
-    """`_advance_all` for the environments from `first` up to `end`."""
-    fixed, traffic, service, state, servers = uncounted((fixed, traffic, service, state, servers))
-    now, step = uncounted((now, step))
-    rules, prices, floor, level_table, low, scale = fixed[:6]
-    arrivals, shift, budget_w, drift_c, all_devices, track = state[2:]
-    index, index_rows, knobs, knob_rows, work, work_rows, gpu, raw, raw_rows = now[:9]
-    histogram, slot_energy, clocks, terms, cost = now[9:14]
-    observation, reward, terminated, truncated, final_observation = step
-    slots = slot_energy.shape[1]
-    near = index_rows, knob_rows, work_rows, gpu, raw_rows, slot_energy, terms, cost, all_devices, track
-    for i in range(first, end):
-        if i + 2 < end:
-            prefetch(near, i + 2)
-            prefetch(servers, i + 2)
-        if i + 1 < end:  # of what was drawn at the episode's beginning: the interval's
-            number = int(track[i + 1].step)
-            prefetch((arrivals[i + 1, 0], arrivals[i + 1, 1]), number * slots)
-            prefetch((shift[i + 1],), int(number * rules[0].interval_s))
-            prefetch((drift_c[i + 1], budget_w[i + 1]), number + 1)
-            prefetch((budget_w[i + 1],), number + 1 + rules[0].notice)
-        begins = todo[i] == _BEGIN
-        if todo[i] == _PLAY:
-            levels, devices, number = index[i], all_devices[i], int(track[i].step)
-            second = int(number * rules[0].interval_s)
-            fill_values(level_table, index_rows[i], knob_rows[i])
-            knobs[i].pace = min(knobs[i].pace, track[i].duty)
-            fill(work_rows[i], 0.0)
-            fill(histogram[i], 0)
-            fill_clocks(devices, knobs[i].sm_clock, clocks[i])
-            serve(
-                service, knobs[i], levels, arrivals[i], number * slots, shift[i, second], clocks[i],
-                open_classes(rules[0], track[i]), servers, i, work[i], histogram[i], slot_energy[i],
-            )  # fmt: skip
-            terminated[i] = heat_devices(devices, slot_energy[i], clocks[i], drift_c[i, second], gpu[i])
-            reward[i] = settle(
-                rules[0], prices[0], floor, rules[0].limit_c, track[i], work[i], gpu[i], budget_w[i],
-                levels.ttt_steps > 0, raw[i], terms[i], cost[i],
-            )  # fmt: skip
-            fill_levels(rules[0], index_rows[i], raw_rows[i])
-            encode_row(raw_rows[i], low, scale, observation[i])
-            truncated[i] = not terminated[i] and track[i].step >= fixed.steps
-            begins = autoreset and (terminated[i] or truncated[i])
-            if begins:
-                copy_row(final_observation[i], observation[i])
-                state.episodes[i] += np.uint64(1)
-        elif begins:
-            reward[i], terminated[i], truncated[i] = 0.0, False, False
-            fill(terms[i], 0.0)
-            fill(cost[i], 0.0)
-        else:  # what was observed last: a beginning, or an interval
-            last = now.first_raw_rows[i] if track[i].step == 0 else raw_rows[i]
-            encode_row(last, low, scale, observation[i])
-        if begins:
-            _begin(fixed, traffic, service, state, servers, now, i, observation[i])
+@inlined
+def _fill_empty(account, i, out):
+    """Say that environment `i` played no interval."""
+    out.reward[i], out.terminated[i], out.truncated[i] = 0.0, False, False
+    fill(account.terms[i], 0.0)
+    fill(account.cost[i], 0.0)
+
+
+@inlined
+def _show_again(account, i, observation):
+    """Write what was observed last [fields]: a beginning, or an interval."""
+    raw = account.first_raw[i] if account.track[i].step == 0 else account.raw[i]
+    encode_row(numbers(raw), account.low, account.scale, observation)
+
+
+@cache
+def _advance(kind: Any, call_kind: Any) -> Any:
+    """What one thread does for a `Held` of a `Batch` and one of a `Call`, of these types."""
+
+    @inner
+    def advance(address, call_address):
+        batch, now = held(address, kind), held(call_address, call_kind)
+        out, account, n = now.out, batch.account, now.todo.shape[0]
+        first = take(now.taken, _AT_ONCE)
+        while first < n:
+            for i in range(first, min(n, first + _AT_ONCE)):
+                _ask_ahead(batch, i)
+                begins = now.todo[i] == _BEGIN
+                if now.todo[i] == _PLAY:
+                    _play(batch, i, out)
+                    begins = batch.autoreset > 0 and (out.terminated[i] or out.truncated[i])
+                    if begins:
+                        copy_row(out.final_observation[i], out.observation[i])
+                        batch.episodes[i] += np.uint64(1)
+                elif begins:
+                    _fill_empty(account, i, out)
+                else:
+                    _show_again(account, i, out.observation[i])
+                if begins:
+                    _begin(batch, i, out.observation[i])
+            first = take(now.taken, _AT_ONCE)
+
+    return advance
 
 
 @parallel
-def _advance_all(advance_rows, threads, todo, autoreset, fixed, traffic, service, state, servers, now, step):
-    """What `todo` [n] says of every environment; with `autoreset` the next episode begins where one ended.
-
-    `advance_rows` is the address of `_advance_rows`.
-    """
-    n = now.levels.shape[0]
-    # One call per thread, since a call counts references to every array of its tuples. And nothing but a
-    # call: a parallel loop of numba loses what is written to attributes of tuples.
-    for t in numba.prange(threads):
-        call(
-            advance_rows,
-            (todo, autoreset, fixed, traffic, service, state, servers, now, step, n * t // threads,
-             n * (t + 1) // threads),
-        )  # fmt: skip
+def _advance_all(advance, threads, address, call_address):
+    """Run `advance`, the address of such a function, on so many threads."""
+    # Nothing but a call: what is in a parallel loop takes twice as long to compile.
+    for _ in numba.prange(threads):
+        call(advance, (address, call_address), types.none)
 
 
-def _with_rows(records: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Records [n] of fields of one type, and the same memory as [n, fields]."""
-    base = np.int64 if records.dtype == INDEX_DTYPE else np.float64
-    return records, records.view(base).reshape(len(records), -1)
+@jit
+def _advance_alone(advance, address, call_address):
+    call(advance, (address, call_address), types.none)
+
+
+def _state_of(problem: Problem, n: int) -> BatchState:
+    scenario, n_devices = problem.scenario, len(problem.scenario.devices)
+    seconds, notice = scenario.episode_s + 1, int(rules_of(problem)[0]["notice"])
+    return BatchState(
+        seeds=np.zeros(n, np.uint64),
+        episodes=np.zeros(n, np.uint64),
+        arrivals=np.zeros((n, 2, round(seconds / SLOT_S) + 1), np.int32),
+        shift=np.zeros((n, seconds), np.int64),
+        budget_w=np.zeros((n, scenario.steps + notice + 1)),
+        drift_c=np.zeros((n, seconds, n_devices)),
+        devices=np.zeros((n, n_devices), DEVICE_DTYPE),
+        track=np.zeros(n, TRACK_DTYPE),
+    )
+
+
+def _interval_of(problem: Problem, n: int, bins: int) -> Interval:
+    n_devices, slots = len(problem.scenario.devices), round(problem.scenario.interval_s / SLOT_S)
+    return Interval(
+        levels=np.zeros(n, INDEX_DTYPE),
+        knobs=np.zeros(n, VALUE_DTYPE),
+        work=np.zeros(n, WORK_DTYPE),
+        gpu=np.zeros(n, GPU_DTYPE),
+        raw=np.zeros(n, RAW_DTYPE),
+        histogram=np.zeros((n, bins), np.int64),
+        slot_energy=np.zeros((n, slots, n_devices)),
+        clocks=np.zeros((n, n_devices)),
+        terms=np.zeros((n, len(REWARD_TERMS))),
+        cost=np.zeros((n, len(COST_NAMES))),
+        first_gpu=np.zeros(n, GPU_DTYPE),
+        first_raw=np.zeros(n, RAW_DTYPE),
+    )
+
+
+def _parts_of(
+    problem: Problem, service: Any, servers: Any, state: BatchState, now: Interval
+) -> tuple[Serving, Heating, Account]:
+    """What the compiled parts of an interval find, around one service."""
+    scenario, ranges = problem.scenario, ranges_of(problem)
+    serving = Serving(
+        service, servers, traffic_of(scenario.traffic, scenario.episode_s + 1, problem.capacity_rps),
+        state.arrivals, state.shift, now.levels, now.knobs, now.clocks, now.work, now.histogram,
+        now.slot_energy,
+    )  # fmt: skip
+    heating = Heating(
+        as_record(spread_of(problem)), nominal_devices(problem), problem.inlet_offset_c, state.devices,
+        state.drift_c, now.clocks, now.slot_energy, now.gpu, now.first_gpu,
+    )  # fmt: skip
+    account = Account(
+        rules_of(problem), prices_of(problem), problem.quality_floor, ranges.low, ranges.scale,
+        np.array(problem.knobs.default_index, np.int64),
+        as_record(budget_terms(scenario.power_budget, scenario.interval_s)), state.budget_w, now.levels,
+        state.track, now.work, now.gpu, now.raw, now.terms, now.cost, now.first_gpu, now.first_raw,
+    )  # fmt: skip
+    return serving, heating, account
+
+
+def _code(serving: Serving, heating: Heating, account: Account) -> Code:
+    """Where the functions are that play one environment; compiled at the first of its kind."""
+    here = [Held(part) for part in (serving, heating, account)]
+    of_serving, of_heating, of_account = (part.address for part in here)
+    start, serve = serving_rows(here[0].kind)
+    cool, heat = heating_rows(here[1].kind)
+    begin, settle = account_rows(here[2].kind)
+    seed = np.uint64(0)
+    return Code(
+        address_of(start, of_serving, seed, 0),
+        address_of(cool, of_heating, seed, 0),
+        address_of(begin, of_account, seed, 0, 0.0),
+        address_of(serve, of_serving, 0, 0, 0),
+        address_of(heat, of_heating, 0, 0),
+        address_of(settle, of_account, 0, 0.0),
+    )
 
 
 class TwinBatch:
@@ -191,63 +273,29 @@ class TwinBatch:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self._arguments = {"latencies": latencies, "max_steps": max_steps, "autoreset": autoreset}
-        self.problem, self.num_envs, self._autoreset = problem, num_envs, autoreset
-        scenario, n, rules = problem.scenario, num_envs, rules_of(problem)
-        n_devices = len(scenario.devices)
-        service, ranges = service_of(problem), ranges_of(problem)
-        seconds = scenario.episode_s + 1
-        slots = round(scenario.interval_s / SLOT_S)
-        self._fixed = Fixed(
-            rules,
-            prices_of(problem),
-            problem.quality_floor,
-            problem.knobs.level_table,
-            ranges.low,
-            ranges.scale,
-            np.array(problem.knobs.default_index, np.int64),
-            as_record(budget_terms(scenario.power_budget, scenario.interval_s)),
-            as_record(spread_of(problem)),
-            nominal_devices(problem),
-            min(scenario.steps, max_steps or scenario.steps),
-            problem.inlet_offset_c,
-        )
-        self._traffic = traffic_of(scenario.traffic, seconds, problem.capacity_rps)
-        self._service = service.fixed
+        self.problem, self.num_envs = problem, num_envs
+        service, n = service_of(problem), num_envs
         self.servers = service.new_state(n)
         """The service's own state."""
-        self.state = BatchState(
-            np.zeros(n, np.uint64),  # seeds
-            np.zeros(n, np.uint64),  # episodes
-            np.zeros((n, 2, round(seconds / SLOT_S) + 1), np.int32),  # arrivals
-            np.zeros((n, seconds), np.int64),  # shift
-            np.zeros((n, scenario.steps + int(rules[0]["notice"]) + 1)),  # budget
-            np.zeros((n, seconds, n_devices)),  # drift of the inlets
-            np.zeros((n, n_devices), DEVICE_DTYPE),
-            np.zeros(n, TRACK_DTYPE),
-        )
-        self._interval = Interval(
-            *_with_rows(np.zeros(n, INDEX_DTYPE)),
-            *_with_rows(np.zeros(n, VALUE_DTYPE)),
-            *_with_rows(np.zeros(n, WORK_DTYPE)),
-            np.zeros(n, GPU_DTYPE),
-            *_with_rows(np.zeros(n, RAW_DTYPE)),
-            np.zeros((n, service.histograms * HISTOGRAM_BINS if latencies else 0), np.int64),
-            np.zeros((n, slots, n_devices)),
-            np.zeros((n, n_devices)),  # clocks
-            np.zeros((n, len(REWARD_TERMS))),
-            np.zeros((n, len(COST_NAMES))),
-            np.zeros(n, GPU_DTYPE),
-            *_with_rows(np.zeros(n, RAW_DTYPE)),
-            _with_rows(self.state.track)[1],
-        )
-        now = self._interval
-        self.index, self.work, self.gpu, self.raw = now.index_rows, now.work, now.gpu, now.raw
+        self.state = _state_of(problem, n)
+        self._interval = now = _interval_of(problem, n, service.histograms * HISTOGRAM_BINS * latencies)
+        self.index = now.levels.view(np.int64).reshape(n, -1)
+        self.work, self.gpu, self.raw = now.work, now.gpu, now.raw
         self.terms, self.cost, self.histogram = now.terms, now.cost, now.histogram
         self.slot_energy, self.devices = now.slot_energy, self.state.devices
+        parts = _parts_of(problem, service.fixed, self.servers, self.state, now)
+        steps = min(problem.scenario.steps, max_steps or problem.scenario.steps)
+        self.whole = Batch(
+            _code(*parts), *parts, self.state.seeds, self.state.episodes, problem.knobs.level_table, steps,
+            int(autoreset),
+        )  # fmt: skip
+        """All of it, as compiled code finds it."""
         self._final = np.zeros((n, len(FIELDS)), np.float32)
-        self._play = np.full(n, _PLAY)
-        self._all = np.ones(n, np.bool_)
-        self._advance_rows = 0
+        self._play, self._all = np.full(n, _PLAY), np.ones(n, np.bool_)
+        self._taken = np.zeros(1, np.int64)
+        self._held, self._call = Held(self.whole), Held(self._told(self._play))
+        advance = _advance(self._held.kind, self._call.kind)
+        self._advance_at = address_of(advance, self._held.address, self._call.address)
 
     def __getstate__(self) -> tuple[Any, ...]:
         """What makes the batch, and the arrays that change. What else there is follows."""
@@ -310,17 +358,22 @@ class TwinBatch:
         self.state.episodes[begin] += np.uint64(1)
         return self._advance(np.where(begin, _BEGIN, _PLAY))
 
-    def _advance(self, todo: np.ndarray) -> BatchStep:
+    def _told(self, todo: np.ndarray) -> Call:
         n = self.num_envs
-        step = BatchStep(
+        out = BatchStep(
             np.empty((n, len(FIELDS)), np.float32), np.empty(n), np.empty(n, np.bool_), np.empty(n, np.bool_),
             self._final,
         )  # fmt: skip
-        arguments = (
-            todo, self._autoreset, self._fixed, self._traffic, self._service, self.state, self.servers,
-            self._interval, step,
-        )  # fmt: skip
-        if self._advance_rows == 0:
-            self._advance_rows = address_of(_advance_rows, *arguments, 0, n)
-        _advance_all(self._advance_rows, min(n, numba.get_num_threads()), *arguments)
-        return step
+        return Call(todo, self._taken, out)
+
+    def _advance(self, todo: np.ndarray) -> BatchStep:
+        told = self._told(todo)
+        self._call.hold(told)
+        self._taken[0] = 0
+        threads = min(-(-self.num_envs // _AT_ONCE), numba.get_num_threads())
+        addresses = self._advance_at, self._held.address, self._call.address
+        if threads == 1:
+            _advance_alone(*addresses)
+        else:
+            _advance_all(addresses[0], threads, *addresses[1:])
+        return told.out

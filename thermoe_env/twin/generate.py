@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe.compiled import inlined, jit, uncounted
-from moe.lm.config import AHEAD, BLOCK
+from moe.compiled import inlined, inner
+from moe.lm.config import BLOCK
 from moe.lm.engine.blocks import blocks_for
 from moe.randomness import derive, integer
 from moe.service.queueing import SLOT_S, arrival_time, latency_bin, slot_of
@@ -29,14 +29,8 @@ from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.token_tables import token_work
 from thermoe_env.twin.score import drop_expired
 from thermoe_env.twin.service import Service, implement, slowest
-from thermoe_env.twin.token_steps import (
-    Steps,
-    add_answers,
-    either_class,
-    fill_energy,
-    own_prompts,
-    steps_of,
-)
+from thermoe_env.twin.token_slots import TRANSIT, mean_slot, times_of
+from thermoe_env.twin.token_steps import add_answers, fill_energy
 
 KNOBS_READ = ("routing_bias", "batch_size", "expert_count", "pace", "sm_clock", "admission")
 """Those that move something here."""
@@ -58,10 +52,6 @@ SERVER_DTYPE = np.dtype(
 
 _STREAM = np.uint64(9)
 """Of an episode's seed, from which the draw of what steps cost comes."""
-TRANSIT = AHEAD + 1.0
-"""Steps in which a place is taken and no row of an answer runs: those that were launched before its last
-token came back, and the one that reads the next prompt."""
-_ITERATIONS = 2
 _RANKS = 64
 _GOLDEN = 0.6180339887498949
 """Multiples of it, less their whole parts, lie evenly however many there are."""
@@ -140,140 +130,120 @@ def generate_service(problem: Problem) -> Service:
     return Service(Generate(*work.tables, as_record(terms)), KNOBS_READ, new_state, histograms=3)
 
 
+@inlined
+def _let_run(terms, arrivals, number, server, c, enter, wanted, times, histogram):
+    """Let requests of class `c` run in slot `number`.
+
+    Returns:
+        (whole requests, the sum of their times to the first token)
+    """
+    first = server.next[c]
+    server.begun[c] += enter
+    last = min(int(server.begun[c] + 1e-9), arrivals[c, number + 1])
+    if last <= first:
+        return 0, 0.0
+    server.head[c] = slot_of(arrivals, c, first, server.head[c])
+    waited = max(0.0, number * SLOT_S - arrival_time(arrivals, c, first, server.head[c]))
+    waits = 0.0
+    if wanted - enter > 0.5:
+        end = slot_of(arrivals, c, last - 1, server.head[c])
+        waits = max(0.0, (number + 1) * SLOT_S - arrival_time(arrivals, c, last - 1, end))
+    allowed = min(terms.ttft_s[c], terms.deadline_s[c] - terms.decoded * times.token_s) - times.first_s
+    low, high = min(waited, waits), max(waited, waits)
+    overdue = 1.0 if low > allowed else 0.0
+    if low <= allowed < high:
+        overdue = (high - allowed) / (high - low)
+    server.late[c] += overdue * enter
+    if histogram.shape[0] > 0:
+        _record(
+            histogram, times.first_s + low, times.first_s + high, last - first, terms.decoded_ranked, times
+        )
+    server.next[c] = last
+    return last - first, (last - first) * (0.5 * (waited + waits) + times.first_s)
+
+
+@inlined
+def _end_answers(terms, server, c, enter, of_read, slot, times, work):
+    """Read prompts of class `c`, of all the share `of_read`, and end answers; returns how many."""
+    old = server.decoding[c]
+    took = (server.prompts[c] + enter) * of_read
+    server.prompts[c] += enter - took
+    now = old * slot.left + took * slot.spread
+    done = old + took - now
+    server.decoding[c] = now
+    server.ended[c] += done
+    # Answers end late as often as those that run are, or by the time per token.
+    runs = now + server.prompts[c] + done
+    share = server.late[c] / runs if runs > 0.0 else 0.0
+    over = (times.token_s - terms.tpot_s[c]) / times.noise_s
+    slow = 1.0 / (1.0 + math.exp(-1.7 * over)) if abs(over) < 20.0 else (1.0 if over > 0.0 else 0.0)
+    server.late[c] -= share * done
+    work.late[c] += done * (1.0 - (1.0 - share) * (1.0 - slow))
+    return done
+
+
+@inlined
+def _drop(terms, arrivals, number, server, work):
+    """Take out of the queue who has waited too long when slot `number` begins."""
+    gone = (server.next[0], server.next[1])
+    drop_expired(terms, arrivals, number, server, work)
+    for c in range(2):
+        server.begun[c] += server.next[c] - gone[c]
+        server.ended[c] += server.next[c] - gone[c]
+
+
+@inlined
+def _entering(server, slot, places, deferrable, wanted):
+    """Requests that are let run per class, interactive ones first."""
+    unread = server.prompts[0] + server.prompts[1]
+    after = (server.decoding[0] + server.decoding[1]) * slot.left + slot.read * slot.spread
+    free = max(0.0, places - after - TRANSIT * slot.per_step * slot.busy - (unread - slot.read))
+    first = min(wanted[0], free)
+    return first, (min(slot.second, free - first) if deferrable > 0.0 else 0.0)
+
+
 def serve(
     fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, state, i, work, histogram,
     slot_energy,
 ):  # fmt: skip
     """Serve one interval, see `thermoe_env.twin.service.serve`."""
-    fixed, state, arrivals = uncounted((fixed, state, arrivals))
-    histogram, slot_energy, clocks = uncounted((histogram, slot_energy, clocks))
     terms, server = fixed.terms[0], state.server[i]
     k, b, pace = index.expert_count, index.routing_bias, knobs.pace
     places = min(knobs.batch_size, terms.places)
     deferrable = knobs.admission * places if open_classes > 1 else 0.0
     before = (int(server.ended[0] + 1e-9), int(server.ended[1] + 1e-9))
-    tokens, running = 0.0, 0.0
-    ttft, tpot, began, finished = 0.0, 0.0, 0.0, 0.0
-    for slot in range(first_slot, first_slot + terms.slots):
-        gone = (server.next[0], server.next[1])
-        drop_expired(terms, arrivals, slot, server, work)
-        for c in range(2):
-            server.begun[c] += server.next[c] - gone[c]
-            server.ended[c] += server.next[c] - gone[c]
+    tokens, running, ttft, tpot, began, finished = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    for number in range(first_slot, first_slot + terms.slots):
+        _drop(terms, arrivals, number, server, work)
         wanted = (
-            (arrivals[0, slot + 1] - server.begun[0]) if open_classes > 0 else 0.0,
-            (arrivals[1, slot + 1] - server.begun[1]) if deferrable > 0.0 else 0.0,
+            (arrivals[0, number + 1] - server.begun[0]) if open_classes > 0 else 0.0,
+            (arrivals[1, number + 1] - server.begun[1]) if deferrable > 0.0 else 0.0,
         )
         came = (
-            arrivals[0, slot + 1] - arrivals[0, slot],
-            (arrivals[1, slot + 1] - arrivals[1, slot]) if deferrable > 0.0 else 0,
+            arrivals[0, number + 1] - arrivals[0, number],
+            (arrivals[1, number + 1] - arrivals[1, number]) if deferrable > 0.0 else 0,
         )
-        old = (server.decoding[0], server.decoding[1])
-        decoding, unread = old[0] + old[1], server.prompts[0] + server.prompts[1]
-        period = server.period_s
-        rows = decoding
-        read, left, mean, busy, per_step = 0.0, 1.0, 0.0, 0.0, 0.0
-        begun, crowded, second, z = (0.0, 0.0), False, 0.0, 0.0
-        steps = Steps(period, period, 0.0, 0.0, 0.0, 0.0, 1.0)
-        for _ in range(_ITERATIONS):
-            z = SLOT_S / (terms.decoded * period)
-            left = math.exp(-z)
-            spread = (1.0 - left) / z
-            each = spread + TRANSIT * period / SLOT_S  # places that one who enters holds at the end
-            second = min(wanted[1], max(0.0, deferrable - old[1] * left - server.prompts[1]) / each)
-            # Prompts that are read, and who is let run.
-            room = max(0.0, places - decoding * left) / each
-            bound = max(1.0, terms.max_rows - rows) / terms.prompt * SLOT_S / period
-            full = wanted[0] + second + unread
-            read = min(full, min(room, bound))
-            mean = decoding * spread + read * (1.0 - spread) / z
-            per_step = read * period / SLOT_S
-            active = mean + per_step * steps.mixed_s / period
-            busy = 1.0 - math.exp(-active * (1.0 + 0.14 * active)) if active < 6.0 else 1.0
-            rows = max(1.0, mean / busy) if busy > 0.0 else 1.0
-            per_step /= max(busy, 1e-12)
-            of_first = per_step * came[0] / max(1.0, came[0] + came[1])
-            begun, crowded = (of_first, per_step - of_first), read < full
-            share = either_class(begun[0], begun[1])
-            if crowded:  # whoever enters does so when another ends, at any time
-                share = 1.0 - math.exp(-per_step)
-            needs = per_step * terms.prompt / max(1.0, terms.max_rows - rows)
-            share = min(1.0, max(share, needs))
-            filled = min(1.0, needs / share) if share > 0.0 else 0.0
-            steps = steps_of(fixed, server.draw, shift, k, b, rows, filled, share, clocks, pace)
-            period = steps.period_s
-        server.period_s = period
-        # Places are given to interactive requests first.
-        after = decoding * left + read * spread
-        free = max(0.0, places - after - TRANSIT * per_step * busy - (unread - read))
-        enter = (min(wanted[0], free), 0.0)
-        if deferrable > 0.0:
-            enter = (enter[0], min(second, free - enter[0]))
-        of_read = read / max(1e-12, unread + enter[0] + enter[1])
-        wait_unread = max(0.0, unread + enter[0] + enter[1] - read) / max(1e-12, read) * SLOT_S
-        extra_s = (steps.mixed_s - steps.pure_s) / pace
-        # Prompts come to steps by chance, and so do their lengths (a compound Poisson sum), as far as there
-        # is room for them.
-        varies = steps.mixed_share * extra_s * math.sqrt((1.0 + terms.prompt_variance) / max(1e-9, per_step))
-        varies *= math.sqrt(1.0 - steps.mixed_share * steps.filled * steps.filled)
-        noise = varies / math.sqrt(terms.decoded_harmonic) + 0.01 * period
+        slot = mean_slot(fixed, server, shift, k, b, clocks, pace, places, deferrable, wanted, came)
+        steps, period = slot.steps, slot.steps.period_s
+        enter = _entering(server, slot, places, deferrable, wanted)
+        waiting = server.prompts[0] + server.prompts[1] + enter[0] + enter[1]
+        of_read = slot.read / max(1e-12, waiting)
+        wait_s = max(0.0, waiting - slot.read) / max(1e-12, slot.read) * SLOT_S
         for c in range(2):
-            ahead = behind = steps.mixed_share
-            if not crowded:
-                ahead = either_class(begun[1 - c], max(0.0, begun[c] - 0.5 / AHEAD))
-                behind = either_class(begun[1 - c], own_prompts(begun[c], terms.decoded))
-            first_s = busy * (AHEAD * (steps.pure_s / pace + ahead * extra_s) + 0.55 * period)
-            first_s += steps.mixed_s + wait_unread
-            token_s = steps.pure_s / pace + behind * extra_s
-            # Who enters, and how long each waited for it.
-            first = server.next[c]
-            server.begun[c] += enter[c]
-            last = min(int(server.begun[c] + 1e-9), arrivals[c, slot + 1])
-            if last > first:
-                server.head[c] = slot_of(arrivals, c, first, server.head[c])
-                waited = max(0.0, slot * SLOT_S - arrival_time(arrivals, c, first, server.head[c]))
-                waits = 0.0
-                if wanted[c] - enter[c] > 0.5:
-                    end = slot_of(arrivals, c, last - 1, server.head[c])
-                    waits = max(0.0, (slot + 1) * SLOT_S - arrival_time(arrivals, c, last - 1, end))
-                allowed = min(terms.ttft_s[c], terms.deadline_s[c] - terms.decoded * token_s) - first_s
-                low, high = min(waited, waits), max(waited, waits)
-                overdue = 1.0 if low > allowed else 0.0
-                if low <= allowed < high:
-                    overdue = (high - allowed) / (high - low)
-                server.late[c] += overdue * enter[c]
-                ttft += (last - first) * (0.5 * (waited + waits) + first_s)
-                began += last - first
-                if histogram.shape[0] > 0:
-                    _record(
-                        histogram, first_s + low, first_s + high, last - first,
-                        terms.decoded_ranked, token_s, varies, steps.pure_s / pace,
-                    )  # fmt: skip
-                server.next[c] = last
-            took = (server.prompts[c] + enter[c]) * of_read
-            server.prompts[c] += enter[c] - took
-            now = old[c] * left + took * spread
-            done = old[c] + took - now
-            server.decoding[c] = now
-            server.ended[c] += done
-            # Answers end late as often as those that run are, or by the time per token.
-            runs = now + server.prompts[c] + done
-            share = server.late[c] / runs if runs > 0.0 else 0.0
-            over = (token_s - terms.tpot_s[c]) / noise
-            slow = 1.0 / (1.0 + math.exp(-1.7 * over)) if abs(over) < 20.0 else (1.0 if over > 0.0 else 0.0)
-            server.late[c] -= share * done
-            work.late[c] += done * (1.0 - (1.0 - share) * (1.0 - slow))
-            tpot += done * token_s
-            finished += done
-        count = busy * SLOT_S / period
-        fill_energy(fixed, server.draw, shift, k, b, steps, count, clocks, slot_energy[slot - first_slot])
+            times = times_of(terms, slot, c, pace, wait_s)
+            n, first_s = _let_run(terms, arrivals, number, server, c, enter[c], wanted[c], times, histogram)
+            ttft, began = ttft + first_s, began + n
+            done = _end_answers(terms, server, c, enter[c], of_read, slot, times, work)
+            tpot, finished = tpot + done * times.token_s, finished + done
+        count = slot.busy * SLOT_S / period
+        fill_energy(fixed, server.draw, shift, k, b, steps, count, clocks, slot_energy[number - first_slot])
         work.batches += count
         work.busy_s += count * steps.busy_s
-        given = mean * z * terms.decoded + read  # what ended has all its tokens
-        tokens += given
-        work.prefill_tokens += read * terms.prompt
-        running += mean + TRANSIT * read * period / SLOT_S + server.prompts[0] + server.prompts[1]
-        add_answers(fixed, shift, k, b, steps, given, work)
+        tokens += slot.given
+        work.prefill_tokens += slot.read * terms.prompt
+        held = slot.mean + TRANSIT * slot.read * period / SLOT_S
+        running += held + server.prompts[0] + server.prompts[1]
+        add_answers(fixed, shift, k, b, steps, slot.given, work)
     _sum_up(fixed, knobs, arrivals, first_slot, server, before, tokens, running, shift, work)
     work.ttft_s = ttft / max(1.0, began)
     work.tpot_s = tpot / finished if finished > 0.0 else 0.0
@@ -313,8 +283,8 @@ def _sum_up(fixed, knobs, arrivals, first_slot, server, before, tokens, running,
     work.cache_share = min(1.0, mean_running * terms.cache_share)
 
 
-@jit
-def _record(histogram, low, high, requests, decoded, token_s, varies, least_s):
+@inner
+def _record(histogram, low, high, requests, decoded, times):
     """Add answers to the three histograms.
 
     Args:
@@ -323,18 +293,15 @@ def _record(histogram, low, high, requests, decoded, token_s, varies, least_s):
         high: likewise.
         requests: how many.
         decoded: rows of answers, ranked.  # [_RANKS]
-        token_s: mean time per output token; that of an answer is spread about it as by a logistic
-            distribution.
-        varies: standard deviation of a step.
-        least_s: time of a step that reads no prompt.
+        times: `Times`; that per token of an answer is spread about the mean as by a logistic distribution.
     """
     bins = histogram.shape[0] // 3
     for part in range(requests):
         share = (part + 0.5) / requests
         first = low + share * (high - low)
         rows = decoded[int(part * _GOLDEN % 1.0 * _RANKS)]
-        noise = varies / math.sqrt(rows) + 0.01 * token_s
-        each = max(least_s, token_s + 0.55 * noise * math.log(share / (1.0 - share)))
+        noise = times.varies_s / math.sqrt(rows) + 0.01 * times.token_s
+        each = max(times.least_s, times.token_s + 0.55 * noise * math.log(share / (1.0 - share)))
         histogram[latency_bin(first + rows * each)] += 1
         histogram[bins + latency_bin(first)] += 1
         histogram[2 * bins + latency_bin(10.0 * each)] += 1  # edges are a tenth of those of whole answers

@@ -1,6 +1,6 @@
-"""Twin telemetry: power, clock and temperature of the devices computed from the work done.
+"""Devices of the twin, compiled: power, clock and temperature from the work done, interval by interval.
 
-`heat_devices` is the compiled interval over `physics`; `TwinTelemetry` is the same behind the seam.
+`heat_devices` is the interval over `physics`; `thermoe_env.twin.telemetry` is the same behind the seam.
 
 Experts are placed on devices; the service says what energy the work of each needs and how long they take
 together (`thermoe_env.twin.generate`, `thermoe_env.twin.score`). A device that waits for a slower one draws
@@ -11,14 +11,13 @@ beside it each device's air may wander on its own.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from moe.compiled import inlined, jit
+from moe.compiled import inlined, inner
 from moe.randomness import derive, normal, uniform
 from moe.service.queueing import SLOT_S
-from moe.workload import WorkStats, frozen
 from thermoe_env.device.physics import (
     approach,
     capped_power_w,
@@ -30,14 +29,7 @@ from thermoe_env.device.physics import (
     next_clock,
     sensor_c,
 )
-from thermoe_env.device.telemetry import (
-    PER_DEVICE_NAMES,
-    READING_NAMES,
-    GpuReading,
-    PerDevice,
-    of_one_device,
-)
-from thermoe_env.errors import ReadingError
+from thermoe_env.device.telemetry import READING_NAMES
 from thermoe_env.problem.problem import Problem
 
 GPU_DTYPE = np.dtype([(name, np.float64) for name in READING_NAMES])
@@ -117,7 +109,7 @@ def heat(device, slot_energy, d, sm_clock, drift_c):
     return energy, capped, throttled, tripped
 
 
-@jit
+@inner
 def heat_devices(devices, slot_energy, clocks, drift_c, gpu):
     """Advance all devices over an interval.
 
@@ -186,7 +178,7 @@ def _set_temperatures(device, inlet_c, power_w):
     )  # fmt: skip
 
 
-@jit
+@inner
 def start_devices(spread, seed, nominal, inlet_offset_c, devices, drift_c, gpu):
     """Draw the devices of an episode, settled at idle.
 
@@ -220,7 +212,7 @@ def start_devices(spread, seed, nominal, inlet_offset_c, devices, drift_c, gpu):
     _read_sensors(devices, gpu)
 
 
-@jit
+@inner
 def _wander(key, deviation_c, keep, d, drift_c):
     """Add a mean-reverting walk of its own to the offsets of inlet `d` of `drift_c` [seconds, D]."""
     kick = math.sqrt(1.0 - keep * keep) * deviation_c
@@ -230,7 +222,7 @@ def _wander(key, deviation_c, keep, d, drift_c):
         drift_c[second, d] += level
 
 
-@jit
+@inner
 def _start_device(spread, key, first, offset_c, device):
     """Vary a nominal device by draws of `key` from number `first` on; settle it at idle, that much warmer."""
     vary = np.empty(_DRAWS)  # in (-1, 1); one loop, as each literal number would compile a draw of its own
@@ -280,89 +272,3 @@ def spread_of(problem: Problem) -> Spread:
         spread.resistance, spread.time_constant, spread.leakage, spread.energy, spread.inlet_c,
         twin.inlet_drift_c, math.exp(-1.0 / twin.inlet_drift_tau_s),
     )  # fmt: skip
-
-
-@jit
-def _start_one(spread, seed, nominal, inlet_offset_c, devices, drift_c, gpu):
-    """`start_devices` for a reading in an array: it crosses into compiled code cheaper than a record does."""
-    start_devices(spread, seed, nominal, inlet_offset_c, devices, drift_c, gpu[0])
-
-
-@jit
-def _heat_one(devices, slot_energy, clocks, drift_c, gpu):
-    """`heat_devices` likewise."""
-    return heat_devices(devices, slot_energy, clocks, drift_c, gpu[0])
-
-
-class TwinTelemetry:
-    """`Telemetry` of the modelled devices."""
-
-    simulated = True
-    missing: tuple[str, ...] = ()
-
-    def __init__(self, problem: Problem) -> None:
-        self._nominal, self._spread = nominal_devices(problem), spread_of(problem)
-        self._inlet_offset_c = problem.inlet_offset_c
-        self._drift = np.zeros((problem.scenario.episode_s + 1, len(self._nominal)))
-        self._devices = self._nominal.copy()
-        self._gpu = np.zeros(1, GPU_DTYPE)
-        self._gpu_row = self._gpu.view(np.float64)
-        self.tripped = False
-        """Whether a die passed its shutdown temperature in this episode."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the place of what was copied, with two views of one memory again."""
-        self.__dict__.update(state)
-        self._gpu_row = self._gpu.view(np.float64)
-
-    def reset(self, seed: int) -> GpuReading:
-        """Draw the devices of `seed` and settle them at idle."""
-        _start_one(
-            self._spread, np.uint64(seed), self._nominal, self._inlet_offset_c, self._devices, self._drift,
-            self._gpu,
-        )  # fmt: skip
-        self._elapsed_s = 0.0
-        self.tripped = False
-        return self._reading()
-
-    def read(self, work: WorkStats, duration_s: float) -> GpuReading:
-        """Heat the devices with the work of the interval.
-
-        Raises:
-            ReadingError: the work carries no energies, or the model left the numbers.
-        """
-        if work.slot_energy_j is None or work.device_clock is None:
-            raise ReadingError(
-                "this work carries no modelled energy; pair a live workload with NVML or `Shadow`"
-            )
-        drift = self._drift[int(self._elapsed_s + 1e-9)]
-        tripped = _heat_one(self._devices, work.slot_energy_j, work.device_clock, drift, self._gpu)
-        self.tripped = tripped or self.tripped
-        self._elapsed_s += duration_s
-        return self._reading()
-
-    @property
-    def clocks(self) -> np.ndarray:
-        """Clock fractions that throttling leaves for the next interval, float [D]."""
-        return self._devices["clock"]
-
-    def per_device(self, reading: GpuReading) -> PerDevice:
-        """The last reading, device by device."""
-        if len(self._devices) == 1:
-            return of_one_device(reading)
-        now = self._devices
-        temperatures = map(sensor_c, now["die_c"]), map(sensor_c, now["mem_c"])
-        columns = *temperatures, now["power_w"], now["clock"] * now["max_clock_mhz"]
-        return {
-            name: tuple(map(float, column)) for name, column in zip(PER_DEVICE_NAMES, columns, strict=True)
-        }
-
-    def close(self) -> None:
-        """Nothing to release."""
-
-    def _reading(self) -> GpuReading:
-        row = self._gpu_row.tolist()
-        values = dict(zip(READING_NAMES, row, strict=True))
-        if not math.isfinite(sum(row)):
-            raise ReadingError(f"the twin left the numbers: {values}; check the calibration and the profile")
-        return frozen(GpuReading, values)

@@ -6,24 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-
-class Fixed(NamedTuple):
-    """What no episode changes, as compiled code reads it: arrays, those of one record among them."""
-
-    rules: np.ndarray
-    prices: np.ndarray
-    quality_floor: np.ndarray  # [S]
-    level_table: np.ndarray  # [knobs, most levels]
-    low: np.ndarray  # [fields], see `Ranges`
-    scale: np.ndarray
-    default_index: np.ndarray  # int64 [knobs]
-    budget: np.ndarray
-    spread: np.ndarray
-    nominal: np.ndarray
-    """Records of `DEVICE_DTYPE` [D]."""
-    steps: int
-    """Intervals after which an episode is truncated."""
-    inlet_offset_c: np.ndarray  # [seconds]
+from thermoe_env.mdp.account import Account
+from thermoe_env.twin.service import Serving
+from thermoe_env.twin.telemetry import Heating
 
 
 class BatchState(NamedTuple):
@@ -48,19 +33,18 @@ class BatchState(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """The interval just played and what it came to: records, and their memory as rows where loops need it."""
+    """The interval just played in environments [n] and what it came to."""
 
     levels: np.ndarray
     """Records of `INDEX_DTYPE` [n]."""
-    index_rows: np.ndarray
     knobs: np.ndarray
     """Records of `VALUE_DTYPE` [n]: those in force."""
-    knob_rows: np.ndarray
     work: np.ndarray
-    work_rows: np.ndarray
+    """Records of `WORK_DTYPE` [n]."""
     gpu: np.ndarray
+    """Records of `GPU_DTYPE` [n]."""
     raw: np.ndarray
-    raw_rows: np.ndarray
+    """Records of `RAW_DTYPE` [n]."""
     histogram: np.ndarray
     """int64 [n, bins]."""
     slot_energy: np.ndarray
@@ -74,9 +58,35 @@ class Interval(NamedTuple):
     first_gpu: np.ndarray
     """Where an episode's beginning is written, apart from the interval that ended the one before."""
     first_raw: np.ndarray
-    first_raw_rows: np.ndarray
-    track_rows: np.ndarray
-    """The memory of `BatchState.track`."""
+
+
+class Code(NamedTuple):
+    """Addresses of the functions that play one environment."""
+
+    start: int
+    cool: int
+    begin: int
+    serve: int
+    heat: int
+    settle: int
+
+
+class Batch(NamedTuple):
+    """All that environments [n] are, for the compiled loop over them."""
+
+    code: Code
+    serving: Serving
+    heating: Heating
+    account: Account
+    seeds: np.ndarray
+    """uint64 [n], and the number of the episode likewise."""
+    episodes: np.ndarray
+    level_table: np.ndarray
+    """float64 [knobs, most levels]."""
+    steps: int
+    """Intervals after which an episode is truncated."""
+    autoreset: int
+    """Whether the next episode begins where one ended."""
 
 
 class BatchStep(NamedTuple):
@@ -93,3 +103,13 @@ class BatchStep(NamedTuple):
     final_observation: np.ndarray
     """float32 [n, fields], the core's own: in a finished environment's row, the last one of its episode;
     the other rows mean nothing."""
+
+
+class Call(NamedTuple):
+    """What one call is told and fills."""
+
+    todo: np.ndarray
+    """int64 [n]: what to do with an environment."""
+    taken: np.ndarray
+    """int64 [1]: environments that a thread has taken, from the first on."""
+    out: BatchStep

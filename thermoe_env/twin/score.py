@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe.compiled import copy_row, inlined, inner, prefetch, uncounted
+from moe.compiled import copy_row, inlined, inner, small
+from moe.memory import prefetch
 from moe.service.adaptation import adapt, answer_quality, start_unadapted
 from moe.service.batching import (
     full_launches,
@@ -132,7 +133,7 @@ def terms_of(problem: Problem) -> np.ndarray:
     return as_record(Terms(deadline_s, max_wait_s, np.array(service.expire_after_s), slots))
 
 
-@inlined
+@small
 def batch_cost(cost, n):
     """Cost of a micro-batch of `n` requests (a mean over several need not be whole), at full clock.
 
@@ -228,8 +229,6 @@ def serve(
     slot_energy,
 ):  # fmt: skip
     """Serve one interval, see `thermoe_env.twin.service.serve`."""
-    fixed, state, arrivals = uncounted((fixed, state, arrivals))
-    histogram, slot_energy = uncounted((histogram, slot_energy))
     terms, server, weights, purse = fixed.terms[0], state.server[i], state.weights[i], state.purse[i]
     prefetch((arrivals[1],), server.head[1])  # far back where a queue is long, and needed at the end
     cost = fixed.cost[index.expert_count, index.routing_bias]
@@ -238,7 +237,7 @@ def serve(
     stretch, slower = 1.0 / clock, 1.0 / pace
     energy_factor = clock_power_factor(clock) * stretch
     budgeted = purse.shape[0] > 0
-    full_batch = batch_cost(cost, batch_size)
+    full_batch = batch_cost(cost, 1.0 * batch_size)
     quality, adapted = (0.0, 0.0, 0.0), True
     # Sums over the interval: in registers, where the work's record would be read and written each time.
     correct, good, confidence, entropy = 0.0, 0.0, 0.0, 0.0
@@ -269,7 +268,7 @@ def serve(
                 continue
             unit = full_batch
             if n < batch_size:
-                unit = batch_cost(cost, n)
+                unit = batch_cost(cost, 1.0 * n)
             steps, alone = ttt_steps, budgeted and ttt_steps > 0  # each batch is then paid for on its own
             if alone:
                 steps = pay_steps(

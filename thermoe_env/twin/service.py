@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 from numba.core import types
 from numba.extending import overload
 
-from moe.compiled import fill, held, inlined, jit
+from moe.compiled import copy_row, fill, inlined, jit
+from moe.memory import Lent, call, held, numbers
 from moe.service.queueing import SLOT_S
+from moe.service.traffic import Traffic, fill_stream
 from moe.workload import LATENCY_EDGES_S
 
 HISTOGRAM_BINS = len(LATENCY_EDGES_S) + 1
@@ -92,7 +95,8 @@ def implement(fixed: type, start_one: Any, serve_one: Any) -> None:
     """
 
     def is_meant(given: Any) -> bool:
-        return isinstance(given, types.NamedTuple | types.NamedUniTuple) and given.instance_class is fixed
+        kind = given.kind if isinstance(given, Lent) else given
+        return isinstance(kind, types.NamedTuple | types.NamedUniTuple) and kind.instance_class is fixed
 
     @overload(start, jit_options={"error_model": "numpy"})
     def _start(fixed, seed, state, i):
@@ -106,31 +110,93 @@ def implement(fixed: type, start_one: Any, serve_one: Any) -> None:
         return serve_one if is_meant(fixed) else None
 
 
+class Serving(NamedTuple):
+    """A service and its servers [n], and all that they read and write."""
+
+    service: Any
+    """`Service.fixed`."""
+    servers: Any
+    """What `Service.new_state` made."""
+    traffic: Traffic
+    arrivals: np.ndarray
+    """int32 [n, 2, slots + 1], as in `moe.service.traffic.RequestStream`."""
+    shift: np.ndarray
+    """int64 [n, seconds]: input shift in force."""
+    levels: np.ndarray
+    """Records of `thermoe_env.problem.knobs.INDEX_DTYPE` [n]."""
+    knobs: np.ndarray
+    """Records of `VALUE_DTYPE` [n]: those in force."""
+    clocks: np.ndarray
+    """float64 [n, D]: clock fractions, before an interval those that throttling leaves."""
+    work: np.ndarray
+    """Records of `moe.workload.WORK_DTYPE` [n]."""
+    histogram: np.ndarray
+    """int64 [n, bins]."""
+    slot_energy: np.ndarray
+    """float64 [n, slots, D]: J above idle."""
+
+
 @cache
-def single_server(kind: Any) -> tuple[Any, Any]:
-    """`start` and `serve` of one server alone, in memory that stays where it is.
+def serving_rows(kind: Any) -> tuple[Any, Any]:
+    """What begins an episode in one server of a `Serving` of some type, and what serves an interval.
 
     Args:
-        kind: of a `Held` of (`Service.fixed`, its state, arrivals, shifts in force [seconds], work, its
-            memory).
+        kind: of a `Held` of it.
 
     Returns:
-        (`start` of (address, seed), `serve` of (address, knobs, index, first slot, clocks [D], open classes,
-        histogram, slot energy)); records come as arrays of one, which cross into compiled code cheaper.
+        (`start_row` of (address, seed, number of the server), `serve_row` of (address, number of the server,
+        first slot, open classes), which runs at the knob's clock at most)
     """
 
     @jit
-    def start_single(address, seed):
-        fixed, state, _, _, _, _ = held(address, kind)
-        start(fixed, seed, state, 0)
+    def start_row(address, seed, i):
+        here = held(address, kind)
+        fill_stream(here.traffic, seed, here.arrivals[i], here.shift[i])
+        start(here.service, seed, here.servers, i)
 
     @jit
-    def serve_single(address, knobs, index, first_slot, clocks, open_classes, histogram, slot_energy):
-        fixed, state, arrivals, shift_id, work, work_row = held(address, kind)
-        fill(work_row, 0.0)
+    def serve_row(address, i, first_slot, open_classes):
+        here = held(address, kind)
+        work, knobs, clocks, histogram = here.work[i], here.knobs[i], here.clocks[i], here.histogram[i]
+        fill(numbers(work), 0.0)
+        fill(histogram, 0)
+        for d in range(clocks.shape[0]):
+            clocks[d] = min(clocks[d], knobs.sm_clock)
         serve(
-            fixed, knobs[0], index[0], arrivals, first_slot, shift_id[int(first_slot * SLOT_S)], clocks,
-            open_classes, state, 0, work[0], histogram, slot_energy,
+            here.service, knobs, here.levels[i], here.arrivals[i], first_slot,
+            here.shift[i, int(first_slot * SLOT_S)], clocks, open_classes, here.servers, i, work, histogram,
+            here.slot_energy[i],
         )  # fmt: skip
 
-    return start_single, serve_single
+    return start_row, serve_row
+
+
+class Asked(NamedTuple):
+    """Knobs that are asked for."""
+
+    levels: np.ndarray
+    """One record of `INDEX_DTYPE`, an array."""
+    values: np.ndarray
+    """One of `VALUE_DTYPE`."""
+
+
+@cache
+def serve_alone(kind: Any, asked_kind: Any) -> Any:
+    """`serve_row` of `serving_rows` at knobs that are asked for, for a `Serving` of one server.
+
+    Args:
+        kind: of a `Held` of it.
+        asked_kind: of a `Held` of an `Asked`.
+
+    Returns:
+        The function of (address of `serve_row`, address of the one, of the other, first slot, open classes).
+    """
+
+    @jit
+    def serve_one(serve_row, address, asked_address, first_slot, open_classes):
+        here, asked = held(address, kind), held(asked_address, asked_kind)
+        copy_row(numbers(here.levels[0]), numbers(asked.levels[0]))
+        copy_row(numbers(here.knobs[0]), numbers(asked.values[0]))
+        call(serve_row, (address, 0, first_slot, open_classes), types.none)
+
+    return serve_one

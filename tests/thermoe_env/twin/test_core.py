@@ -15,7 +15,7 @@ from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 from thermoe_env.twin.core import TwinBatch
-from thermoe_env.twin.heat import TwinTelemetry
+from thermoe_env.twin.telemetry import TwinTelemetry
 from thermoe_env.twin.workload import TwinWorkload
 
 ONE = [{}]

@@ -26,7 +26,7 @@ from thermoe_env.errors import ScenarioError
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 from thermoe_env.twin.core import TwinBatch
-from thermoe_env.twin.heat import TwinTelemetry
+from thermoe_env.twin.telemetry import TwinTelemetry
 
 WIDE, NARROW = [0, 1, 2, 3], [4, 5, 6, 7]
 ALIKE = {"resistance": 0.0, "time_constant": 0.0, "leakage": 0.0, "energy": 0.0, "inlet_c": 0.0}
@@ -175,7 +175,7 @@ def test_devices_are_drawn_apart(problem: Problem) -> None:
     assert alone._devices[0] == shared._devices[0]
     for name in ("r_die_c_per_w", "tau_fan_s", "leakage_per_c", "energy_factor", "inlet_c"):
         assert shared._devices[name][0] != shared._devices[name][1]
-    np.testing.assert_array_equal(np.repeat(alone._drift, 2, axis=1), shared._drift)
+    np.testing.assert_array_equal(np.repeat(alone._here.drift_c, 2, axis=2), shared._here.drift_c)
 
 
 def test_shares_follow_expert_work(problem: Problem) -> None:

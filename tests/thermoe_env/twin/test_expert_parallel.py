@@ -26,7 +26,7 @@ from thermoe_env.problem.token_tables import mean_context, token_work
 from thermoe_env.seeding import episode_seed
 from thermoe_env.twin.core import TwinBatch
 from thermoe_env.twin.generate import generate_service
-from thermoe_env.twin.heat import TwinTelemetry
+from thermoe_env.twin.telemetry import TwinTelemetry
 from thermoe_env.twin.token_steps import fill_energy, steps_of
 from thermoe_env.twin.workload import TwinWorkload
 
@@ -304,7 +304,7 @@ def test_telemetry_of_a_single_environment_has_the_batch_s_drift() -> None:
     telemetry, batch = TwinTelemetry(problem), TwinBatch(problem, 1)
     telemetry.reset(episode_seed(3, 0))
     batch.reset([3])
-    np.testing.assert_array_equal(telemetry._drift, batch.state.drift_c[0])
+    np.testing.assert_array_equal(telemetry._here.drift_c[0], batch.state.drift_c[0])
 
 
 @pytest.mark.parametrize(

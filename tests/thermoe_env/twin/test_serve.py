@@ -140,8 +140,8 @@ def play(
     """(twin, batch by batch, the twin's histogram) over one second of each setting."""
     workload = TwinWorkload(problem, lambda: 1.0)
     workload.reset(seed)
-    workload._shift_id[:] = workload._shift_id[0]
-    plain = BatchByBatch(problem, workload._arrivals, int(workload._shift_id[0]))
+    workload._here.shift[:] = workload._here.shift[0, 0]
+    plain = BatchByBatch(problem, workload._here.arrivals[0], int(workload._here.shift[0, 0]))
     twin, reference, histogram = Sums(), Sums(), np.zeros(len(LATENCY_EDGES_S) + 1, np.int64)
     for second, (setting, n) in enumerate(zip(knobs, classes, strict=True)):
         stats, sums = workload.run(setting, 1.0, n), plain.run(setting, second, n)

@@ -14,9 +14,9 @@ from thermoe_env.problem.scenario import load_scenario
 from thermoe_env.seeding import episode_seed
 from thermoe_env.twin import services
 from thermoe_env.twin.core import TwinBatch
-from thermoe_env.twin.heat import TwinTelemetry
 from thermoe_env.twin.score import KNOBS_READ
 from thermoe_env.twin.service import Service, implement
+from thermoe_env.twin.telemetry import TwinTelemetry
 from thermoe_env.twin.workload import TwinWorkload
 
 MOST, LENGTH = 256, 10.0
@@ -154,7 +154,7 @@ def test_one_server_is_the_same_alone_in_a_batch_and_behind_the_workload_seam(to
         stats = workload.run(knobs, 1.0)
         telemetry.read(stats, 1.0)
         assert batch.work[1].tobytes() == alone.work[0].tobytes()
-        assert stats.row == alone.work.view(np.float64).tolist()
+        assert stats.row.tolist() == alone.work.view(np.float64).tolist()
 
 
 def test_episodes_begin_with_no_sequence_of_the_one_before(tokens: Problem) -> None:
