@@ -80,7 +80,7 @@ def test_episode_metrics_by_hand() -> None:
     first: Frame = table.iloc[0]
     assert {name: first[name] for name in expected} == pytest.approx(expected)
     assert LATENCY_EDGES_S[100] < first.latency_p50_s < LATENCY_EDGES_S[101]
-    assert LATENCY_EDGES_S[180] < first.latency_p95_s == first.latency_p99_s < LATENCY_EDGES_S[181]
+    assert LATENCY_EDGES_S[180] < first.latency_p95_s < first.latency_p99_s < LATENCY_EDGES_S[181]
     assert set(KPIS) == set(expected) - {"time_s"} | {"latency_p50_s", "latency_p95_s", "latency_p99_s"}
 
 
