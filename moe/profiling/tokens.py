@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from moe.device.meter import EnergyMeter, open_meter
 from moe.device.torch_device import device_name, one_thread_on_cpu, pick_device
 from moe.files import refuse_unwritable, write_file
+from moe.lm.adapt import HeadSettings
 from moe.lm.config import ENGINE, Size
 from moe.lm.engine.engine import Engine
 from moe.lm.text import DOMAINS, documents
@@ -71,13 +72,19 @@ class TokenOptions:
             raise ValueError(f"--window-s must lie in (0, 60], got {self.window_s}")
 
 
-def open_engine(size: Size, device: torch.device, cache_positions: int | None = None) -> tuple[Engine, Texts]:
+def open_engine(
+    size: Size,
+    device: torch.device,
+    cache_positions: int | None = None,
+    adapts: HeadSettings | None = None,
+) -> tuple[Engine, Texts]:
     """The engine of a size, captured, over the shipped documents.
 
     Args:
         size: of the model.
         device: where.
         cache_positions: room of the cache, see `Engine`.
+        adapts: how the head learns, None: not at all.
 
     Raises:
         WeightsError: no such weights; names the command that makes them.
@@ -86,8 +93,9 @@ def open_engine(size: Size, device: torch.device, cache_positions: int | None = 
     texts = Texts(documents().tokens.astype(np.int32), reference(size))
     model, room = load_model(size, device), ENGINE[device.type]
     engine = Engine(
-        model, texts.tokens, slots=room["slots"], max_rows=room["max_rows"], cache_positions=cache_positions
-    )
+        model, texts.tokens, slots=room["slots"], max_rows=room["max_rows"], cache_positions=cache_positions,
+        adapts=adapts,
+    )  # fmt: skip
     engine.capture()
     return engine, texts
 

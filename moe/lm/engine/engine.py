@@ -12,63 +12,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.lm.adapt import HeadAdapter, HeadSettings
 from moe.lm.config import AHEAD, BLOCK, ROW_BUCKETS
 from moe.lm.engine import ops
 from moe.lm.engine.blocks import Blocks, blocks_for
 from moe.lm.engine.parallel import PENALTY, RESERVE, STEP, STOP, USAGE, ExpertGroup
 from moe.lm.engine.rows import Rows, StepInput
+from moe.lm.engine.step import Step, Work
 from moe.lm.model import LanguageModel
 
 _WARM_UPS = 2
-
-
-class Step:
-    """A step under way on a CUDA device, or done on a CPU.
-
-    Attributes:
-        logits: Of the token behind each row, on the device; the next launch may overwrite them.  # [T, V]
-    """
-
-    def __init__(self, answers: Tensor, logits: Tensor, started: Any, ended: Any) -> None:
-        """Take in a step.
-
-        Args:
-            answers: See `answers`; on CUDA on its way to the host.  # [4, T]
-            logits: See the attribute.
-            started: Mark of its begin: a CUDA event, or a clock reading.
-            ended: Mark of its end.
-        """
-        self.logits = logits
-        self._answers, self._started, self._ended = answers, started, ended
-        self._found: np.ndarray | None = None
-
-    def done(self) -> bool:
-        """Whether its answers are there."""
-        return isinstance(self._ended, float) or self._ended.query()
-
-    def answers(self) -> np.ndarray:
-        """Wait for what `ops.score` found behind each row: token, confidence, entropy, loss.  # [4, T]."""
-        if self._found is None:
-            if not isinstance(self._ended, float):
-                self._ended.synchronize()
-            self._found = self._answers.numpy().copy()
-        return self._found
-
-    def seconds_since(self, mark: Any) -> float:
-        """Time of the device from a mark (see `Engine.mark`) to the end of this step, which is done."""
-        return self._ended - mark if isinstance(mark, float) else mark.elapsed_time(self._ended) / 1e3
-
-    @property
-    def duration_s(self) -> float:
-        """Time of the device that it took, once it is done."""
-        return self.seconds_since(self._started)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,6 +41,7 @@ class _Graph:
     lists: Tensor
     answers: Tensor
     logits: Tensor
+    stream: Tensor
 
 
 class Engine:
@@ -92,6 +54,7 @@ class Engine:
         penalty: Taken off the experts' demand before they are ranked, float32, in tokens' worth of gates; a
             number per expert, of any layer.  # [E]
         max_rows: Most rows of a step.
+        adapter: What answers in place of the model's head and learns, None where nothing does.
     """
 
     def __init__(
@@ -104,6 +67,7 @@ class Engine:
         cache_positions: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
         group: ExpertGroup | None = None,
+        adapts: HeadSettings | None = None,
     ) -> None:
         """Allocate the cache; call `capture` before the first step on CUDA.
 
@@ -115,10 +79,11 @@ class Engine:
             cache_positions: Positions whose keys and values there is room for; None: enough for all slots.
             clock: Of a CPU's marks.
             group: Devices that share the experts, see `moe.lm.engine.parallel`; all build the same engine.
+            adapts: How the head learns; None: it stays as it was trained.
 
         Raises:
-            ValueError: a dense model, text of more positions or other tokens than the model has, or a cache
-                too small for one sequence.
+            ValueError: a dense model, text of more positions or other tokens than the model has, a cache too
+                small for one sequence, or several devices that are to adapt.
         """
         c = model.config
         if not c.n_experts:
@@ -128,6 +93,9 @@ class Engine:
                 f"documents of {documents.shape[1]} tokens from {documents.min()} to {documents.max()} are "
                 f"not for a model of {c.vocabulary} tokens and {c.context} positions: use its own tokenizer"
             )
+        if adapts is not None and group is not None:
+            raise ValueError("devices that share the experts do not adapt: leave out `adapts`, or the group")
+        self.adapter = None if adapts is None else HeadAdapter(model, adapts)
         self.model, self.max_rows, self._clock = model, max_rows, clock
         device = model.embed.device
         self._cuda = device.type == "cuda"
@@ -166,10 +134,12 @@ class Engine:
             control[3 : 3 + n] = len(self.blocks.table) - 1  # the spare slot
             answers = torch.zeros(4, n, device=control.device)
             lists = torch.zeros(len(self.penalty), n, dtype=torch.int32, device=control.device)
-            graph, logits = _captured(partial(self._step, control, lists, answers), pool)
+            graph, (logits, stream) = _captured(partial(self._step, control, lists, answers), pool)
             pool = graph.pool()
-            self._graphs[n] = _Graph(graph, control, lists, answers, logits)
+            self._graphs[n] = _Graph(graph, control, lists, answers, logits, stream)
         self._usage.zero_()
+        if self.adapter is not None:
+            self.adapter.rehearse()
 
     def reserve(self, positions: int) -> int:
         """Give a slot and blocks to a sequence of so many positions; returns the slot.
@@ -240,14 +210,27 @@ class Engine:
             captured = self._graphs[size]
             captured.control.copy_(sent, non_blocking=True)
             captured.graph.replay()
-            logits = captured.logits
+            logits, stream = captured.logits, captured.stream
             received.copy_(captured.answers, non_blocking=True)
         else:
             lists = torch.zeros(len(self.penalty), n, dtype=torch.int32)
-            logits = self._step(sent, lists, received)
-        step = Step(received[:, :n], logits[:n], started, self.mark())
+            logits, stream = self._step(sent, lists, received)
+        step = Step(received[:, :n], logits[:n], stream[:n], started, self.mark())
         self._ring[place] = step
         return step
+
+    def learn(self, steps: int) -> Work:
+        """Let the adapter take steps on the lessons that are whole, behind all that was launched.
+
+        Raises:
+            NothingToLearnError: no lesson is whole.
+            ValueError: the engine does not adapt.
+        """
+        if self.adapter is None:
+            raise ValueError("this engine does not adapt: build it with `adapts`")
+        started = self.mark()
+        self.adapter.learn(steps)
+        return Work(started, self.mark())
 
     def mark(self) -> Any:
         """A mark of now: an event behind all that was launched, or a CPU's clock reading."""
@@ -258,8 +241,10 @@ class Engine:
         return event
 
     def reset(self) -> None:
-        """Wait for all steps, and take all slots and blocks back."""
+        """Wait for all steps, take all slots and blocks back, and undo all adaptation."""
         self.synchronize()
+        if self.adapter is not None:
+            self.adapter.reset()
         self.blocks.clear()
         self.usage()
 
@@ -324,8 +309,8 @@ class Engine:
         return tokens, reads
 
     @torch.no_grad()
-    def _step(self, control: Tensor, lists: Tensor, answers: Tensor) -> Tensor:
-        """Run rows through the model; returns the logits behind them.  # [T, V]."""
+    def _step(self, control: Tensor, lists: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        """Run rows through the model; returns logits and stream behind them.  # [T, V], [T, D]."""
         model, step = self.model, StepInput.of(control)
         c, layers = model.config, model.layers()
         gains = [layer.attention_norm.weight for layer in layers[1:]] + [model.norm.weight]
@@ -349,9 +334,9 @@ class Engine:
             if self._group is not None:
                 out = self._add_up(out, len(x))
             h = ops.mix_norm(x, out, step, gain, self._counts, self._demand, usage, c.top_k)
-        logits = model.logits(h)
+        logits = model.logits(h) if self.adapter is None else self.adapter.logits(h, step.document)
         ops.score(logits, step, self.documents, answers)
-        return logits
+        return logits, h
 
     def _add_up(self, out: Tensor, n_rows: int) -> Tensor:
         """Sums over experts of all devices, in the first slot of each row; the other slots are 0."""
@@ -364,7 +349,7 @@ class Engine:
         return out
 
 
-def _captured(run: Callable[[], Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def _captured(run: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
     """Record `run()` as a CUDA graph, after some calls on a stream of their own; returns what it returned."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -16,9 +16,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moe.lm.adapt import HeadCounters
 from moe.lm.config import readable_experts
-from moe.lm.engine.engine import Engine, Step
+from moe.lm.engine.engine import Engine
 from moe.lm.engine.rows import Rows
+from moe.lm.engine.step import Step, Work
 from moe.service.generate.lengths import TokenLengths, row_of
 from moe.service.generate.sequences import Counts, Request, Sequences, Texts
 from moe.service.generate.tally import Tally
@@ -60,6 +62,12 @@ class Promises(Protocol):
 class _InFlight:
     step: Step
     rows: Rows
+    lesson: Work | None
+    """Adaptation behind the step."""
+
+    def done(self) -> bool:
+        """Whether the device is behind all of it."""
+        return self.step.done() if self.lesson is None else self.lesson.done()
 
 
 class GenerateWorkload:
@@ -138,6 +146,7 @@ class GenerateWorkload:
         self._head = np.zeros(2, np.int64)  # a slot of arrivals not later than its
         self._arrived = np.zeros(2, np.int64)
         self._in_flight: deque[_InFlight] = deque()
+        self._adapted = HeadCounters()
         self._time_s = self._end_s = self._pause_s = 0.0
 
     def run(self, knobs: Knobs, duration_s: float, open_classes: int = 2) -> WorkStats:
@@ -190,17 +199,32 @@ class GenerateWorkload:
         bias = 0.0 if prompts else knobs.routing_bias
         readable = readable_experts(bias, n_experts, knobs.expert_count)
         step = self.engine.launch(rows, knobs.expert_count, readable)
-        self._in_flight.append(_InFlight(step, rows))
+        lesson = self._learn(step, rows, knobs.ttt_steps) if prompts and knobs.ttt_steps else None
+        self._in_flight.append(_InFlight(step, rows, lesson))
         tally.steps += 1
         tally.fill += min(1.0, self._sequences.running / knobs.batch_size)
 
+    def _learn(self, step: Step, rows: Rows, steps: int) -> Work | None:
+        """Keep what prompts teach, and adapt once that makes a lesson."""
+        adapter = self.engine.adapter
+        assert adapter is not None
+        read = self._sequences.inside_prompts(rows)
+        document = rows.document[read]
+        target = self.texts.tokens[document, rows.position[read] + 1]
+        return self.engine.learn(steps) if adapter.collect(step.stream, read, document, target) else None
+
     def _collect(self, tally: Tally, mark: Any, mark_s: float, *, wait: bool) -> None:
         """Account for the steps that are done, or for all; `mark_s` is the service's time at `mark`."""
-        while self._in_flight and (wait or self._in_flight[0].step.done()):
+        while self._in_flight and (wait or self._in_flight[0].done()):
             flight = self._in_flight.popleft()
             answers = flight.step.answers()
             ended_s = mark_s + flight.step.seconds_since(mark)
             busy_s = flight.step.duration_s
+            if flight.lesson is not None:
+                flight.lesson.wait()
+                tally.lessons += 1
+                tally.ttt_busy_s += flight.lesson.duration_s
+                busy_s += flight.lesson.duration_s
             tally.busy_s += busy_s
             self._pause_s += busy_s * (1.0 / tally.knobs.pace - 1.0)
             finished = self._sequences.collect(flight.rows, answers, ended_s)
@@ -265,6 +289,10 @@ class GenerateWorkload:
         ]
         blocks = self.engine.blocks
         counts, self._sequences.counts = self._sequences.counts, Counts()
+        if tally.lessons:
+            assert self.engine.adapter is not None
+            before, self._adapted = self._adapted, self.engine.adapter.counters
+            tally.adapted = self._adapted - before
         return WorkStats(
             arrived=tuple(new.astype(float).tolist()),
             waiting=tuple(waiting.astype(float).tolist()),
@@ -282,8 +310,8 @@ class GenerateWorkload:
             refused = f"expert_count={knobs.expert_count}: the model has {trained} per token; ask for fewer"
         elif knobs.batch_size > slots:
             refused = f"batch_size={knobs.batch_size}: the engine has places for {slots}; ask for fewer"
-        elif knobs.ttt_steps:
-            refused = f"ttt_steps={knobs.ttt_steps}: the service of tokens does not adapt; set it to 0"
+        elif knobs.ttt_steps and self.engine.adapter is None:
+            refused = f"ttt_steps={knobs.ttt_steps}: this engine does not adapt; set it to 0"
         else:
             return
         raise KnobRefusedError(refused)

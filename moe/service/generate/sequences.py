@@ -152,6 +152,10 @@ class Sequences:
         rows = Rows(slot, np.concatenate([part[1] for part in parts]), self._document[slot])
         return rows, len(parts) > 1
 
+    def inside_prompts(self, rows: Rows) -> np.ndarray:
+        """Which rows are followed by a token of their prompt, known whatever is answered, int64.  # [n]."""
+        return np.flatnonzero(rows.position + 1 < self._prompt[rows.slot])
+
     def collect(self, rows: Rows, answers: np.ndarray, ended_s: float) -> Finished | None:
         """Take in what a step found; steps come in the order of their launch.
 

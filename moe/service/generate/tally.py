@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moe.lm.adapt import HeadCounters
 from moe.service.generate.sequences import Counts, Finished
 from moe.workload import LATENCY_EDGES_S, TPOT_EDGES_S, Knobs
 
@@ -43,6 +44,10 @@ class Tally:
     steps: int = 0
     fill: float = 0.0
     busy_s: float = 0.0
+    lessons: int = 0
+    """Batches of prompts' rows that the model adapted to."""
+    ttt_busy_s: float = 0.0
+    adapted: HeadCounters = field(default_factory=HeadCounters)
 
     def add(self, done: Finished) -> None:
         """Account for requests that are done."""
@@ -80,6 +85,10 @@ class Tally:
             "batches": float(self.steps),
             "batch_fill": self.fill / max(1, self.steps),
             "busy_s": self.busy_s,
+            "ttt_busy_s": self.ttt_busy_s,
+            "ttt_steps": float(self.adapted.steps),
+            "ttt_left_out": float(self.adapted.left_out),
+            "ttt_rolled_back": float(self.adapted.rolled_back),
             "confidence": counts.confidence / tokens,
             "entropy": counts.entropy / tokens,
             "prefill_tokens": float(counts.prefill_tokens),
