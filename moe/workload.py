@@ -39,7 +39,7 @@ class Knobs:
     expert_count: Count = 4
     """Experts per token (top-k)."""
     ttt_steps: Annotated[Whole, Field(ge=0, le=1000)] = 0
-    """Adaptation steps after each micro-batch."""
+    """Adaptation steps after each micro-batch; of a service of tokens on each lesson (`moe.lm.adapt`)."""
     pace: Throttle = 1.0
     """Cap on the busy fraction of the device: after each batch it idles to keep below it."""
     sm_clock: Throttle = 1.0

@@ -9,7 +9,8 @@ The documents that are served are few and come again and again. So that none is 
 from itself, there are two heads: each answers one half of the documents and learns from the other.
 
 A guard holds each head against the unadapted one on the newest rows that it answers, which it never learns
-from. Where it is worse it goes back to the unadapted head, all on the device: the host waits for nothing.
+from. Where it is worse it goes back to the unadapted head and takes smaller steps from then on, where it is
+better larger ones. All of it is decided on the device: the host waits for nothing.
 
 Shapes: T rows of a step, R rows of a lesson, V tokens, D model.
 """
@@ -30,10 +31,12 @@ from moe.lm.model import LanguageModel
 HALVES = 2
 _MOMENT_DECAY = 0.95
 """Of the second moment, per lesson."""
-_LOSS_DECAY = 0.8
-"""Of the guard's losses, per lesson."""
 _REFRESH = 8
 """Lessons after which the second moment is inverted anew."""
+
+
+FIRST_TRUST, LEAST_TRUST = 0.25, 1 / 64
+"""Share of a whole step that a head takes at the start, and at least."""
 
 
 class NothingToLearnError(ThermoeError):
@@ -50,7 +53,8 @@ class HeadSettings:
         damping: Added to the second moment's diagonal, in units of its mean.
         most_change: Bound of what a step does to the logits of a row: root of the mean, over the lesson's
             rows, of the squared length of the change.
-        margin: Share by which the loss of an adapted head may be above that of the unadapted one.
+        margin: Share by which the loss of an adapted head on a lesson must be above the unadapted one's to
+            be worse, or below it to be better.
     """
 
     lesson_rows: int = 1024
@@ -115,7 +119,7 @@ class HeadAdapter:
         self.heads = torch.empty(HALVES, v, d, dtype=model.dtype, device=device)
         self._change = torch.zeros(HALVES, v, d, device=device)
         self._moment, self._inverse = torch.zeros(2, d, d, device=device)
-        self._losses = torch.zeros(HALVES, 2, device=device)  # of the adapted head and the unadapted one
+        self._trust = torch.zeros(HALVES, device=device)  # share of a whole step
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # as in `HeadCounters`
         self._stream = torch.zeros(HALVES, rows, d, dtype=model.dtype, device=device)
         self._target = torch.zeros(HALVES, rows, dtype=torch.int64, device=device)
@@ -217,24 +221,24 @@ class HeadAdapter:
         for tensor in self._state:
             tensor.zero_()
         self.heads.copy_(self._source.expand_as(self.heads))
+        self._trust.fill_(FIRST_TRUST)
         self._filled, self._lessons = [0] * HALVES, 0
 
     @property
     def _state(self) -> tuple[Tensor, ...]:
         return (
-            self.heads, self._change, self._moment, self._inverse, self._losses, self._counts, self._stream,
+            self.heads, self._change, self._moment, self._inverse, self._trust, self._counts, self._stream,
             self._target,
         )  # fmt: skip
 
     def _judge(self, half: int, stream: Tensor, target: Tensor) -> None:
         """Send the head that answers these rows back where the unadapted one answers better."""
-        now = torch.stack(
-            [self._loss(self.heads[half], stream, target), self._loss(self._source, stream, target)]
-        )
-        old = self._losses[half]
-        losses = torch.where(old[1] > 0, old.lerp(now, 1 - _LOSS_DECAY), now)
-        worse = ~(losses[0] <= losses[1] * (1 + self.settings.margin))  # not a number is worse as well
-        self._losses[half] = torch.where(worse, 0.0, losses)
+        adapted, unadapted = (self._loss(head, stream, target) for head in (self.heads[half], self._source))
+        margin, trust = self.settings.margin, self._trust[half]
+        worse = ~(adapted <= unadapted * (1 + margin))  # not a number is worse as well
+        better = adapted < unadapted * (1 - margin)
+        trust *= torch.where(worse, 0.25, torch.where(better, 2.0, 1.0))
+        trust.clamp_(LEAST_TRUST, 1.0)
         self._change[half] = torch.where(worse, 0.0, self._change[half])
         self._write(half)
         self._counts[2] += worse
@@ -260,7 +264,8 @@ class HeadAdapter:
         update = error.T @ (stream @ self._inverse) * (-self.settings.rate / len(target))  # [V, D]
         size = ((update @ self._moment) * update).sum().sqrt()
         finite = size.isfinite()
-        bounded = update * (self.settings.most_change / size.clamp(min=self.settings.most_change))
+        most = self.settings.most_change
+        bounded = update * (self._trust[half] * most / size.clamp(min=most))
         self._change[half] += torch.where(finite, bounded, 0.0)
         self._write(half)
         self._counts[:2] += torch.stack([finite, ~finite])

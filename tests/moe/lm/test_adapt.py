@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.lm.adapt import HeadAdapter, HeadCounters, HeadSettings, NothingToLearnError
+from moe.lm.adapt import FIRST_TRUST, HeadAdapter, HeadCounters, HeadSettings, NothingToLearnError
 from moe.lm.config import SIZES
 from moe.lm.engine.engine import Engine
 from moe.lm.model import LanguageModel
@@ -52,7 +52,7 @@ def test_a_step_is_the_gradient_of_the_loss_over_the_streams_second_moment() -> 
     moment = torch.stack([torch.outer(row, row) for row in stream]).mean(dim=0)
     moment += 0.1 * moment.diagonal().mean() * torch.eye(TINY.d_model)
     assert model.head is not None and head.grad is not None
-    expected = model.head.weight - 0.5 * torch.linalg.solve(moment, head.grad.T).T
+    expected = model.head.weight - FIRST_TRUST * 0.5 * torch.linalg.solve(moment, head.grad.T).T
     torch.testing.assert_close(adapter.heads[1], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -77,7 +77,7 @@ def test_what_a_step_does_to_the_logits_is_bounded() -> None:
     stream, _ = a_stream(0)
     assert model.head is not None
     moved = (stream @ (adapter.heads[1] - model.head.weight).T).square().sum(dim=1).mean().sqrt()
-    assert float(moved) == pytest.approx(0.3, rel=1e-3)
+    assert float(moved) == pytest.approx(FIRST_TRUST * 0.3, rel=1e-3)
 
 
 def test_a_lesson_is_whole_when_its_half_has_all_rows_and_none_is_learned_before() -> None:
