@@ -57,7 +57,7 @@ class HeadSettings:
             be worse, or below it to be better.
     """
 
-    lesson_rows: int = 1024
+    lesson_rows: int = 512
     rate: float = 3.0
     damping: float = 0.03
     most_change: float = 2.0
