@@ -111,10 +111,8 @@ def price(engine: Engine, steps: int, meter: Any, idle_w: float, window_s: float
     seconds.clear()
     joules = None
     if meter:
-        start, end = meter.window(lessons, window_s)
-        joules = (
-            (end.energy_j - start.energy_j - idle_w * (end.time_s - start.time_s)) / len(seconds) / HALVES
-        )
+        pair_j, pair_s = meter.per_run(lessons, window_s)
+        joules = (pair_j - idle_w * pair_s) / HALVES
     else:
         end_s = time.perf_counter() + window_s
         while time.perf_counter() < end_s:

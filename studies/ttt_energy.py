@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from moe import ttt
-from moe.device.base import PERIOD_S
 from moe.device.meter import EnergyMeter
 from moe.model.transformer import MoEModel
 from moe.ttt.groups import batch_statistics_in_force
@@ -56,24 +55,19 @@ class Scale:
         """Return the cost of a load, mean over the repetitions of a window."""
         for _ in range(WARM_REPETITIONS):
             load()
-        count = itertools.count()
 
         def repeat() -> None:
             load()
-            next(count)
-            self._wait()  # or launches would run ahead of the ticks
+            self._wait()
 
         if self._meter is not None:
-            start = self._meter.next_tick(repeat)
-            first = next(count)
-            periods = max(1, round(self._window_s / PERIOD_S))
-            end = self._meter.next_tick(repeat, start.time_s + (periods - 0.5) * PERIOD_S)
-            return (end.energy_j - start.energy_j) / (next(count) - first - 1)
+            return self._meter.per_run(repeat, self._window_s)[0]
         self._wait()
-        begin = time.perf_counter()
+        begin, count = time.perf_counter(), 0
         while time.perf_counter() < begin + self._window_s:
             repeat()
-        return (time.perf_counter() - begin) / next(count)
+            count += 1
+        return (time.perf_counter() - begin) / count
 
     def _wait(self) -> None:
         if self._cuda:

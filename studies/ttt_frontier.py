@@ -24,7 +24,7 @@ from tqdm import tqdm
 from moe import ttt
 from moe.data import datasets as data
 from moe.device.meter import open_meter
-from moe.device.torch_device import pick_device
+from moe.device.torch_device import one_thread_on_cpu, pick_device
 from moe.errors import one_line_errors
 from moe.model.config import Size, model_config
 from moe.model.transformer import MoEModel
@@ -151,8 +151,7 @@ def main(arguments: Arguments) -> None:
     study = study.made_small() if arguments.small else study
     if not arguments.report_only:
         device = pick_device(arguments.device)
-        if device.type == "cpu":
-            torch.set_num_threads(1)  # as the measured service does: the same arithmetic in every repeat
+        one_thread_on_cpu(device)  # as in the measured service: the same arithmetic in every repeat
         for seed, name in itertools.product(arguments.seeds, study.models):
             settings = study.settings(name, size, device.type)
             run = partial(run_repeat, study, name, size, device, seed)

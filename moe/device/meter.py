@@ -63,6 +63,23 @@ class EnergyMeter:
         periods = max(1, round(seconds / PERIOD_S))
         return start, self.next_tick(between, start.time_s + (periods - 0.5) * PERIOD_S)
 
+    def per_run(self, run: Callable[[], object], seconds: float) -> tuple[float, float]:
+        """Measure something that is run over and over for about `seconds`: joules and seconds of one run.
+
+        Args:
+            run: it waits for the device, or runs would lie ahead of the ticks.
+            seconds: as in `window`.
+        """
+        ended_s: list[float] = []
+
+        def timed() -> None:
+            run()
+            ended_s.append(time.perf_counter())
+
+        start, end = self.window(timed, seconds)
+        runs = sum(start.time_s < time_s <= end.time_s for time_s in ended_s)
+        return (end.energy_j - start.energy_j) / runs, (end.time_s - start.time_s) / runs
+
     def _check(self, tick: Tick) -> None:
         """Compare with the tick before, and at most once a second with the board's own average."""
         last, self._last = self._last, tick

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from moe.device.meter import EnergyMeter
 from moe.lm.config import AHEAD, readable_experts
 from moe.lm.engine.blocks import blocks_for
-from moe.lm.engine.engine import Engine, Step
+from moe.lm.engine.engine import Engine
 from moe.lm.engine.rows import Rows
+from moe.lm.engine.step import Step
 from moe.profiling.token_quality import read_prompts
 from moe.token_profile import CostCell
 

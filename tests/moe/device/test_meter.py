@@ -46,6 +46,16 @@ def test_a_window_runs_from_tick_to_tick(ticking: FakeNvml) -> None:
             card.next_tick(wait)
 
 
+def test_runs_before_the_first_tick_do_not_count(ticking: FakeNvml) -> None:
+    def run() -> None:
+        ticking.now_s += 0.02
+
+    with closing(Gpu("GPU-1234", ticking)) as gpu:
+        joules, seconds = EnergyMeter(gpu).per_run(run, 1.0)
+    assert joules / seconds == pytest.approx(300.0, rel=0.03)
+    assert 0.02 <= seconds <= 0.024  # with reads of 3 ms near the ticks
+
+
 def test_a_cpu_has_no_meter_and_cuda_without_nvml_is_an_error(
     ticking: FakeNvml, monkeypatch: pytest.MonkeyPatch
 ) -> None:
