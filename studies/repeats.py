@@ -203,3 +203,17 @@ def range_text(
         return "-"
     text, low_text, high_text = (f"{v * factor:{sign}.{digits}f}" for v in (mean, low, high))
     return f"{text}{unit}" if math.isnan(low) else f"{text}{unit} ({low_text} to {high_text})"
+
+
+def shown(
+    row: dict[str, Any], name: str, factor: float = 1.0, unit: str = "", sign: str = "", digits: int = 1
+) -> str:
+    """A number of a row of `summarize`, as `range_text` writes it; "-" where the row lacks it."""
+    mean, low, high = (row.get(f"{name}{end}", math.nan) for end in ("", "_low", "_high"))
+    return range_text(mean, low, high, factor, unit, sign, digits)
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Lines of a table in Markdown, and an empty one behind it."""
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    return [*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]

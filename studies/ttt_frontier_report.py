@@ -20,7 +20,7 @@ from rich.markdown import Markdown
 
 from agents.evaluation.figures import save_figure
 from agents.files import write_file
-from studies.repeats import origin, range_text, select, summarize
+from studies.repeats import markdown_table, origin, select, shown, summarize
 from studies.ttt_config import NEVER
 from studies.ttt_energy import TENT
 from studies.ttt_results import COST_LABELS, cost_unit
@@ -176,18 +176,18 @@ def _markdown(
     for name, stream in streams.items():
         rows = [
             (
-                row["model"], row["method"], _text(row, "accuracy", 100), _text(row, "recovered", 100),
-                _text(row, "gain", 1, "+"), _text(row, "cost", factor), _text(row, "of_tent", 100),
-                _text(row, "adapted", 100),
+                row["model"], row["method"], shown(row, "accuracy", 100), shown(row, "recovered", 100),
+                shown(row, "gain", 1, sign="+"), shown(row, "cost", factor), shown(row, "of_tent", 100),
+                shown(row, "adapted", 100),
             )
             for row in select(frontier, stream=name).to_dict("records")
         ]  # fmt: skip
         lines += [f"## Stream {name}: {stream['schedule']}, {stream['batches']} batches", ""]
-        lines += _table(heads, rows)
+        lines += markdown_table(heads, rows)
     rows = [
         (
             row["model"], row["stream"], row["method"], row["visit"] + 1,
-            *(_text(row, n, 100) for n in ("first", "second")),
+            *(shown(row, n, 100) for n in ("first", "second")),
         )
         for row in visits.to_dict("records")
     ]  # fmt: skip
@@ -196,18 +196,18 @@ def _markdown(
         "",
         "Accuracy of a visit's first and second batch over the settled one.",
     ]
-    lines += ["", *_table(("model", "stream", "method", "visit", "first, %", "second, %"), rows)]
+    lines += ["", *markdown_table(("model", "stream", "method", "visit", "first, %", "second, %"), rows)]
     names = [n for n in costs if n != "model" and n != "n" and not n.endswith(("_low", "_high"))]
     shares = ("of_mixed", "of_step")
     rows = [
-        (row["model"], *(_text(row, n, 100 if n in shares else factor) for n in names))
+        (row["model"], *(shown(row, n, 100 if n in shares else factor) for n in names))
         for row in costs.to_dict("records")
     ]
     note = (
         f"In {prefix}{unit} per image, each phase repeated by itself. `of_mixed`: what serving, TENT's steps "
         "and copies add up to over a run that mixes them, %. `of_step`: TENT's three phases over its step, %."
     )
-    lines += ["## Cost of each phase", "", note, "", *_table(("model", *names), rows)]
+    lines += ["## Cost of each phase", "", note, "", *markdown_table(("model", *names), rows)]
     lines += ["![frontier](frontier.png)", ""]
     return "\n".join(lines)
 
@@ -230,13 +230,3 @@ def _figure(frontier: pd.DataFrame, unit: str, where: str) -> Figure:
     figure.axes[0].legend()
     figure.suptitle(f"What adaptation brings back, and for what\n{where}")
     return figure
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    return [*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
-
-
-def _text(row: dict[str, Any], name: str, factor: float, sign: str = "") -> str:
-    mean, low, high = (row.get(f"{name}{end}", np.nan) for end in ("", "_low", "_high"))
-    return range_text(mean, low, high, factor, "", sign)

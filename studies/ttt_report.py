@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.markdown import Markdown
 
 from agents.files import write_file
-from studies.repeats import origin, range_text, select, summarize
+from studies.repeats import markdown_table, origin, select, shown, summarize
 from studies.ttt_config import NEVER
 from studies.ttt_figures import write_figures
 from studies.ttt_meter import PHASES
@@ -69,22 +68,22 @@ def claims(
     found = []
     for row in _rows(by_norm, adaptation="tent", norm="batch", guarded=True, **ALWAYS):
         found.append(
-            f"TENT on batch norm brings back {_text(row, 'recovered', 100, '%')} of the accuracy that "
-            f"corruptions cost, {_text(row, 'lost', 1, ' points')}, mean over the kinds of {row['stream']}."
+            f"TENT on batch norm brings back {shown(row, 'recovered', 100, '%')} of the accuracy that "
+            f"corruptions cost, {shown(row, 'lost', 1, ' points')}, mean over the kinds of {row['stream']}."
         )
     for row in _rows(by_norm, adaptation="tent", guarded=True, **ALWAYS):
         (before,) = _rows(summary, stream=row["stream"], norm=row["norm"], adaptation=NEVER)
         (after,) = _rows(summary, **{name: row[name] for name in RUN})
         found.append(
-            f"Norm {row['norm']}: accuracy {_text(before, 'quality', 100, '%')} without adaptation, "
-            f"{_text(after, 'quality', 100, '%')} with TENT, for {_text(after, 'adapt_ratio', 100, '%')} of "
+            f"Norm {row['norm']}: accuracy {shown(before, 'quality', 100, '%')} without adaptation, "
+            f"{shown(after, 'quality', 100, '%')} with TENT, for {shown(after, 'adapt_ratio', 100, '%')} of "
             "the serving cost."
         )
     for shared, group in budget_curves(summary):
         for gate in group["gate"].unique():
             own = select(group, gate=gate).sort_values("budget").to_dict("records")
             unit = " points" if shared["task"] == "vision" else "%"
-            steps = ", ".join(f"{_limit(row['budget'])}: {_text(row, 'gain', 1, unit, '+')}" for row in own)
+            steps = ", ".join(f"{_limit(row['budget'])}: {shown(row, 'gain', 1, unit, '+')}" for row in own)
             found.append(
                 f"Gain of {shared['adaptation']} by budget on {shared['stream']}, gate {gate}: {steps}."
             )
@@ -93,12 +92,12 @@ def claims(
             watched = "guarded" if row["guarded"] else "unguarded"
             found.append(
                 f"Labels that come together ({name}): {row['adaptation']}, {watched}, ends "
-                f"{_text(row, 'gain', 1, ' points', '+')} from not adapting."
+                f"{shown(row, 'gain', 1, ' points', '+')} from not adapting."
             )
     for shift, said in (("code", "code"), ("clean", "prose")):
         rows = _rows(by_shift, task="language", shift=shift, **ALWAYS)
         for adaptation in dict.fromkeys(row["adaptation"] for row in rows):
-            own = [_text(row, "gain", 1, "%", "+") for row in rows if row["adaptation"] == adaptation]
+            own = [shown(row, "gain", 1, "%", "+") for row in rows if row["adaptation"] == adaptation]
             found.append(f"Text, {adaptation}: bits per byte saved on {said}, by visit: {', '.join(own)}.")
     if "metered_ratio" in summary:
         ratio = 100 * summary["metered_ratio"].to_numpy()
@@ -167,11 +166,11 @@ def _norms(summary: pd.DataFrame, by_norm: pd.DataFrame, factor: float, cost: st
     for found in by_norm.to_dict("records"):
         (row,) = _rows(summary, **{name: found[name] for name in RUN})
         rows.append((
-            row["norm"], row["adaptation"], _text(row, "quality", 100), _text(row, "gain", 1, "", "+"),
-            _text(found, "recovered", 100), _text(row, "adapt_ratio", 100),
-            _text(row, "cost_per_gain", factor, digits=2),
+            row["norm"], row["adaptation"], shown(row, "quality", 100), shown(row, "gain", 1, "", "+"),
+            shown(found, "recovered", 100), shown(row, "adapt_ratio", 100),
+            shown(row, "cost_per_gain", factor, digits=2),
         ))  # fmt: skip
-    return _table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def _guards(summary: pd.DataFrame, streams: Sequence[str]) -> list[str]:
@@ -182,24 +181,24 @@ def _guards(summary: pd.DataFrame, streams: Sequence[str]) -> list[str]:
     rows = [
         (
             row["stream"], row["adaptation"], "on" if row["guarded"] else "off",
-            _text(row, "gain", 1, "", "+"), _text(row, "adapted_share", 100),
-            *(_text(row, name) if row["guarded"] else "-" for name in ("rollbacks", "poisoned")),
+            shown(row, "gain", 1, "", "+"), shown(row, "adapted_share", 100),
+            *(shown(row, name) if row["guarded"] else "-" for name in ("rollbacks", "poisoned")),
         )
         for stream in streams
         for row in _rows(summary, stream=stream, **ALWAYS)
     ]  # fmt: skip
-    return _table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def _text_table(language: pd.DataFrame) -> list[str]:
     rows = [
         (
             row["adaptation"], "prose" if row["shift"] == "clean" else row["shift"], row["visit"] + 1,
-            _text(row, "quality", 1, digits=3), _text(row, "gain", 1, "", "+", 2),
+            shown(row, "quality", 1, digits=3), shown(row, "gain", 1, "", "+", 2),
         )
         for row in language.to_dict("records")
     ]  # fmt: skip
-    return _table(("adapts", "text", "visit", "bits per byte", "saved, %"), rows)
+    return markdown_table(("adapts", "text", "visit", "bits per byte", "saved, %"), rows)
 
 
 def _budgets(summary: pd.DataFrame) -> list[str]:
@@ -208,14 +207,14 @@ def _budgets(summary: pd.DataFrame) -> list[str]:
         for row in group.to_dict("records"):
             rows.append((
                 shared["stream"], shared["adaptation"], row["gate"], _limit(row["budget"]),
-                _text(row, "gain", 1, "", "+", 2), _text(row, "adapt_ratio", 100),
-                _text(row, "adapted_share", 100), _text(row, "refused"),
+                shown(row, "gain", 1, "", "+", 2), shown(row, "adapt_ratio", 100),
+                shown(row, "adapted_share", 100), shown(row, "refused"),
             ))  # fmt: skip
     heads = (
         "stream", "adapts", "gate", "budget, of serving", "gain (points, or % of bits)",
         "adapting / serving, %", "batches learned, %", "steps refused",
     )  # fmt: skip
-    return _table(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def _limit(budget: float) -> str:
@@ -227,12 +226,12 @@ def _costs(summary: pd.DataFrame, factor: float, cost: str) -> list[str]:
     rows = [
         (
             row["stream"], row["norm"], row["adaptation"], "on" if row["guarded"] else "off",
-            *(_text(row, f"{phase}_cost", factor) for phase in PHASES), _text(row, "metered_ratio", 100),
+            *(shown(row, f"{phase}_cost", factor) for phase in PHASES), shown(row, "metered_ratio", 100),
         )
         for row in table.to_dict("records")
     ]  # fmt: skip
     heads = ("stream", "norm", "adapts", "guard", *(p.replace("_", " ") for p in PHASES), "of the counter, %")
-    return [f"In {cost}; `host` is the device waiting between phases.", "", *_table(heads, rows)]
+    return [f"In {cost}; `host` is the device waiting between phases.", "", *markdown_table(heads, rows)]
 
 
 def _correlated(repeats: Sequence[dict[str, Any]]) -> list[str]:
@@ -247,15 +246,3 @@ def _where(table: pd.DataFrame, **values: object) -> pd.DataFrame:
 
 def _rows(table: pd.DataFrame, **values: object) -> list[dict[str, Any]]:
     return _where(table, **values).to_dict("records")
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    return [*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
-
-
-def _text(
-    row: dict[str, Any], name: str, factor: float = 1.0, unit: str = "", sign: str = "", digits: int = 1
-) -> str:
-    mean, low, high = (row.get(f"{name}{end}", np.nan) for end in ("", "_low", "_high"))
-    return range_text(mean, low, high, factor, unit, sign, digits)
