@@ -62,8 +62,7 @@ def eva(
             if sign is not None:
                 parameter.grad = (slope[:, None] * sign).mean(dim=0)  # [D]
     state.descent.step()
-    for parameter, first in zip(state.parameters, state.source.parameters, strict=True):
-        parameter.lerp_(first, settings.source_share)
+    state.pull_back(settings.source_share)
     set_statistics(model, moved)
     state.averages["steps"] = number + 1
     return Step(selected=len(inputs), loss=loss)

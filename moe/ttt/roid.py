@@ -48,9 +48,7 @@ def roid(
     with statistics_undone_on_error(model):
         loss = descend(model, state, inputs, objective, top_k, routing_bias)
     state.descent.step()
-    with torch.no_grad():
-        for parameter, first in zip(state.parameters, state.source.parameters, strict=True):
-            parameter.lerp_(first, settings.source_share)
+    state.pull_back(settings.source_share)
     state.average("probabilities", mean[0], settings.average_decay)
     return Step(selected=len(inputs), loss=loss)
 

@@ -121,6 +121,12 @@ class AdaptationState:
         self.averages[name] = value if old is None else decay * old + (1 - decay) * value
         return self.averages[name]
 
+    @torch.no_grad()
+    def pull_back(self, share: float) -> None:
+        """Take all parameters a share of the way back to the start."""
+        for parameter, first in zip(self.parameters, self.source.parameters, strict=True):
+            parameter.lerp_(first, share)
+
 
 def start(model: MoEModel, settings: Settings, group: Group = "norms") -> AdaptationState:
     """Prepare a model to adapt: freeze all but the group, leave eval mode on, and make the state.
