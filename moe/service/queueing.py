@@ -32,30 +32,18 @@ _FIRST_OCTAVE, _END_OCTAVE = -10, 8
 _FIRST_BITS = int(np.float64(2.0**_FIRST_OCTAVE).view(np.int64))
 
 
-def _bin_by_logarithm(latency_s: float) -> int:
-    """Index of the bin of a latency not below the first edge: edges are evenly spaced in its logarithm."""
-    first, second = LATENCY_EDGES_S[:2]
-    return min(1 + int((math.log(latency_s) - math.log(first)) / math.log(second / first)), _LAST_BIN)
+_BIN_BEGINS = np.concatenate([[-math.inf], LATENCY_EDGES_S, [math.inf]])
+"""The first latency of every bin, and of none behind the last."""
 
 
-def _bin_tables() -> tuple[np.ndarray, np.ndarray]:
-    """The first latency of every bin, and the bin in which each node begins.
-
-    Looked up, a bin costs a third of what the logarithm does, and is the same.
-    """
-    begins = np.append(-math.inf, np.full(_LAST_BIN + 1, math.inf))
-    begins[1] = LATENCY_EDGES_S[0]
-    for b, edge in enumerate(LATENCY_EDGES_S[1:].tolist(), 2):
-        low, high = edge * (1.0 - 1e-9), edge * (1.0 + 1e-9)
-        while (middle := 0.5 * (low + high)) not in (low, high):
-            low, high = (low, middle) if _bin_by_logarithm(middle) >= b else (middle, high)
-        begins[b] = high
+def _bin_of_nodes() -> np.ndarray:
+    """The bin in which each node begins: looked up, a bin costs a third of what its logarithm does."""
     octave, node = np.divmod(np.arange((_END_OCTAVE - _FIRST_OCTAVE) * _NODES_PER_OCTAVE), _NODES_PER_OCTAVE)
-    at = 2.0 ** (octave + _FIRST_OCTAVE) * (1.0 + node / _NODES_PER_OCTAVE)
-    return begins, np.searchsorted(begins, at, side="right") - 1
+    begins = 2.0 ** (octave + _FIRST_OCTAVE) * (1.0 + node / _NODES_PER_OCTAVE)
+    return np.searchsorted(_BIN_BEGINS, begins, side="right") - 1
 
 
-_BIN_BEGINS, _BIN_OF_NODE = _bin_tables()
+_BIN_OF_NODE = _bin_of_nodes()
 
 
 @small
