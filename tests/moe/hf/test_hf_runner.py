@@ -27,7 +27,8 @@ from moe.training.weights import check_profile
 from moe.workload import KnobRefusedError, Knobs
 from tests.moe.conftest import made_up
 from tests.moe.hf.hf_models import COST, VOCAB, E, build, every_family, gates_of, save_checkpoint
-from tests.moe.service.test_live import Clock, Service, assert_conserved
+from tests.moe.service.made_up import Clock, Service
+from tests.moe.service.test_live import assert_conserved
 
 SHIFTS = ("clean", "code")
 CONTEXT = 64

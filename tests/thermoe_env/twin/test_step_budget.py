@@ -18,7 +18,7 @@ from moe.service.budget import EnergyBudget, StepBudget
 from moe.service.score.live import LiveWorkload
 from moe.service.score.runner import BatchResult, Runner
 from moe.workload import Knobs
-from tests.moe.service.test_live import CAPACITY_RPS, Clock, Service
+from tests.moe.service.made_up import CAPACITY_RPS, Clock, Service
 from thermoe_env.env import ThermalMoEEnv
 from thermoe_env.errors import ScenarioError
 from thermoe_env.mdp.fields import ranges_of
