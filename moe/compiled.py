@@ -26,6 +26,7 @@ from numba.core.caching import (
     IndexDataCacheFile,
     UserWideCacheLocator,
 )
+from numba.core.serialize import dumps
 
 _LOG = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parents[1]
@@ -135,9 +136,15 @@ class _Cache(FunctionCache):
         self._cache_file = _Files(self._cache_path, name, self._stamp)
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
-        """With the sources of named tuples handed over: by their class, code of any package may be chosen."""
+        """With the sources of named tuples handed over: by their class, code of any package may be chosen.
+
+        And with types that a function closes over by what they say. numba goes by their pickles, in which a
+        type has a number that depends on how many were made before it: the next process would compile again.
+        """
         cells = [cell.cell_contents for cell in self._py_func.__closure__ or ()]
-        return *super()._index_key(sig, codegen), *map(_stamp_of, _classes((*sig, *cells)))
+        closed = [str(cell) if isinstance(cell, types.Type) else dumps(cell) for cell in cells]
+        stamps = map(_stamp_of, _classes((*sig, *cells)))
+        return sig, codegen.magic_tuple(), self._py_func.__code__.co_code, *closed, *stamps
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep a compiled function and remove what was kept of it for other sources."""

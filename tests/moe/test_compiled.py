@@ -89,6 +89,25 @@ class Other(NamedTuple):
 
 implement(Other, lambda service, x: FACTOR * x)
 """ + RUN.replace("from other import Other", "")
+CLOSED = """
+import functools
+from numba.core import types
+from moe.compiled import jit
+
+@functools.cache
+def widened(kind):
+    @jit
+    def wide(x):
+        kind
+        return x * 2.5
+    return wide
+"""
+PLAY_CLOSED = """
+from numba.core import types
+from thermoe_env.closed import widened
+run = widened(KIND)
+print(run(2), "kept" if run.stats.cache_hits else "compiled", run.stats.cache_path)
+"""
 PLAY = """
 import numpy as np
 from thermoe_env.outer import fill_all, total
@@ -168,6 +187,15 @@ def test_an_edit_of_another_package_that_is_called_by_its_type_is_played(root: P
     for factor in (2.0, 3.0):  # a type of no file is of this process alone
         typed = TYPED.replace("FACTOR", str(factor))
         assert play(root, typed)[:2] == (5.0 * factor, "compiled")
+
+
+def test_a_type_that_is_closed_over_is_known_again_however_many_were_made_before(root: Path) -> None:
+    (root / "thermoe_env" / "closed.py").write_text(CLOSED)
+    first = PLAY_CLOSED.replace("KIND", "types.UniTuple(types.int8, 4)")
+    later = first.replace("run =", "made = [types.UniTuple(types.int16, n) for n in range(9)]\nrun =")
+    assert play(root, first)[:2] == (5.0, "compiled")
+    assert play(root, later)[:2] == (5.0, "kept")
+    assert play(root, later.replace("int8, 4", "int8, 5"))[:2] == (5.0, "compiled")
 
 
 def test_where_sources_cannot_be_written_code_is_kept_with_the_user(root: Path, tmp_path: Path) -> None:
