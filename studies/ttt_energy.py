@@ -3,6 +3,7 @@
 The counter ticks every 100 ms and a phase lasts milliseconds, so a phase is repeated until many ticks are
 over, and its energy is that between two ticks by the number of repetitions. How well the phases add up is
 told by a run that mixes them, measured in the same way. Without a meter the cost is device time, in seconds.
+All is weighed several times over, one after the other, so that the spread holds what drifts meanwhile.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from moe import ttt
 from moe.device.meter import EnergyMeter
 from moe.model.transformer import MoEModel
 from moe.ttt.groups import batch_statistics_in_force
+from studies.ttt_meter import WARM_S
 from studies.ttt_play import Batch
 
 WARM_REPETITIONS = 3
 """Before a phase is measured: the first ones compile and allocate."""
 TENT = "tent"
 """Name of the method that is weighed by its phases, too."""
+WEIGHINGS = 3
+"""How often all is weighed, for the spread."""
 SNAPSHOT_EVERY = 4
 """Batches of the mixed run between a snapshot that is taken and put back."""
 
@@ -61,6 +65,9 @@ class Scale:
             self._wait()
 
         if self._meter is not None:
+            until = time.perf_counter() + WARM_S
+            while time.perf_counter() < until:
+                repeat()
             return self._meter.per_run(repeat, self._window_s)[0]
         self._wait()
         begin, count = time.perf_counter(), 0

@@ -1,43 +1,43 @@
 """Accuracy against joules per image, by method of adaptation: `python -m studies.ttt_frontier`.
 
-Every seed is one repeat (`studies.repeats`): it trains the models, weighs each phase of serving and adapting
-by itself, and serves every stream without adaptation and by every method, guarded. Every batch is scored
-before it is learned from. `--small` is a form of minutes for continuous integration.
+First each model is trained once and each phase of serving and adapting it weighed by itself, alone on the
+card. Then every seed of a model is one repeat (`studies.repeats`): it trains the model and serves every
+stream without adaptation and by every method, guarded. Every batch is scored before it is learned from. A
+repeat hardly loads a card, so `--jobs` of them may run at once. What is there is not made again. `--small` is
+a form of minutes for continuous integration.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import time
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
 from rich.console import Console
-from torch import Tensor
 from tqdm import tqdm
 
-from moe import ttt
-from moe.data import datasets as data
-from moe.device.meter import open_meter
+from agents.files import write_file
 from moe.device.torch_device import one_thread_on_cpu, pick_device
 from moe.errors import one_line_errors
-from moe.model.config import Size, model_config
-from moe.model.transformer import MoEModel
-from moe.model.variants import with_stem
-from moe.training.evaluate import evaluate_vision
-from moe.training.fit import fit
-from studies.repeats import StudyError, ensure_repeat, load_repeats, provenance, short_recipe
-from studies.ttt_energy import Scale, measure_costs
-from studies.ttt_frontier_config import NEVER, Frontier, Trained, load_frontier
+from moe.model.config import Size
+from studies.repeats import StudyError, ensure_repeat
+from studies.tasks import is_done
+from studies.ttt_frontier_config import Frontier, load_frontier
+from studies.ttt_frontier_play import run_repeat, weigh
 from studies.ttt_frontier_report import write_report
-from studies.ttt_measure import JOULES, SECONDS
-from studies.ttt_play import Batch
-from studies.ttt_streams import load_pool, make_stream
+from studies.ttt_frontier_tables import costs_path, load_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,14 @@ class Arguments:
     """tiny for a CPU, base for a data-centre GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when there is one."""
+    models: tuple[str, ...] = ()
+    """Models of the settings; none given: all."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Repeats to run."""
+    """Repeats to run. The first one's models are weighed."""
+    jobs: int = 1
+    """Repeats that run at once, each in a process of its own."""
     out: Path = Path("runs/ttt_frontier")
-    """Folder of the tables and the figure, and of a folder of repeats per model."""
+    """Folder of the tables and the figure, and per model of its costs, repeats and the weights weighed."""
     config: str = "ttt_frontier"
     """Settings: name in configs/studies, or path of a YAML file."""
     small: bool = False
@@ -59,109 +63,108 @@ class Arguments:
     report_only: bool = False
     """Only make the tables and the figure of the repeats that are there."""
 
-
-def run_repeat(study: Frontier, name: str, size: Size, device: torch.device, seed: int) -> dict[str, Any]:
-    """Train, weigh and play everything of one model and seed; returns plain JSON types.
-
-    Raises:
-        StreamError: A stream needs more images than there are.
-        TrainingDiverged: A loss is not finite.
-        GpuUnavailableError: A CUDA device that NVML does not read.
-    """
-    meter, own = open_meter(device), study.sizes[size]
-    pool = load_pool("vision", size, device)
-    streams = {n: make_stream(study.stream_config(n, size), pool, seed) for n in study.streams}
-    marks = [time.perf_counter()]
-    model = _train(study, study.models[name], size, device, seed)
-    marks.append(time.perf_counter())
-    bench = Bench(study, model, own.batch_size)
-    scale = Scale(meter, device, own.window_s)
-    costs = measure_costs(model, next(iter(streams.values())), study.methods, bench.unguarded, scale)
-    marks.append(time.perf_counter())
-    plays = list(itertools.product(streams, (NEVER, *study.methods)))
-    runs = [
-        {"stream": stream} | bench.play(method, streams[stream])
-        for stream, method in tqdm(plays, desc=f"{name}, seed {seed}", unit="run", mininterval=1.0)
-    ]
-    marks.append(time.perf_counter())
-    parts = ("training", "costs", "streams")
-    return {
-        "settings": study.settings(name, size, device.type),
-        **provenance("vision", size, device, seed),
-        "spent_s": {
-            part: end - start for part, (start, end) in zip(parts, itertools.pairwise(marks), strict=True)
-        },
-        "cost_unit": SECONDS if meter is None else JOULES,
-        "batch_size": own.batch_size,
-        "shifts": {stream: [batch.shift for batch in batches] for stream, batches in streams.items()},
-        "model": name,
-        "config": model.config.to_dict(),
-        "n_params": model.n_params,
-        "clean": evaluate_vision(model, pool.inputs[0], pool.targets[0], model.config.top_k),
-        "costs": dataclasses.asdict(costs),
-        "runs": runs,
-    }
-
-
-def _train(study: Frontier, trained: Trained, size: Size, device: torch.device, seed: int) -> MoEModel:
-    own, config = study.sizes[size], model_config("vision", size)
-    recipe = short_recipe("vision", size, own.steps, batch_size=own.train_batch_size, augment=trained.augment)
-    return fit(with_stem(config) if trained.stem else config, recipe, device, seed)[0]
-
-
-class Bench:
-    """A trained model, and the methods that adapt it one at a time."""
-
-    def __init__(self, study: Frontier, model: MoEModel, batch_size: int) -> None:
-        """Take clean training batches for the methods that measure gradients beforehand."""
-        self._study, self._model = study, model
-        images = data.load_vision("train")[0][: study.source_batches * batch_size]
-        self._source: tuple[Tensor, ...] = images.to(model.position.device).split(batch_size)
-
-    def unguarded(self, method: str) -> ttt.Adapter:
-        """An adapter by a method without guards."""
-        return self._adapter(method, None)
-
-    def _adapter(self, method: str, guard: ttt.GuardSettings | None) -> ttt.Adapter:
-        adapter = ttt.Adapter(self._model, self._study.methods[method].make_settings(), guard=guard)
-        if type(adapter.settings) is ttt.Eata:
-            ttt.fisher_anchor(self._model, adapter.state, self._source)
-        return adapter
-
-    def play(self, method: str, batches: list[Batch]) -> dict[str, Any]:
-        """Serve a stream once under guards; the model is afterwards as it was. Returns plain JSON types."""
-        adapter = None if method == NEVER else self._adapter(method, ttt.GuardSettings())
-        correct, steps = [], []
-        for batch in batches:
-            with torch.no_grad():
-                logits = self._model(batch.inputs).logits
-            correct.append((logits.argmax(dim=-1) == batch.targets).float().mean())
-            steps.append(0 if adapter is None else adapter.adapt(batch.inputs, logits, 1))
-        guard = None if adapter is None else dataclasses.asdict(adapter.counters)
-        if adapter is not None:
-            adapter.reset()
-        return {"method": method, "quality": torch.stack(correct).tolist(), "steps": steps, "guard": guard}
+    def __post_init__(self) -> None:
+        """Refuse what runs nothing."""
+        if not self.seeds:
+            raise StudyError("seeds must name at least one, got none")
+        if self.jobs < 1:
+            raise StudyError(f"jobs must be at least 1, got {self.jobs}")
 
 
 def main(arguments: Arguments) -> None:
-    """Run what is missing and report what is there."""
+    """Run what is missing and report what is there.
+
+    Raises:
+        StudyError: The settings do not fit the arguments or what is there, or a worker was killed.
+        ValueError, ThermoeError: As a repeat raises them; those that ran beside it are kept.
+    """
     study, size = load_frontier(arguments.config), arguments.size
     if size not in study.sizes:
         raise StudyError(f"{arguments.config} has no size {size!r}, only {tuple(study.sizes)}")
     study = study.made_small() if arguments.small else study
+    if unknown := set(arguments.models) - set(study.models):
+        raise StudyError(f"unknown models {sorted(unknown)}; known: {tuple(study.models)}")
+    names = arguments.models or tuple(study.models)
     if not arguments.report_only:
         device = pick_device(arguments.device)
         one_thread_on_cpu(device)  # as in the measured service: the same arithmetic in every repeat
-        for seed, name in itertools.product(arguments.seeds, study.models):
-            settings = study.settings(name, size, device.type)
-            run = partial(run_repeat, study, name, size, device, seed)
-            ensure_repeat(arguments.out / name, "vision", size, seed, settings, run)
-    repeats = [r for name in study.models for r in load_repeats(arguments.out / name, "vision", size)]
-    if not repeats:
-        raise StudyError(f"{arguments.out} holds no repeat of size {size!r}: run it first")
-    write_report(repeats, arguments.out, Console())
+        for name in names:
+            _ensure_costs(study, arguments.out / name, name, size, device, arguments.seeds[0])
+        repeats = []
+        for seed, name in itertools.product(arguments.seeds, names):
+            folder, settings = arguments.out / name, study.settings(name, size, device.type)
+            run = partial(run_repeat, study, folder, name, size, device, seed)
+            repeats.append(partial(ensure_repeat, folder, "vision", size, seed, settings, run))
+        if arguments.jobs == 1:
+            for repeat in repeats:
+                repeat()
+        else:
+            _in_processes(repeats, arguments.jobs, device)
+    repeats, weighings = load_results(arguments.out, names, size)
+    write_report(repeats, weighings, arguments.out, Console())
+
+
+def _ensure_costs(
+    study: Frontier, folder: Path, name: str, size: Size, device: torch.device, seed: int
+) -> None:
+    """Weigh a model unless its costs are there."""
+    path = costs_path(folder, size)
+    if is_done(path, study.weighing(name, size, device.type)):
+        print(f"{path} is there")
+        return
+    costs = weigh(study, folder, name, size, device, seed)
+    write_file(path, json.dumps(costs) + "\n")
+    parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in costs["spent_s"].items())
+    print(f"wrote {path} ({parts})", flush=True)
+
+
+def _in_processes(repeats: Sequence[Callable[[], object]], jobs: int, device: torch.device) -> None:
+    """Run repeats several at once. At an error none is begun any more, and those that run are finished.
+
+    Raises:
+        StudyError: A worker was killed.
+        Exception: What a repeat raises.
+    """
+    executor = ProcessPoolExecutor(
+        min(jobs, len(repeats)), get_context("spawn"), initializer=_begin_worker, initargs=(device,)
+    )
+    try:
+        with _silent_bars():
+            running = [executor.submit(repeat) for repeat in repeats]
+        for done in tqdm(as_completed(running), total=len(running), desc="repeats", unit="repeat"):
+            done.result()
+    except KeyboardInterrupt:
+        for worker in active_children():
+            worker.terminate()
+        raise
+    except BrokenProcessPool as error:
+        raise StudyError(
+            "a worker was killed, as for lack of memory: give fewer --jobs; what is done is kept"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _begin_worker(device: torch.device) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    one_thread_on_cpu(device)
+
+
+@contextmanager
+def _silent_bars() -> Iterator[None]:
+    """Let processes that begin here draw no bars over that of this one."""
+    name = "TQDM_DISABLE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(interrupted="interrupted; results are kept, run the command again to continue"):
         main(tyro.cli(Arguments, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)))

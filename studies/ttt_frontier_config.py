@@ -10,9 +10,10 @@ from typing import Any, ClassVar, Literal
 from moe import ttt
 from moe.data.corruptions import KINDS
 from moe.data.streams import Schedule, StreamConfig
-from moe.model.config import Size
-from studies.ttt_config import ALL_KINDS, NEVER, Adaptation
-from studies.ttt_energy import TENT
+from moe.model.config import ModelConfig, Norm, Size, model_config
+from moe.model.variants import with_norm, with_stem
+from studies.ttt_config import ALL_KINDS, METHODS, NEVER, Adaptation
+from studies.ttt_energy import TENT, WEIGHINGS
 from thermoe_env.configs import load_settings
 
 __all__ = ["NEVER", "Frontier", "Trained", "load_frontier"]
@@ -20,12 +21,20 @@ __all__ = ["NEVER", "Frontier", "Trained", "load_frontier"]
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a model is trained like."""
+    """What a model is, what it is trained like, and what adapts it."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     stem: bool = False
     augment: float = 0.0
+    norm: Norm = "batch"
+    methods: tuple[str, ...] = ()
+    """What adapts it, by name; none named: all."""
+
+    def config(self, size: Size) -> ModelConfig:
+        """Shape of the model."""
+        config = with_norm(model_config("vision", size), self.norm)
+        return with_stem(config) if self.stem else config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +64,7 @@ class FrontierSize:
     batch_size: int
     """Images per batch of a stream."""
     window_s: float
-    """Time for which each phase is repeated."""
+    """Time for which each phase is repeated, once per weighing."""
 
     def __post_init__(self) -> None:
         if min(self.steps, self.train_batch_size, self.batch_size) < 1 or self.window_s <= 0.0:
@@ -99,9 +108,30 @@ class Frontier:
                 raise ValueError(
                     f"small.{what}: unknown {sorted(unknown)}; known: {tuple(getattr(self, what))}"
                 )
+        for name in self.models:
+            self._check_methods(name)
         for size in self.sizes:
             for name in self.streams:
                 self.stream_config(name, size)
+
+    def _check_methods(self, model: str) -> None:
+        trained, chosen = self.models[model], self.models[model].methods
+        if chosen and (TENT not in chosen or set(chosen) - set(self.methods)):
+            raise ValueError(
+                f"models.{model}.methods must be of {tuple(self.methods)}, {TENT!r} among them, got {chosen}"
+            )
+        for name, method in self.methods_of(model).items():
+            norms = METHODS[method.method].norms
+            if trained.norm not in norms:
+                raise ValueError(
+                    f"models.{model}: {name!r} adapts models with norms {norms}, this one has "
+                    f"{trained.norm!r}; leave it out of its methods"
+                )
+
+    def methods_of(self, model: str) -> dict[str, Adaptation]:
+        """What adapts a model, by name."""
+        chosen = self.models[model].methods
+        return {name: method for name, method in self.methods.items() if not chosen or name in chosen}
 
     def stream_config(self, name: str, size: Size) -> StreamConfig:
         """A stream of whole steps."""
@@ -124,7 +154,7 @@ class Frontier:
         return dataclasses.replace(
             self,
             methods={name: self.methods[name] for name in small.methods},
-            models={name: self.models[name] for name in small.models},
+            models={name: self._small_model(name) for name in small.models},
             streams={n: dataclasses.replace(stream, step=small.step) for n, stream in self.streams.items()},
             sizes={
                 size: dataclasses.replace(
@@ -134,16 +164,38 @@ class Frontier:
             },
         )
 
-    def settings(self, model: str, size: Size, device_type: str) -> dict[str, Any]:
-        """All that must be the same for repeats of a model to belong together, as plain JSON types."""
+    def _small_model(self, name: str) -> Trained:
+        own = self.models[name]
+        return dataclasses.replace(own, methods=tuple(m for m in own.methods if m in self.small.methods))
+
+    def training(self, model: str, size: Size, device_type: str) -> dict[str, Any]:
+        """All that the weights of a model follow from, but for the seed, as plain JSON types."""
+        trained, own = _plain(self.models[model]), self.sizes[size]
+        del trained["methods"]
         return {
             "size": size,
             "device": device_type,
-            **dataclasses.asdict(self.sizes[size]),
+            "steps": own.steps,
+            "train_batch_size": own.train_batch_size,
+            "model": trained,
+        }
+
+    def settings(self, model: str, size: Size, device_type: str) -> dict[str, Any]:
+        """All that must be the same for repeats of a model to belong together, as plain JSON types."""
+        return {
+            **self.training(model, size, device_type),
+            "batch_size": self.sizes[size].batch_size,
             "streams": {n: _plain(self.stream_config(n, size)) for n in self.streams},
-            "methods": {n: _plain(method) for n, method in self.methods.items()},
-            "model": _plain(self.models[model]),
+            "methods": {n: _plain(method) for n, method in self.methods_of(model).items()},
             "source_batches": self.source_batches,
+        }
+
+    def weighing(self, model: str, size: Size, device_type: str) -> dict[str, Any]:
+        """All that must be the same for costs to belong to repeats, as plain JSON types."""
+        return {
+            "repeats": self.settings(model, size, device_type),
+            "window_s": self.sizes[size].window_s,
+            "weighings": WEIGHINGS,
         }
 
 

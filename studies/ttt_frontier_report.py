@@ -1,14 +1,11 @@
-"""Tables and the figure of the frontier of accuracy against energy, from the repeats that are there.
-
-Shares and gains are taken within each repeat, against the unadapted model on the same batches; intervals are
-95% Student intervals over repeats.
-"""
+"""The report and the figure of the frontier of accuracy against energy; intervals are over repeats."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,203 +17,224 @@ from rich.markdown import Markdown
 
 from agents.evaluation.figures import save_figure
 from agents.files import write_file
-from studies.repeats import markdown_table, origin, select, shown, summarize
+from agents.play.metrics import student_interval
+from studies.repeats import markdown_table, origin, range_text, select, shown, summarize
 from studies.ttt_config import NEVER
-from studies.ttt_energy import TENT
+from studies.ttt_frontier_tables import (
+    RUN,
+    SHARES,
+    TRAINING,
+    VISITS,
+    costs_table,
+    frontier_table,
+    training_table,
+    visits_table,
+)
 from studies.ttt_results import COST_LABELS, cost_unit
 
-RUN = ["model", "stream", "method"]
+RETURNED_LEAST = 0.90
+"""Asked of the first batch of a shift that returned: its accuracy over the settled one."""
+LOST_MOST = 2.0
+"""Asked where like labels come together: points that adapting may lose."""
+SPLIT_WITHIN = 0.02
+"""Asked of the phases: how near they add up to a run that mixes them."""
+FRONTIER = ("clean", "accuracy", "gain", "recovered", "cost", "of_tent", "adapted")
+
+Table = list[str]
+"""Lines in Markdown."""
 
 
-def frontier_table(repeats: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """One row per repeat and run.
+def write_report(
+    repeats: Sequence[dict[str, Any]],
+    weighings: Mapping[str, dict[str, Any]],
+    folder: Path,
+    console: Console,
+) -> None:
+    """Write report.md, frontier.png, and runs, frontier, visits, training and costs as CSV.
 
-    Columns beside `RUN` and the seed:
-        accuracy: Mean over the batches, 0 to 1. gain: Points against the unadapted model. recovered: Gain
-        over what the shifts cost: accuracy on clean images less that of the unadapted model. cost: Serving
-        and adapting per image, in `cost_unit`: steps that were taken at the price of a step, the
-            guard on every batch.
-        of_tent: What adapting costs over what TENT's does in the same run.
-        adapted: Share of the batches that were learned from.
-    """
-    rows = []
-    for repeat, run, before in _runs(repeats):
-        accuracy, unadapted = float(np.mean(run["quality"])), float(np.mean(before["quality"]))
-        lost = repeat["clean"] - unadapted
-        adapting, tent = (_adapting(repeat, run, method) for method in (run["method"], TENT))
-        shifted = repeat["settings"]["streams"][run["stream"]]["kinds"] != ["clean"]
-        rows.append(
-            _named(repeat, run)
-            | {
-                "accuracy": accuracy,
-                "gain": 100 * (accuracy - unadapted),
-                "recovered": (accuracy - unadapted) / lost if shifted and lost > 0 else math.nan,
-                "cost": (repeat["costs"]["phases"]["serve"] + adapting) / repeat["batch_size"],
-                "of_tent": adapting / tent if tent > 0 else math.nan,
-                "adapted": float(np.mean(run["steps"])),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def visits_table(repeats: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """One row per repeat, run and visit of a shift that returns: accuracy of single batches over the settled.
-
-    Columns beside `RUN` and the seed:
-        visit: How often the shift came before. first, second: Accuracy of that batch of the visit over the
-        shift's settled accuracy, that of the second
-            halves of all its visits but this one's first batches; mean over the shifts.
-    """
-    rows = []
-    for repeat, run, _ in _runs(repeats):
-        shifts = repeat["shifts"][run["stream"]]
-        if repeat["settings"]["streams"][run["stream"]]["schedule"] != "recurring":
-            continue
-        visits: dict[str, list[np.ndarray]] = {}
-        start = 0
-        for shift, group in itertools.groupby(shifts):
-            end = start + len(list(group))
-            visits.setdefault(shift, []).append(np.array(run["quality"][start:end]))
-            start = end
-        settled = np.mean([v[len(v) // 2 :].mean() for own in visits.values() for v in own])
-        for visit in range(min(len(own) for own in visits.values())):
-            row = _named(repeat, run) | {"visit": visit}
-            for place, name in enumerate(("first", "second")):
-                own = float(np.mean([batches[visit][place] for batches in visits.values()]))
-                row[name] = own / settled if settled > 0 else math.nan
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def costs_table(repeats: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """One row per repeat and model: each phase and each method's step, per image, and how phases add up."""
-    rows = []
-    for repeat in repeats:
-        costs, n = repeat["costs"], repeat["batch_size"]
-        row = {"model": repeat["model"], "seed": repeat["seed"]}
-        row |= {phase: cost / n for phase, cost in costs["phases"].items()}
-        row |= {f"step {method}": cost / n for method, cost in costs["steps"].items()}
-        row["of_mixed"] = costs["mixed"]["added_up"] / costs["mixed"]["measured"]
-        parts = sum(costs["phases"][phase] for phase in ("forward", "backward", "update"))
-        row["of_step"] = parts / costs["steps"][TENT]
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def write_report(repeats: Sequence[dict[str, Any]], folder: Path, console: Console) -> None:
-    """Write runs.csv (every repeat), frontier.csv, visits.csv, costs.csv, report.md and frontier.png.
+    Args:
+        repeats: Of one size.
+        weighings: Costs of each of their models.
+        folder: Where all goes.
+        console: Where the report is shown.
 
     Raises:
-        StudyError: Some repeats have an energy meter and some have none.
+        StudyError: Some costs have an energy meter and some have none.
     """
-    unit = cost_unit(repeats)
-    runs, costs = frontier_table(repeats), costs_table(repeats)
-    metrics = ("accuracy", "gain", "recovered", "cost", "of_tent", "adapted")
-    frontier = summarize(runs, RUN, metrics)
-    visits = summarize(visits_table(repeats), [*RUN, "visit"], ("first", "second"))
-    cost_means = summarize(costs, ["model"], [name for name in costs if name not in ("model", "seed")])
-    tables = {"runs": runs, "frontier": frontier, "visits": visits, "costs": cost_means}
-    for name, table in tables.items():
-        write_file(folder / f"{name}.csv", table.to_csv(index=False))
-    text = _markdown(repeats, frontier, visits, cost_means, unit)
-    write_file(folder / "report.md", text)
-    save_figure(lambda: _figure(frontier, unit, origin(repeats)), folder / "frontier.png")
-    console.print(Markdown(text))
-    console.print(
-        f"wrote to {folder}: {', '.join(f'{name}.csv' for name in tables)}, report.md, frontier.png"
-    )
-
-
-def _adapting(repeat: dict[str, Any], run: dict[str, Any], method: str) -> float:
-    """Cost of adapting by a method along a run per batch; TENT's as if it took the same share of steps."""
-    if method == NEVER or run["method"] == NEVER:
-        return 0.0
-    costs = repeat["costs"]
-    return costs["phases"]["guard"] + float(np.mean(run["steps"])) * costs["steps"][method]
-
-
-def _runs(
-    repeats: Sequence[dict[str, Any]],
-) -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:
-    """Yield every repeat, run, and the run of the unadapted model to compare with."""
-    for repeat in repeats:
-        before = {run["stream"]: run for run in repeat["runs"] if run["method"] == NEVER}
-        for run in repeat["runs"]:
-            yield repeat, run, before[run["stream"]]
-
-
-def _named(repeat: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "model": repeat["model"],
-        "stream": run["stream"],
-        "method": run["method"],
-        "seed": repeat["seed"],
+    unit = cost_unit(list(weighings.values()))
+    runs, costs = frontier_table(repeats, weighings), costs_table(weighings)
+    visits, training = visits_table(repeats), training_table(repeats)
+    frontier = summarize(runs, RUN, FRONTIER)
+    tables = {
+        "runs": runs,
+        "frontier": frontier,
+        "visits": summarize(visits, RUN, VISITS),
+        "training": summarize(training, RUN, TRAINING),
+        "costs": costs,
     }
-
-
-def _markdown(
-    repeats: Sequence[dict[str, Any]],
-    frontier: pd.DataFrame,
-    visits: pd.DataFrame,
-    costs: pd.DataFrame,
-    unit: str,
-) -> str:
-    factor, prefix = (1e3, "m") if unit == "J" else (1e6, "µ")
+    written = {f"{name}.csv": table for name, table in tables.items() if len(table)}
+    for name, table in written.items():
+        write_file(folder / name, table.to_csv(index=False))
     streams = repeats[0]["settings"]["streams"]
+    machines = ", ".join(sorted({own["machine"] for own in weighings.values()}))
     lines = [
         "# Accuracy against energy, by method of adaptation", "",
         f"Written by `python -m studies.ttt_frontier`. {origin(repeats)}; torch {repeats[0]['torch']}. Cost: "
-        f"{COST_LABELS[unit]}. 95% intervals over repeats. Every batch is scored before it is learned from; "
-        "all methods are guarded.", "",
+        f"{COST_LABELS[unit]}, weighed once per model on {machines}. 95% intervals over repeats "
+        "(that of a cost is of the share of batches learned; the spread of weighing stands with the phases). "
+        "Every batch is scored before it is learned from; all methods are guarded.", "",
+        *_models(repeats),
+        *itertools.chain(*(_stream(repeats, frontier, name, unit) for name in streams)),
+        *_returning(visits, tables["visits"]),
+        *_like_labels(repeats, runs, frontier),
+        *_training(tables["training"]),
+        *_norms(repeats, frontier, unit),
+        *_costs(weighings, costs, unit),
+        "![frontier](frontier.png)", "",
     ]  # fmt: skip
+    text = "\n".join(lines)
+    write_file(folder / "report.md", text)
+    save_figure(lambda: _figure(frontier, unit, origin(repeats)), folder / "frontier.png")
+    console.print(Markdown(text))
+    console.print(f"wrote to {folder}: {', '.join(written)}, report.md, frontier.png")
+
+
+def _models(repeats: Sequence[dict[str, Any]]) -> Table:
+    rows = []
+    for _, group in itertools.groupby(repeats, key=lambda repeat: repeat["model"]):
+        own = list(group)
+        how = own[0]["settings"]["model"]
+        clean = range_text(*student_interval([repeat["clean"] for repeat in own]), 100)
+        rows.append(
+            (
+                own[0]["model"], how["norm"], "yes" if how["stem"] else "no", f"{how['augment']:.0%}",
+                own[0]["settings"]["steps"], f"{own[0]['n_params'] / 1e6:.1f}", len(own), clean,
+            )
+        )  # fmt: skip
+    heads = ("model", "norm", "stem", "augmented", "steps", "parameters, M", "repeats", "clean accuracy, %")
+    return _section("Models", "", heads, rows)
+
+
+def _stream(repeats: Sequence[dict[str, Any]], frontier: pd.DataFrame, name: str, unit: str) -> Table:
+    factor, prefix = _factor(unit)
+    stream = repeats[0]["settings"]["streams"][name]
     heads = (
         "model", "method", "accuracy, %", "of the loss, %", "against not adapting, points",
         f"{prefix}{unit} per image", "adapting, % of TENT's", "batches learned, %",
     )  # fmt: skip
-    for name, stream in streams.items():
-        rows = [
-            (
-                row["model"], row["method"], shown(row, "accuracy", 100), shown(row, "recovered", 100),
-                shown(row, "gain", 1, sign="+"), shown(row, "cost", factor), shown(row, "of_tent", 100),
-                shown(row, "adapted", 100),
-            )
-            for row in select(frontier, stream=name).to_dict("records")
-        ]  # fmt: skip
-        lines += [f"## Stream {name}: {stream['schedule']}, {stream['batches']} batches", ""]
-        lines += markdown_table(heads, rows)
     rows = [
         (
-            row["model"], row["stream"], row["method"], row["visit"] + 1,
-            *(shown(row, n, 100) for n in ("first", "second")),
+            row["model"], row["method"], shown(row, "accuracy", 100), shown(row, "recovered", 100),
+            shown(row, "gain", sign="+"), shown(row, "cost", factor), shown(row, "of_tent", 100),
+            shown(row, "adapted", 100),
         )
-        for row in visits.to_dict("records")
+        for row in select(frontier, stream=name).to_dict("records")
     ]  # fmt: skip
-    lines += [
-        "## Shifts that return",
-        "",
-        "Accuracy of a visit's first and second batch over the settled one.",
-    ]
-    lines += ["", *markdown_table(("model", "stream", "method", "visit", "first, %", "second, %"), rows)]
-    names = [n for n in costs if n != "model" and n != "n" and not n.endswith(("_low", "_high"))]
-    shares = ("of_mixed", "of_step")
-    rows = [
-        (row["model"], *(shown(row, n, 100 if n in shares else factor) for n in names))
-        for row in costs.to_dict("records")
-    ]
+    title = f"Stream {name}: {stream['schedule']}, {stream['batches']} batches"
+    return _section(title, "", heads, rows)
+
+
+def _returning(visits: pd.DataFrame, summary: pd.DataFrame) -> Table:
+    rows = []
+    for row in summary.to_dict("records"):
+        own = select(visits, **{name: row[name] for name in RUN})["returned"].to_numpy()
+        texts = (shown(row, name, 100) for name in VISITS)
+        rows.append((*(row[name] for name in RUN), *texts, _met(own >= RETURNED_LEAST)))
+    heads = (*RUN, "new, first batch", "returned, first batch", "second batch", "met in")
     note = (
-        f"In {prefix}{unit} per image, each phase repeated by itself. `of_mixed`: what serving, TENT's steps "
-        "and copies add up to over a run that mixes them, %. `of_step`: TENT's three phases over its step, %."
+        "Accuracy over the settled one, %: of the first batch of a shift that is new, and of the first and "
+        "the second batch of one that returned. Asked of the bank in the first batch of one that returned: "
+        f"at least {100 * RETURNED_LEAST:g}."
     )
-    lines += ["## Cost of each phase", "", note, "", *markdown_table(("model", *names), rows)]
-    lines += ["![frontier](frontier.png)", ""]
-    return "\n".join(lines)
+    return _section("Shifts that return", note, heads, rows)
+
+
+def _like_labels(repeats: Sequence[dict[str, Any]], runs: pd.DataFrame, frontier: pd.DataFrame) -> Table:
+    streams = repeats[0]["settings"]["streams"]
+    rows = []
+    for row in frontier.to_dict("records"):
+        if row["method"] == NEVER or streams[row["stream"]]["schedule"] != "label_correlated":
+            continue
+        own = select(runs, **{name: row[name] for name in RUN})["gain"].to_numpy()
+        gain = shown(row, "gain", sign="+")
+        rows.append((*(row[name] for name in RUN), gain, f"{own.min():+.1f}", _met(own >= -LOST_MOST)))
+    heads = (*RUN, "against not adapting, points", "worst repeat", "met in")
+    note = f"Asked: never more than {LOST_MOST:g} points below not adapting."
+    return _section("Like labels together", note, heads, rows)
+
+
+def _training(training: pd.DataFrame) -> Table:
+    rows = [
+        (*(row[name] for name in RUN), *(shown(row, name, sign="+") for name in TRAINING))
+        for row in training.to_dict("records")
+    ]
+    heads = (*RUN, "training adds", "adapting adds", "together", "adapting adds to plain")
+    note = (
+        "Points of accuracy against the plain model that never adapts: what augmented training adds (and a "
+        "stem, where the model has one), and what adapting adds on top of it."
+    )
+    return _section("On top of augmented training", note, heads, rows)
+
+
+def _norms(repeats: Sequence[dict[str, Any]], frontier: pd.DataFrame, unit: str) -> Table:
+    """Models that differ in nothing but their norm, by the methods that more than one of them takes."""
+    factor, prefix = _factor(unit)
+    how = {repeat["model"]: repeat["settings"]["model"] for repeat in repeats}
+    norms = {name: own["norm"] for name, own in how.items() if not own["stem"] and not own["augment"]}
+    methods = {r["model"]: r["settings"]["methods"] for r in repeats if r["model"] in norms}
+    counts = Counter(method for own in methods.values() for method in own)
+    taken = [method for method, count in counts.items() if count > 1]
+    rows = [
+        (
+            norms[row["model"]], row["stream"], row["method"], shown(row, "clean", 100),
+            shown(row, "accuracy", 100), shown(row, "gain", sign="+"), shown(row, "recovered", 100),
+            shown(row, "cost", factor),
+        )
+        for stream, method in itertools.product(frontier["stream"].unique(), [NEVER, *taken])
+        for row in select(frontier, stream=stream, method=method).to_dict("records")
+        if row["model"] in norms
+    ]  # fmt: skip
+    heads = (
+        "norm", "stream", "method", "clean accuracy, %", "accuracy, %", "against not adapting, points",
+        "of the loss, %", f"{prefix}{unit} per image",
+    )  # fmt: skip
+    return _section("Norm against norm", "", heads, rows)
+
+
+def _costs(weighings: Mapping[str, dict[str, Any]], costs: pd.DataFrame, unit: str) -> Table:
+    factor, prefix = _factor(unit)
+    rows = []
+    for phase in costs["phase"].unique():
+        texts = []
+        for model in weighings:
+            own = select(costs, model=model, phase=phase).to_dict("records")
+            texts.append(_spread(own[0], 100 if phase in SHARES else factor) if own else "-")
+        rows.append((phase, *texts))
+    note = (
+        f"In {prefix}{unit} per image, each phase repeated by itself: mean over the weighings, least and "
+        "greatest. `of_mixed`: what serving, TENT's steps and copies add up to over a run that mixes them, "
+        "percent. `of_step`: TENT's three phases over its step, likewise. Asked of `of_mixed`: within "
+        f"{100 * SPLIT_WITHIN:g} of 100."
+    )
+    return _section("Cost of each phase", note, ("phase", *weighings), rows)
+
+
+def _section(title: str, note: str, heads: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A heading and a table, or nothing where there are no rows."""
+    if not rows:
+        return []
+    return [f"## {title}", "", *([note, ""] if note else []), *markdown_table(heads, rows)]
+
+
+def _spread(row: dict[str, Any], factor: float) -> str:
+    return f"{factor * row['mean']:.2f} ({factor * row['low']:.2f} to {factor * row['high']:.2f})"
 
 
 def _figure(frontier: pd.DataFrame, unit: str, where: str) -> Figure:
     """Accuracy against cost per image: a panel per stream, a mark per model."""
     streams, models = list(frontier["stream"].unique()), list(frontier["model"].unique())
     figure = Figure(figsize=(11.0, 4.4 * math.ceil(len(streams) / 2)), layout="constrained")
-    factor, prefix = (1e3, "m") if unit == "J" else (1e6, "µ")
+    factor, prefix = _factor(unit)
     panels = figure.subplots(math.ceil(len(streams) / 2), 2, squeeze=False).flat
     for axes, stream in zip(panels, streams, strict=False):
         for model, marker in zip(models, itertools.cycle("osD^vP"), strict=False):
@@ -230,3 +248,13 @@ def _figure(frontier: pd.DataFrame, unit: str, where: str) -> Figure:
     figure.axes[0].legend()
     figure.suptitle(f"What adaptation brings back, and for what\n{where}")
     return figure
+
+
+def _met(met: np.ndarray) -> str:
+    """In how many of the repeats."""
+    return f"{np.count_nonzero(met)} of {len(met)}"
+
+
+def _factor(unit: str) -> tuple[float, str]:
+    """What costs are multiplied by to be read, and the prefix of the unit then."""
+    return (1e3, "m") if unit == "J" else (1e6, "µ")
