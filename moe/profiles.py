@@ -101,7 +101,7 @@ class Profile:
     """[S, M, P, 3] accuracy, confidence and entropy of mixtures of two states at the model's own expert count
     and without bias, as `moe.service.adaptation.tabulate` reads them."""
     adapt_rate: float | None
-    """Share of the norms' statistics that one adaptation step replaces."""
+    """Share of the adapted state that one adaptation step replaces, see `moe.ttt.step_share`."""
     adaptation_error: dict[str, float] | None
     """Error of `service.adaptation` on random sequences of shifts and steps, played on the model itself."""
     expert_share: np.ndarray

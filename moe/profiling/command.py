@@ -53,7 +53,7 @@ from moe.profiling.quality import (
 )
 from moe.service.score.runner import Runner
 from moe.training.weights import identity, load_model
-from moe.ttt import METHODS, STATISTICS_MOMENTUM, Adapter
+from moe.ttt import METHODS, Adapter, step_share
 
 BATCH_SIZES: dict[tuple[str, str], tuple[int, ...]] = {
     ("vision", "tiny"): (1, 4, 16, 64, 256),
@@ -74,10 +74,6 @@ WINDOW_S = {"cpu": 0.1, "cuda": 0.4}
 """On CUDA four ticks of the energy counter."""
 WITHIN_S = {"cpu": 300.0, "cuda": 180.0}
 SCORED_SAMPLES = {"cpu": 1000, "cuda": 4000}
-
-
-UNPLAYED_METHODS: tuple[Method, ...] = ("neo", "bank")
-"""Methods whose states `moe.service.adaptation` does not describe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +126,6 @@ class Options:
             raise ValueError(f"batch_sizes must be at least 1, got {self.batch_sizes}")
         if self.method not in TTT_METHODS["vision"]:
             raise ValueError(f"method must be one of {TTT_METHODS['vision']}, got {self.method!r}")
-        if self.method in UNPLAYED_METHODS:
-            raise ValueError(
-                f"method {self.method!r} has states that the twin does not play: its steps do not replace a "
-                "fixed share of the norms' statistics; measure another method, or play it live"
-            )
         if self.shifts and self.shifts[0] != "clean":
             raise ValueError(f'shifts must start with "clean", got {self.shifts}')
         for biases in (self.routing_biases, self.cost_biases):
@@ -209,6 +200,7 @@ def measure(options: Options) -> Profile:
         return values.reshape(shape if last is None else (*shape, last))
 
     adapts = runner.adapts
+    rate = step_share(METHODS[options.method][0]()) if adapts else None
     profile = Profile(
         task=options.task,
         size=options.size or HF_SIZE,
@@ -237,8 +229,8 @@ def measure(options: Options) -> Profile:
         confidence=quality.pure[..., 1],
         entropy=quality.pure[..., 2],
         mixture=quality.mixed,
-        adapt_rate=STATISTICS_MOMENTUM if adapts else None,
-        adaptation_error=adaptation_error(quality, routing_biases, own_k, STATISTICS_MOMENTUM),
+        adapt_rate=rate,
+        adaptation_error=adaptation_error(quality, routing_biases, own_k, rate),
         expert_share=quality.expert_share,
         expert_cost=expert.relative(),
         expert_latency_s=expert.latency_s,

@@ -232,7 +232,7 @@ def probed_biases(routing_biases: Sequence[float]) -> list[float]:
 
 
 def adaptation_error(
-    quality: Quality, routing_biases: Sequence[float], own_k: int, rate: float
+    quality: Quality, routing_biases: Sequence[float], own_k: int, rate: float | None
 ) -> dict[str, float] | None:
     """Error of `moe.service.adaptation` on the sequences that were played; None where nothing adapts.
 
@@ -240,12 +240,12 @@ def adaptation_error(
         quality: what was measured.
         routing_biases: R biases of the tables.
         own_k: index of the model's own expert count.
-        rate: share of the norms' statistics that one step replaces.
+        rate: share of the state that one step replaces, see `moe.ttt.step_share`; None where nothing adapts.
 
     Returns:
         Root mean square and largest error of accuracy and confidence, and the number of points.
     """
-    if quality.mixed is None:
+    if quality.mixed is None or rate is None:
         return None
     probed = probed_biases(routing_biases)
     pure = np.apply_along_axis(lambda row: np.interp(probed, routing_biases, row), 3, quality.pure)

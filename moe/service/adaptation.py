@@ -3,9 +3,13 @@
 An adapting pass normalises by the batch's own statistics, so what a step adds to the running statistics
 depends on its batch alone. The running statistics are therefore a weighted mean of those of the unadapted
 model and of every shift it adapted to, and the weights are the state. A step on shift j replaces a share
-`rate` (`moe.ttt.STATISTICS_MOMENTUM`) of them by those of j:
+`rate` (`moe.ttt.step_share`) of them by those of j:
 
     w_j -> 1 - (1 - w_j) (1 - rate),    w_i -> w_i (1 - rate) for all others.
+
+So it is with the centre of `neo`, whose step moves the last norm's offset a share of the way to where it
+takes the mean of the batch away. A bank puts the state of j in force and leaves the others behind: its rate
+is 1. That the first batches of a shift tell little of its statistics is left out.
 
 Quality under a shift is measured at every pure state and along the mixtures of any two. States between are
 interpolated as in the study of mixtures (Scheffe, J. R. Stat. Soc. B 20, 1958): the mean of the pure

@@ -44,6 +44,7 @@ from moe.ttt.settings import (
     Sar,
     Settings,
     Tent,
+    step_share,
 )
 from moe.ttt.state import AdaptationState, Saved, start
 from moe.ttt.steps import Step
@@ -90,5 +91,6 @@ __all__ = [
     "rotation",
     "sar",
     "start",
+    "step_share",
     "tent",
 ]

@@ -251,6 +251,20 @@ def plain(settings: Settings) -> BatchStatistics | None:
     return settings
 
 
+def step_share(settings: Settings) -> float:
+    """Return the share of what is adapted that one step replaces, above 0 to 1.
+
+    The twin plays by it (`moe.service.adaptation`): of running statistics, or of the centre where `neo`
+    stands alone. A bank puts the state of a batch's shift in force, so one step replaces all; what `neo`
+    moves in it follows more slowly.
+    """
+    if isinstance(settings, Bank):
+        return 1.0
+    if isinstance(settings, Neo):
+        return settings.centre_momentum if settings.base is None else settings.base.statistics_momentum
+    return settings.statistics_momentum
+
+
 def recentres(settings: Settings) -> bool:
     """Whether `neo` is among the methods."""
     return isinstance(settings.base if isinstance(settings, Bank) else settings, Neo)

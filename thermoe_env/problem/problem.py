@@ -37,7 +37,7 @@ class Tables(NamedTuple):
     answer_pure: np.ndarray  # [S, Q, K, B, 3], as the next see `moe.service.adaptation`
     answer_mixed: np.ndarray  # [S, M, G, 3]
     adapt_rate: float
-    """Share of the norms' statistics that one adaptation step replaces."""
+    """Share of the adapted state that one adaptation step replaces."""
     load_imbalance: np.ndarray  # [K, B]
 
 

@@ -143,7 +143,7 @@ class AdaptationConfig:
     """How the model adapts where `ttt_steps` asks it to (`moe.ttt`)."""
 
     method: Method = "tent"
-    """The twin plays the one that its profile was measured with, which is `tent` on the norms."""
+    """The twin plays the one that its profile was measured with: `tent` on the norms, in the shipped ones."""
     group: Group = "norms"
     """Parameters that adapt."""
     guard: Flag = True

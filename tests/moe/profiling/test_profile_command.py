@@ -283,7 +283,20 @@ def test_a_count_of_experts_without_the_models_own_is_refused(runner, monkeypatc
         profile.measure(options)
 
 
-@pytest.mark.parametrize("method", ["neo", "bank"])
-def test_methods_whose_states_the_twin_does_not_play_are_not_measured(method, tmp_path):
-    with pytest.raises(ValueError, match="states that the twin does not play"):
-        profile.Options(task="vision", size="tiny", device="cpu", out=tmp_path / "none.json", method=method)
+@pytest.mark.parametrize(("method", "rate"), [("neo", 0.5), ("bank", 1.0)])
+def test_a_profile_says_what_share_a_step_of_its_method_replaces(runner, method, rate, monkeypatch, tmp_path):
+    monkeypatch.setattr(profile, "load_model", lambda task, size, device: runner.model)
+    monkeypatch.setattr(profile, "identity", lambda task, size: IDENTITY)
+    monkeypatch.setattr(profile, "SamplePool", lambda task, shifts, device: runner.samples)
+    for name, value in (("ADAPTED_STEPS", 8), ("LONG_STEPS", 8), ("SEQUENCES", 1), ("MIXTURES", 2)):
+        monkeypatch.setattr(profile_quality, name, value)
+    out = tmp_path / "cpu.json"
+    options = profile.Options(
+        task="vision", size="tiny", device="cpu", out=out, method=method, batch_sizes=(4,),
+        expert_counts=(2,), routing_biases=(0.0,), cost_biases=(0.0,), shifts=("clean", "dark"),
+        window_s=0.01, within_s=0.1, samples=20,
+    )  # fmt: skip
+    profile.main(options)
+    measured = load_profile(out)
+    assert measured.adapt_rate == rate and measured.adapted_by == (method, "norms")
+    assert measured.adaptation_error is not None and measured.adaptation_error["points"] == 18

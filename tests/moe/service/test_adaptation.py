@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from moe import ttt
 from moe.model.config import ModelConfig
-from moe.model.layers import BatchNorm
 from moe.model.transformer import MoEModel, initialise
 from moe.service.adaptation import (
     adapt,
@@ -73,34 +71,43 @@ def test_weights_are_those_of_running_averages(sequence, rate):
     assert weights.min() >= 0.0 and weights.sum() == pytest.approx(1.0)
 
 
-NO_ANSWERS = torch.empty(0)  # only a guard looks at them
-
-
-def test_the_statistics_of_a_real_norm_are_the_weighted_mean():
+@pytest.mark.parametrize(
+    ("settings", "place"),
+    [(ttt.Tent(), 1), (ttt.Neo(), -1), (ttt.Bank(), 1)],
+    ids=["variance of the first norm", "offset of the last norm", "variance of the first norm in a bank"],
+)
+def test_what_a_real_model_adapts_is_the_weighted_mean(settings, place):
     config = ModelConfig(
         task="vision", d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=8, expert_widths=(16,) * 4,
         top_k=2, top_k_choices=(1, 2), norm="batch", n_classes=10,
     )  # fmt: skip
     model = initialise(MoEModel(config), torch.Generator().manual_seed(0))
-    adapter = ttt.Adapter(model, guard=None)
+    adapter = ttt.Adapter(model, settings, guard=None)
     images = torch.randint(0, 256, (2, 32, 28, 28), generator=torch.Generator().manual_seed(1)).byte()
     images[1] //= 3
-    norm: Any = next(module for module in model.modules() if isinstance(module, BatchNorm))
-    pure = [norm.running_var.clone()]
+
+    def take(shift: int, steps: int) -> None:
+        for _ in range(steps):
+            with torch.no_grad():
+                answers = model(images[shift], 2).logits
+            assert adapter.adapt(images[shift], answers, 1, 2) == 1
+
+    def moved() -> torch.Tensor:
+        return adapter.snapshot().statistics[place]
+
+    pure = [moved()]
     for shift in range(2):
         adapter.reset()
-        for _ in range(120):
-            adapter.adapt(images[shift], NO_ANSWERS, 1, 2)
-        pure.append(norm.running_var.clone())
+        take(shift, 120)
+        pure.append(moved())
     adapter.reset()
     weights = np.empty(3)
     start_unadapted(weights)
     for shift, steps in ((0, 3), (1, 2), (0, 1)):
-        for _ in range(steps):
-            adapter.adapt(images[shift], NO_ANSWERS, 1, 2)
-        adapt(weights, shift, steps, ttt.STATISTICS_MOMENTUM)
-        expected = sum(float(w) * var for w, var in zip(weights, pure, strict=True))
-        torch.testing.assert_close(norm.running_var, expected, rtol=1e-4, atol=1e-6)
+        take(shift, steps)
+        adapt(weights, shift, steps, ttt.step_share(settings))
+        expected = sum((float(w) * value for w, value in zip(weights, pure, strict=True)), torch.zeros(()))
+        torch.testing.assert_close(moved(), expected, rtol=1e-4, atol=1e-6)
 
 
 @given(st.integers(0, 2), st.integers(0, 1), st.integers(0, 1), st.integers(0, 3))
