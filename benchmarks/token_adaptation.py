@@ -9,13 +9,11 @@ card joules above idle.
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -25,16 +23,13 @@ from moe.device.meter import open_meter
 from moe.device.torch_device import pick_device
 from moe.errors import one_line_errors
 from moe.files import refuse_unwritable
-from moe.lm.adapt import HALVES, HeadSettings
+from moe.lm.adapt import HeadSettings
 from moe.lm.config import Size
 from moe.lm.engine.engine import Engine
-from moe.lm.engine.rows import Rows
 from moe.lm.text import DOMAINS, bytes_per_token, documents
 from moe.profiling.cost import idle_power_w
+from moe.profiling.token_adaptation import TOGETHER, adapter_of, price, read
 from moe.profiling.tokens import open_engine, provenance
-
-TOGETHER = 8
-"""Documents that are read side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +65,16 @@ def main(options: Options) -> None:
     meter = open_meter(device)
     engine, _ = open_engine(options.size, device, adapts=HeadSettings())
     idle_w = idle_power_w(meter) if meter else 0.0
-    prices = {steps: price(engine, steps, meter, idle_w, options.window_s) for steps in options.steps}
+    rows = adapter_of(engine).settings.lesson_rows
+    prices = {}
+    for steps in options.steps:
+        seconds, joules = price(engine, steps, meter, idle_w, options.window_s)
+        prices[steps] = {"rows": rows, "lesson_s": seconds, "lesson_j": joules}
     gains = []
     for name in tqdm(DOMAINS, desc="domains", mininterval=1.0):
-        without = read(engine, name, 0, options.documents)
+        without = _read(engine, name, 0, options.documents)
         gains += [
-            gain(name, steps, read(engine, name, steps, options.documents), without, options.parts)
+            gain(name, steps, _read(engine, name, steps, options.documents), without, options.parts)
             for steps in options.steps
         ]
     parts = [f"part {part + 1}" for part in range(options.parts)]
@@ -92,60 +91,13 @@ def main(options: Options) -> None:
         options.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
-def price(engine: Engine, steps: int, meter: Any, idle_w: float, window_s: float) -> dict[str, float | None]:
-    """Seconds and joules above idle per lesson; the host waits for each pair of them."""
-    adapter = engine.adapter
-    assert adapter is not None
-    rows = HALVES * adapter.settings.lesson_rows
-    stream = torch.randn(rows, adapter.heads.shape[2]).to(adapter.heads)
-    document, target = np.arange(rows), np.arange(rows) % adapter.heads.shape[1]
-    seconds: list[float] = []
-
-    def lessons() -> None:
-        adapter.collect(stream, document, document, target)
-        work = engine.learn(steps)
-        work.wait()
-        seconds.append(work.duration_s / HALVES)
-
-    lessons()
-    seconds.clear()
-    joules = None
-    if meter:
-        pair_j, pair_s = meter.per_run(lessons, window_s)
-        joules = (pair_j - idle_w * pair_s) / HALVES
-    else:
-        end_s = time.perf_counter() + window_s
-        while time.perf_counter() < end_s:
-            lessons()
-    engine.reset()
-    return {"rows": rows // HALVES, "lesson_s": float(np.median(seconds)), "lesson_j": joules}
-
-
-def read(engine: Engine, name: str, steps: int, count: int) -> np.ndarray:
+def _read(engine: Engine, name: str, steps: int, count: int) -> np.ndarray:
     """Read documents of a domain, unadapted at first: loss in nats, right, bytes of each token.  # [3, n]."""
-    text, adapter = documents(), engine.adapter
-    assert adapter is not None
+    text = documents()
     engine.reset()
-    found = []
-    chosen = np.flatnonzero(text.domain == DOMAINS.index(name))[:count].astype(np.int32)
-    at_once = engine.max_rows // TOGETHER
-    for group in chosen.reshape(-1, TOGETHER):
-        slots = np.array([engine.reserve(text.tokens.shape[1] - 1) for _ in group], np.int32)
-        for first in range(0, text.tokens.shape[1] - 1, at_once):
-            position = np.tile(np.arange(first, first + at_once, dtype=np.int32), TOGETHER)
-            document = group.repeat(at_once)
-            step = engine.launch(
-                Rows(slots.repeat(at_once), position, document), engine.model.config.top_k,
-                engine.model.config.n_experts,
-            )  # fmt: skip
-            target = text.tokens[document, position + 1]
-            if steps and adapter.collect(step.stream, np.arange(len(position)), document, target):
-                engine.learn(steps)
-            answers = step.answers()
-            found.append(np.stack([answers[3], answers[0] == target, bytes_per_token()[target]]))
-        for slot in slots.tolist():
-            engine.release(slot)
-    return np.concatenate(found, axis=1)
+    chosen = np.flatnonzero(text.domain == DOMAINS.index(name))[:count]
+    found = read(engine, text.tokens, chosen, steps)
+    return np.stack([found.loss, found.right, bytes_per_token()[found.target]])
 
 
 def gain(name: str, steps: int, adapted: np.ndarray, without: np.ndarray, parts: int) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What serving tokens costs and how good answers are, as measured (`python -m moe.profiling tokens`).
 
-A profile has two parts. *Cost* belongs to a shape of model and a card, whatever the weights say: time and
-energy of a step by its rows, experts per token and readable experts. *Quality* belongs to weights and text.
-Each part has a digest, so that one can be measured anew without the other.
+A profile has two parts, or three. *Cost* belongs to a shape of model and a card, whatever the weights say:
+time and energy of a step by its rows, experts per token and readable experts. *Quality* belongs to weights
+and text. *Adaptation*, where the head was let learn, to all of these. Each part has a digest, so that one can
+be measured anew without the others.
 
 Energies are in joules per step and above the idle power of the device; times are in seconds.
 """
@@ -124,19 +125,52 @@ class TokenQuality:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Learned:
+    """What a head that has learned one domain changes in answers about another, or about its own."""
+
+    accuracy: Number
+    confidence: Number
+    entropy: Number
+    loss: Number
+    """Over that of the unadapted head, less 1: below 0 is better."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TokenAdaptation:
+    """How the head learns from prompts (`moe.lm.adapt`), and what a lesson costs."""
+
+    lesson_rows: Count
+    """Rows of prompts that a lesson is made of."""
+    margin: NotNegative
+    """Of the guard, see `moe.lm.adapt.HeadSettings`."""
+    lesson_s: Positive
+    lesson_j: Number | None
+    """Above idle; null without a meter."""
+    rate: dict[str, Share]
+    """Of the way to a domain that is left, the share that a head goes in one lesson, by domain."""
+    changed: dict[str, dict[str, Learned]]
+    """By the domain that answers are about, then by the one that was learned to the end."""
+    error: dict[str, NotNegative]
+    """Of `moe.service.adaptation` on domains that took turns: `points`, and root mean squares of the loss
+    (relative, `loss_rmse`) and of the accuracy (`accuracy_rmse`)."""
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TokenProfile:
-    """Both parts."""
+    """All parts."""
 
     kind: Literal["generate"] = "generate"
     cost: TokenCost
     quality: TokenQuality
+    adaptation: TokenAdaptation | None = None
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each part as it is written: the same before saving and after loading."""
-        document = _document(self)
         return {
-            part: hashlib.sha256(json.dumps(document[part], sort_keys=True).encode()).hexdigest()
-            for part in ("cost", "quality")
+            part: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+            for part, content in _document(self).items()
+            if isinstance(content, dict)
         }
 
     def summary(self) -> dict[str, Any]:
@@ -242,12 +276,27 @@ def _fault(profile: TokenProfile) -> str | None:
         if cell.by_domain.keys() != quality.standard.keys():
             found = f"{sorted(cell.by_domain)}, quality.standard {sorted(quality.standard)}"
             return f"quality.cells.{number}.by_domain: is of other domains: {found}"
+    if fault := _fault_of_adaptation(profile):
+        return fault
     for part, keys in (
         ("cost", [(*astuple(cell)[:5], cell.held_out) for cell in cost.cells]),
         ("quality", [astuple(cell)[:3] for cell in quality.cells]),
     ):
         if len(set(keys)) < len(keys):
             return f"{part}.cells: one is there twice: {max(keys, key=keys.count)}"
+    return None
+
+
+def _fault_of_adaptation(profile: TokenProfile) -> str | None:
+    adaptation, domains = profile.adaptation, profile.quality.standard.keys()
+    if adaptation is None:
+        return None
+    if (adaptation.lesson_j is None) != (profile.cost.cells[0].energy_j is None):
+        return "adaptation.lesson_j is null and energies of steps are not, or the other way round"
+    if not domains == adaptation.rate.keys() == adaptation.changed.keys():
+        return f"adaptation: is of other domains than quality.standard: {sorted(adaptation.rate)}"
+    if any(learned.keys() != domains for learned in adaptation.changed.values()):
+        return "adaptation.changed: lacks a domain that was learned"
     return None
 
 

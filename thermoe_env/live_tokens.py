@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from moe.lm.adapt import HeadSettings
 from moe.lm.engine.engine import Engine
 from moe.lm.text import documents
 from moe.lm.weights import identity
+from moe.profiles import ProfileError
 from moe.profiling.tokens import measure_quality, open_engine
+from moe.service.budget import EnergyBudget
 from moe.service.generate.lengths import token_lengths
+from moe.service.generate.lesson_budget import LessonBudget
 from moe.service.generate.live import GenerateWorkload
 from moe.service.generate.sequences import Texts
 from moe.token_profile import TokenProfile, TokenQuality, load_token_profile, save_token_profile
@@ -21,6 +25,7 @@ from moe.training.checkpoint import cache_folder
 from thermoe_env.configs import config_path
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Scenario
+from thermoe_env.problem.token_tables import token_work
 
 NOTED_POINTS = 0.01
 """Difference of accuracy from the profile's that is said."""
@@ -52,7 +57,13 @@ def token_service(scenario: Scenario, device: torch.device) -> tuple[Problem, Ge
     assert promised is not None
     name = scenario.profile if device.type == "cuda" else "cpu-generate"
     measured = load_token_profile(config_path("profiles", name, ".json"))
-    engine, texts = open_engine(measured.quality.size, device, promised.cache_positions)
+    if scenario.adapts and measured.adaptation is None:
+        raise ProfileError(
+            f"profile {name!r} measured no adaptation: take ttt_steps out of `knobs` and `static`, or "
+            "measure it again (python -m moe.profiling tokens)"
+        )
+    adapts = HeadSettings() if scenario.adapts else None
+    engine, texts = open_engine(measured.quality.size, device, promised.cache_positions, adapts)
     profile = replace(measured, quality=quality_here(measured, engine, texts))
     lengths = token_lengths(promised.lengths, engine.model.config.context)
     problem = Problem.of(scenario, profile)
@@ -60,9 +71,22 @@ def token_service(scenario: Scenario, device: torch.device) -> tuple[Problem, Ge
         engine, texts, documents().domain, lengths, scenario.traffic, problem.capacity_rps,
         scenario.episode_s + 1,
         Promises(promised.ttft_s, promised.tpot_s, terms.deadline_s, terms.expire_after_s),
+        budget=lesson_budget(problem),
     )  # fmt: skip
     workload.warm_up()
     return problem, workload
+
+
+def lesson_budget(problem: Problem) -> LessonBudget | None:
+    """What pays for the lessons of a problem of task `generate`; None: they are unlimited."""
+    if not len(problem.purse):
+        return None
+    assert problem.tokens is not None
+    adaptation, cost, power_w = problem.tokens.adaptation, token_work(problem).cost, problem.serving_power_w
+    assert adaptation is not None
+    rates = cost.time.rate * power_w if cost.energy is None else cost.energy.rate
+    lesson_j = adaptation.lesson_s * power_w if adaptation.lesson_j is None else adaptation.lesson_j
+    return LessonBudget(EnergyBudget.of(problem.purse), cost, rates, lesson_j)
 
 
 def quality_here(profile: TokenProfile, engine: Engine, texts: Texts) -> TokenQuality:

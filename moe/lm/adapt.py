@@ -164,7 +164,7 @@ class HeadAdapter:
             end = self._filled[half] = at + len(index)
             self._stream[half, at:end] = stream[index]
             self._target[half, at:end] = follows
-        return max(self._filled) == self.settings.lesson_rows
+        return bool(self._whole)
 
     @torch.no_grad()
     def learn(self, steps: int) -> int:
@@ -179,7 +179,7 @@ class HeadAdapter:
         Raises:
             NothingToLearnError: no lesson is whole.
         """
-        whole = [half for half, n in enumerate(self._filled) if n == self.settings.lesson_rows]
+        whole = self._whole
         if not whole:
             raise NothingToLearnError(
                 f"a lesson has {self.settings.lesson_rows} rows of prompts, and at most "
@@ -200,6 +200,27 @@ class HeadAdapter:
         self._filled = [self.settings.lesson_rows] * HALVES
         self.learn(1)
         self.reset()
+
+    def skip(self) -> int:
+        """Forget the lessons that are whole, not learned; returns how many."""
+        whole = self._whole
+        for half in whole:
+            self._filled[half] = 0
+        return len(whole)
+
+    @property
+    def lessons(self) -> int:
+        """Lessons taken since the last reset, of both heads."""
+        return self._lessons
+
+    @property
+    def whole(self) -> int:
+        """Lessons that are whole."""
+        return len(self._whole)
+
+    @property
+    def _whole(self) -> list[int]:
+        return [half for half, n in enumerate(self._filled) if n == self.settings.lesson_rows]
 
     @property
     def counters(self) -> HeadCounters:

@@ -1,7 +1,7 @@
 """Measure the service of tokens: ``python -m moe.profiling tokens --size small --device cpu --out PATH``.
 
-Quality comes first and warms the device up, then the cost of steps in random order. Cells that are measured
-are kept beside the profile until it is whole: an interrupted run continues.
+Quality comes first and warms the device up, then adaptation, then the cost of steps in random order. What is
+measured is kept beside the profile until that is whole: an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from moe.lm.text import DOMAINS, documents
 from moe.lm.weights import identity, load_model, reference
 from moe.profiles import ProfileError
 from moe.profiling.cost import idle_power_w
+from moe.profiling.token_adaptation import DOCUMENTS, measure_adaptation
 from moe.profiling.token_cost import (
     WINDOW_S,
     Place,
@@ -39,6 +40,7 @@ from moe.profiling.token_quality import measure_token_quality, standard_by_posit
 from moe.service.generate.sequences import Texts
 from moe.token_profile import (
     CostCell,
+    TokenAdaptation,
     TokenCost,
     TokenProfile,
     TokenQuality,
@@ -118,6 +120,8 @@ def measure(options: TokenOptions) -> TokenProfile:
         kept.idle_w = idle_power_w(meter)
     kept.quality = quality = kept.quality or measure_quality(options.size, engine, texts)
     kept.save()
+    kept.adaptation = kept.adaptation or _measure_adaptation(options.size, device, meter, kept.idle_w)
+    kept.save()
     measure_places(
         engine, places(engine, thorough=options.thorough), meter, kept.idle_w, options.seed, kept.cells,
         kept.save, window_s=options.window_s,
@@ -131,7 +135,18 @@ def measure(options: TokenOptions) -> TokenProfile:
         provenance=provenance(device, meter)
         | {"seed": options.seed, "window_s": options.window_s, "seconds": round(time.monotonic() - began, 1)},
     )
-    return TokenProfile(cost=cost, quality=quality)
+    return TokenProfile(cost=cost, quality=quality, adaptation=kept.adaptation)
+
+
+def _measure_adaptation(
+    size: Size, device: torch.device, meter: EnergyMeter | None, idle_w: float | None
+) -> TokenAdaptation:
+    """Measure how the head learns, by an engine of its own: one that adapts answers by two heads."""
+    engine, texts = open_engine(size, device, adapts=HeadSettings())
+    return measure_adaptation(
+        engine, texts.tokens, documents().domain, DOMAINS, DOCUMENTS[device.type], meter, idle_w,
+        provenance(device, meter),
+    )  # fmt: skip
 
 
 def measure_quality(size: Size, engine: Engine, texts: Texts) -> TokenQuality:
@@ -177,13 +192,17 @@ class _Kept:
         self.idle_w: float | None = None
         self.cells: dict[Place, CostCell] = {}
         self.quality: TokenQuality | None = None
+        self.adaptation: TokenAdaptation | None = None
         if self.path.exists():
             self._read()
 
     def save(self) -> None:
         """Write all that is measured."""
-        quality = None if self.quality is None else asdict(self.quality)
-        document = {"run": self.run, "idle_w": self.idle_w, "quality": quality,
+        parts = {
+            name: None if part is None else asdict(part)
+            for name, part in (("quality", self.quality), ("adaptation", self.adaptation))
+        }
+        document = {"run": self.run, "idle_w": self.idle_w, **parts,
                     "cells": [asdict(cell) for cell in self.cells.values()]}  # fmt: skip
         write_file(self.path, json.dumps(document))
 
@@ -196,6 +215,8 @@ class _Kept:
                 self.cells[Place(*(getattr(cell, name) for name in Place._fields))] = cell
             if document["quality"] is not None:
                 self.quality = TypeAdapter(TokenQuality).validate_python(document["quality"])
+            if document["adaptation"] is not None:
+                self.adaptation = TypeAdapter(TokenAdaptation).validate_python(document["adaptation"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             what = first_fault(error) if isinstance(error, ValidationError) else repr(error)
             raise ProfileError(
@@ -240,4 +261,21 @@ def summary(profile: TokenProfile) -> str:
         if None not in by_bias.values():
             shown = ", ".join(f"{bias:g}: {1e3 * joules:.2f}" for bias, joules in by_bias.items())
             lines.append(f"mJ per token by routing bias, {running} sequences: {shown}")
+    if profile.adaptation is not None:
+        lines += adaptation_lines(profile.adaptation)
     return "\n".join(lines)
+
+
+def adaptation_lines(adaptation: TokenAdaptation) -> list[str]:
+    """What the head learns, to read."""
+    joules = "" if adaptation.lesson_j is None else f", {adaptation.lesson_j:.3g} J"
+    own = ", ".join(
+        f"{name}: {-rows[name].loss:+.1%} ({100 * rows[name].accuracy:+.1f} points)"
+        for name, rows in adaptation.changed.items()
+    )
+    return [
+        f"a lesson of {adaptation.lesson_rows} rows: {1e3 * adaptation.lesson_s:.2f} ms{joules}",
+        f"loss that a domain's own lessons save: {own}",
+        f"error of what is played on domains by turns: {adaptation.error['loss_rmse']:.1%} of the loss, "
+        f"{100 * adaptation.error['accuracy_rmse']:.2f} points",
+    ]

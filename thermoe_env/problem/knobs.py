@@ -43,11 +43,17 @@ def knob_levels(profile: Profile) -> dict[str, tuple[float, ...]]:
         "routing_bias": tuple(b for b in _ROUTING_BIAS if b <= profile.routing_bias[-1]),
         "batch_size": tuple(float(b) for b in batch if b >= smallest),
         "expert_count": tuple(float(k) for k in profile.expert_count),
-        "ttt_steps": (0.0, 1.0, 2.0) if profile.ttt_latency_s is not None else (0.0,),
+        "ttt_steps": _ttt_steps(profile),
         "pace": _PACE,
         "sm_clock": _SM_CLOCK,
         "admission": _ADMISSION if profile.task == "generate" else (1.0,),
     }
+
+
+def _ttt_steps(profile: Profile) -> tuple[float, ...]:
+    if profile.ttt_latency_s is None:
+        return (0.0,)
+    return (0.0, 1.0) if profile.task == "generate" else (0.0, 1.0, 2.0)
 
 
 @jit

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -140,14 +140,15 @@ class StepBudgetConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AdaptationConfig:
-    """How the model adapts where `ttt_steps` asks it to (`moe.ttt`)."""
+    """How the model adapts where `ttt_steps` asks it to (`moe.ttt`; of task generate `moe.lm.adapt`)."""
 
-    method: Method = "tent"
-    """The twin plays the one that its profile was measured with: `tent` on the norms, in the shipped ones."""
-    group: Group = "norms"
+    method: Method | Literal["head"] = "tent"
+    """The twin plays the one that its profile was measured with: `tent` on the norms in the shipped ones, of
+    task generate `head`."""
+    group: Group | Literal["head"] = "norms"
     """Parameters that adapt."""
     guard: Flag = True
-    """Whether guards watch over the steps of a live model."""
+    """Whether guards watch over the steps of a live model; those of `head` are part of it."""
     budget: StepBudgetConfig | None = None
     """None: unlimited."""
 
@@ -234,12 +235,24 @@ class Scenario:
 
     def _check_adaptation(self) -> None:
         """Check that the method is for the task; the section left out names none."""
-        fitting = TTT_METHODS.get(self.task, ())
+        fitting = ("head",) if self.task == "generate" else TTT_METHODS.get(self.task, ())
         if self.adaptation != AdaptationConfig() and self.adaptation.method not in fitting:
             raise ValueError(
                 f"adaptation.method {self.adaptation.method!r} is not for task {self.task!r}; use one of "
                 f"{fitting}"
             )
+        if self.adaptation.method == "head" and not self.adaptation.guard:
+            raise ValueError("adaptation.guard of the method 'head' cannot be off: leave it out")
+        if self.task == "generate" and len(self.devices) > 1 and self.adapts:
+            raise ValueError(
+                f"{len(self.devices)} devices share the experts of task generate, and then the head does not "
+                "adapt: take ttt_steps out of `knobs` and `static`"
+            )
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adaptation may be asked for."""
+        return "ttt_steps" in self.knobs or self.static.ttt_steps > 0
 
     @property
     def steps(self) -> int:

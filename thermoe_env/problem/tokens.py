@@ -51,6 +51,7 @@ def request_profile(profile: TokenProfile, lengths: TokenLengths) -> Profile:
     readable = [n_experts * (1 - 0.75 * bias) for bias in biases]
     metered = all(cell.energy_j is not None for cell in cost.cells)
     prompt, output = float(lengths.prompt.mean()), float(lengths.output.mean())
+    adaptation = profile.adaptation
 
     def of_requests(name: str) -> np.ndarray:
         """[N, K, R] of a batch of so many requests."""
@@ -67,7 +68,15 @@ def request_profile(profile: TokenProfile, lengths: TokenLengths) -> Profile:
             rows.append(np.interp(biases, [cell.routing_bias for cell in cells], values))
         return np.array(rows)
 
+    def of_lessons(per_lesson: float | None) -> np.ndarray | None:
+        """[N, K] of all lessons that a batch's prompts make."""
+        if adaptation is None or per_lesson is None:
+            return None
+        lessons = np.array(running) * prompt / adaptation.lesson_rows
+        return np.multiply.outer(lessons * per_lesson, np.ones(len(top_ks)))
+
     shape = (len(running), len(top_ks), len(biases))
+    adapting = of_lessons(adaptation.lesson_s if adaptation else None)
     domains = list(standard)
     accuracy = np.stack(
         [np.clip(standard[name] + of_answers("minus_standard", name), 0.0, 1.0) for name in domains]
@@ -78,7 +87,7 @@ def request_profile(profile: TokenProfile, lengths: TokenLengths) -> Profile:
     digests = json.dumps(profile.digests(), sort_keys=True).encode()
     return Profile(
         task="generate", size=quality.size, device=cost.device,
-        provenance=cost.provenance | {"missing": []},
+        provenance=cost.provenance | {"missing": [], "adaptation": {"method": "head", "group": "head"}},
         model={
             "key": hashlib.sha256(digests).hexdigest()[:12], "config": cost.config,
             "data_sha256": quality.documents_sha256, "weights_sha256": quality.weights_sha256,
@@ -87,8 +96,10 @@ def request_profile(profile: TokenProfile, lengths: TokenLengths) -> Profile:
         routing_bias=np.array(biases), cost_bias=np.array(biases), latency_s=of_requests("step_s"),
         latency_spread=np.zeros(shape), energy_j=of_requests("energy_j") if metered else None,
         energy_spread=np.zeros(shape) if metered else None, visits=np.ones(shape), start_temperature_c=None,
-        idle_power_w=cost.idle_power_w, ttt_latency_s=None, ttt_latency_spread=None, ttt_energy_j=None,
-        ttt_energy_spread=None, held_out=[], samples=min(cell.tokens for cell in answers), accuracy=accuracy,
+        idle_power_w=cost.idle_power_w, ttt_latency_s=adapting,
+        ttt_latency_spread=None if adapting is None else np.zeros_like(adapting),
+        ttt_energy_j=of_lessons(adaptation.lesson_j if adaptation else None), ttt_energy_spread=None,
+        held_out=[], samples=min(cell.tokens for cell in answers), accuracy=accuracy,
         **other, mixture=None, adapt_rate=None, adaptation_error=None,
         expert_share=np.full((len(top_ks), len(biases), n_layers, n_experts), 1.0 / n_experts),
         expert_cost=np.zeros(n_experts), expert_latency_s=np.zeros(n_experts), expert_energy_j=None,

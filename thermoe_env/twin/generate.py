@@ -15,24 +15,34 @@ all that is not the experts' at the device's own clock, and its share of what is
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 from typing import NamedTuple
 
 import numpy as np
 
-from moe.compiled import inlined, inner
+from moe.compiled import copy_row, inlined, inner
 from moe.lm.config import BLOCK
 from moe.lm.engine.blocks import blocks_for
 from moe.randomness import derive, integer
+from moe.service.adaptation import start_unadapted
+from moe.service.budget import earn, share_of
 from moe.service.queueing import SLOT_S, arrival_time, latency_bin, slot_of
 from thermoe_env.mdp.interval import as_record
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.token_tables import token_work
 from thermoe_env.twin.score import drop_expired
 from thermoe_env.twin.service import Service, implement, slowest
+from thermoe_env.twin.token_lessons import (
+    Learning,
+    Lessons,
+    add_learned,
+    lesson_time,
+    take_lessons,
+)
 from thermoe_env.twin.token_slots import TRANSIT, mean_slot, times_of
 from thermoe_env.twin.token_steps import add_answers, fill_energy
 
-KNOBS_READ = ("routing_bias", "batch_size", "expert_count", "pace", "sm_clock", "admission")
+KNOBS_READ = ("routing_bias", "batch_size", "expert_count", "ttt_steps", "pace", "sm_clock", "admission")
 """Those that move something here."""
 
 SERVER_DTYPE = np.dtype(
@@ -46,6 +56,7 @@ SERVER_DTYPE = np.dtype(
         ("late", np.float64, (2,)),  # of these and the prompts: late already
         ("draw", np.int64),  # of what steps cost in this episode
         ("period_s", np.float64),  # of a step, the pause of the pace included
+        ("unlearned", np.float64),  # rows of prompts that wait for a lesson
     ]
 )
 """What runs and what waits between two intervals."""
@@ -92,6 +103,9 @@ class Generate(NamedTuple):
     reference: np.ndarray
     terms: np.ndarray
     """`Terms`, an array of one record."""
+    learning: Learning
+    fresh_purse: np.ndarray
+    """What adaptation may spend at an episode's start, see `moe.service.budget`."""
 
 
 class GenerateState(NamedTuple):
@@ -99,6 +113,10 @@ class GenerateState(NamedTuple):
 
     server: np.ndarray
     """Records of `SERVER_DTYPE` [n]."""
+    weights: np.ndarray
+    """[n, S + 1] of the pure states of the head."""
+    purse: np.ndarray
+    """[n, P] what adaptation may spend."""
 
 
 def generate_service(problem: Problem) -> Service:
@@ -124,10 +142,33 @@ def generate_service(problem: Problem) -> Service:
         round(scenario.interval_s / SLOT_S),
     )  # fmt: skip
 
-    def new_state(n: int) -> GenerateState:
-        return GenerateState(np.zeros(n, SERVER_DTYPE))
+    purse = problem.purse
 
-    return Service(Generate(*work.tables, as_record(terms)), KNOBS_READ, new_state, histograms=3)
+    def new_state(n: int) -> GenerateState:
+        states = len(work.tables.reference) + 1
+        return GenerateState(np.zeros(n, SERVER_DTYPE), np.zeros((n, states)), np.zeros((n, len(purse))))
+
+    fixed = Generate(*work.tables, as_record(terms), _learning(problem), purse)
+    return Service(fixed, KNOBS_READ, new_state, histograms=3)
+
+
+def _learning(problem: Problem) -> Learning:
+    """How the head learns; where the profile did not let it, no lesson is ever asked for."""
+    assert problem.tokens is not None
+    measured, domains = problem.tokens.adaptation, problem.profile.shifts
+    changed = np.zeros((len(domains), len(domains) + 1, 4))
+    if measured is None:
+        lessons, rate = Lessons(1.0, 0.0, 0.0, 0.0), np.zeros(len(domains))
+    else:
+        joules = measured.lesson_j
+        if joules is None:
+            joules = measured.lesson_s * problem.serving_power_w
+        lessons = Lessons(float(measured.lesson_rows), measured.lesson_s, joules, measured.margin)
+        rate = np.array([measured.rate[name] for name in domains])
+        changed[:, 1:] = [
+            [astuple(measured.changed[about][learned]) for learned in domains] for about in domains
+        ]
+    return Learning(as_record(lessons), rate, changed, np.ascontiguousarray(changed[..., 3]))
 
 
 @inlined
@@ -207,8 +248,9 @@ def serve(
     slot_energy,
 ):  # fmt: skip
     """Serve one interval, see `thermoe_env.twin.service.serve`."""
-    terms, server = fixed.terms[0], state.server[i]
-    k, b, pace = index.expert_count, index.routing_bias, knobs.pace
+    terms, learning = fixed.terms[0], fixed.learning
+    server, weights, purse = state.server[i], state.weights[i], state.purse[i]
+    k, b, pace, clock = index.expert_count, index.routing_bias, knobs.pace, slowest(clocks)
     places = min(knobs.batch_size, terms.places)
     deferrable = knobs.admission * places if open_classes > 1 else 0.0
     before = (int(server.ended[0] + 1e-9), int(server.ended[1] + 1e-9))
@@ -223,7 +265,8 @@ def serve(
             arrivals[0, number + 1] - arrivals[0, number],
             (arrivals[1, number + 1] - arrivals[1, number]) if deferrable > 0.0 else 0,
         )
-        slot = mean_slot(fixed, server, shift, k, b, clocks, pace, places, deferrable, wanted, came)
+        lesson_s = lesson_time(learning, purse, clock) if knobs.ttt_steps > 0.0 else 0.0
+        slot = mean_slot(fixed, server, shift, k, b, clocks, pace, places, deferrable, wanted, came, lesson_s)
         steps, period = slot.steps, slot.steps.period_s
         enter = _entering(server, slot, places, deferrable, wanted)
         waiting = server.prompts[0] + server.prompts[1] + enter[0] + enter[1]
@@ -244,10 +287,21 @@ def serve(
         held = slot.mean + TRANSIT * slot.read * period / SLOT_S
         running += held + server.prompts[0] + server.prompts[1]
         add_answers(fixed, shift, k, b, steps, slot.given, work)
+        add_learned(learning, weights, shift, slot.given, work)
+        serving_j = 0.0
+        for d in range(clocks.shape[0]):
+            serving_j += slot_energy[number - first_slot, d]
+        if knobs.ttt_steps > 0.0:
+            slot_energy[number - first_slot, 0] += take_lessons(
+                terms, learning, server, weights, purse, shift, steps, slot.read, serving_j, clock, work
+            )
+        elif purse.shape[0] > 0:
+            earn(purse, SLOT_S, serving_j)
+    work.budget_share = share_of(purse)
     _sum_up(fixed, knobs, arrivals, first_slot, server, before, tokens, running, shift, work)
     work.ttft_s = ttft / max(1.0, began)
     work.tpot_s = tpot / finished if finished > 0.0 else 0.0
-    work.sm_clock, work.shift_id = slowest(clocks), shift
+    work.sm_clock, work.shift_id = clock, shift
 
 
 @inlined
@@ -308,8 +362,11 @@ def _record(histogram, low, high, requests, decoded, times):
 
 
 def start(fixed, seed, state, i):
-    """Begin with an idle device and an empty queue, and draw what steps cost."""
+    """Begin with an idle device, an empty queue and an unadapted head, and draw what steps cost."""
+    start_unadapted(state.weights[i])
+    copy_row(state.purse[i], fixed.fresh_purse)
     server = state.server[i]
+    server.unlearned = 0.0
     for c in range(2):
         server.next[c] = server.head[c] = 0
         server.begun[c] = server.ended[c] = server.prompts[c] = server.decoding[c] = server.late[c] = 0.0

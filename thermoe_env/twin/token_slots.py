@@ -8,6 +8,7 @@ from typing import NamedTuple
 from moe.compiled import inlined
 from moe.lm.config import AHEAD
 from moe.service.queueing import SLOT_S
+from thermoe_env.twin.token_lessons import with_lessons
 from thermoe_env.twin.token_steps import Steps, either_class, own_prompts, steps_of
 
 TRANSIT = AHEAD + 1.0
@@ -43,7 +44,7 @@ class Slot(NamedTuple):
 
 
 @inlined
-def mean_slot(fixed, server, shift, k, b, clocks, pace, places, deferrable, wanted, came):
+def mean_slot(fixed, server, shift, k, b, clocks, pace, places, deferrable, wanted, came, lesson_s):
     """Find what follows from each other in a slot: rows, prompts and how long a step lasts.
 
     Args:
@@ -58,6 +59,7 @@ def mean_slot(fixed, server, shift, k, b, clocks, pace, places, deferrable, want
         deferrable: of these, for deferrable requests.
         wanted: per class, requests that wait or arrive.
         came: per class, those that arrive.
+        lesson_s: time of a lesson, 0 where nothing is learned.
     """
     terms = fixed.terms[0]
     decoding, unread = server.decoding[0] + server.decoding[1], server.prompts[0] + server.prompts[1]
@@ -93,6 +95,8 @@ def mean_slot(fixed, server, shift, k, b, clocks, pace, places, deferrable, want
         share = min(1.0, max(share, needs))
         filled = min(1.0, needs / share) if share > 0.0 else 0.0
         steps = steps_of(fixed, server.draw, shift, k, b, rows, filled, share, clocks, pace)
+        if lesson_s > 0.0:
+            steps = with_lessons(terms, fixed.learning, steps, lesson_s, pace)
         period = steps.period_s
     server.period_s = period
     given = mean * z * terms.decoded + read  # what ended has all its tokens

@@ -22,6 +22,7 @@ from moe.lm.engine.engine import Engine
 from moe.lm.engine.rows import Rows
 from moe.lm.engine.step import Step, Work
 from moe.service.generate.lengths import TokenLengths, row_of
+from moe.service.generate.lesson_budget import LessonBudget
 from moe.service.generate.sequences import Counts, Request, Sequences, Texts
 from moe.service.generate.tally import Tally
 from moe.service.queueing import arrival_time, arrived_by, expire, oldest_arrival, slot_of
@@ -84,6 +85,7 @@ class GenerateWorkload:
         episode_s: float,
         promises: Promises,
         *,
+        budget: LessonBudget | None = None,
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -98,6 +100,7 @@ class GenerateWorkload:
             capacity_rps: requests per second that load 1.0 stands for.
             episode_s: length of the request stream.
             promises: terms of service.
+            budget: pays for lessons; None: they are unlimited.
             clock: seconds that only grow; the engine's.
             sleep: waits for seconds of `clock`.
 
@@ -118,7 +121,7 @@ class GenerateWorkload:
         self._traffic, self._capacity_rps, self._episode_s = traffic, capacity_rps, math.ceil(episode_s)
         self._promises = np.array([promises.ttft_s, promises.tpot_s, promises.deadline_s])  # [3, 2]
         self._expire_after_s = promises.expire_after_s
-        self._clock, self._sleep, self.texts = clock, sleep, texts
+        self._clock, self._sleep, self.texts, self._budget = clock, sleep, texts, budget
         self._stream: RequestStream | None = None
 
     def warm_up(self) -> None:
@@ -147,6 +150,8 @@ class GenerateWorkload:
         self._arrived = np.zeros(2, np.int64)
         self._in_flight: deque[_InFlight] = deque()
         self._adapted = HeadCounters()
+        if self._budget is not None:
+            self._budget.reset()
         self._time_s = self._end_s = self._pause_s = 0.0
 
     def run(self, knobs: Knobs, duration_s: float, open_classes: int = 2) -> WorkStats:
@@ -170,7 +175,7 @@ class GenerateWorkload:
         self.engine.synchronize()
         mark, began = self.engine.mark(), self._time_s
         self._resumed = self._clock() - began
-        while (now := self._clock() - self._resumed) < self._end_s:
+        while (now := self._now) < self._end_s:
             self._collect(tally, mark, began, wait=False)
             self._expire(now, tally)
             self._admit(now, knobs, open_classes)
@@ -185,7 +190,7 @@ class GenerateWorkload:
             else:
                 self._sleep(max(min(self._next_arrival(now), self._end_s) - now, POLL_S))
         self._collect(tally, mark, began, wait=True)
-        self._time_s = self._clock() - self._resumed
+        self._time_s = self._now
         return self._stats(shift, tally)
 
     def close(self) -> None:
@@ -199,19 +204,26 @@ class GenerateWorkload:
         bias = 0.0 if prompts else knobs.routing_bias
         readable = readable_experts(bias, n_experts, knobs.expert_count)
         step = self.engine.launch(rows, knobs.expert_count, readable)
-        lesson = self._learn(step, rows, knobs.ttt_steps) if prompts and knobs.ttt_steps else None
+        if self._budget is not None:
+            self._budget.serve(rows, prompts, knobs.expert_count, readable)
+        lesson = self._learn(step, rows, knobs.ttt_steps, tally) if prompts and knobs.ttt_steps else None
         self._in_flight.append(_InFlight(step, rows, lesson))
         tally.steps += 1
         tally.fill += min(1.0, self._sequences.running / knobs.batch_size)
 
-    def _learn(self, step: Step, rows: Rows, steps: int) -> Work | None:
-        """Keep what prompts teach, and adapt once that makes a lesson."""
+    def _learn(self, step: Step, rows: Rows, steps: int, tally: Tally) -> Work | None:
+        """Keep what prompts teach, and adapt once that makes a lesson that can be paid."""
         adapter = self.engine.adapter
         assert adapter is not None
         read = self._sequences.inside_prompts(rows)
         document = rows.document[read]
         target = self.texts.tokens[document, rows.position[read] + 1]
-        return self.engine.learn(steps) if adapter.collect(step.stream, read, document, target) else None
+        if not adapter.collect(step.stream, read, document, target):
+            return None
+        if self._budget is not None and not self._budget.pay(self._now, steps * adapter.whole):
+            tally.refused += steps * adapter.skip()
+            return None
+        return self.engine.learn(steps)
 
     def _collect(self, tally: Tally, mark: Any, mark_s: float, *, wait: bool) -> None:
         """Account for the steps that are done, or for all; `mark_s` is the service's time at `mark`."""
@@ -298,6 +310,7 @@ class GenerateWorkload:
             waiting=tuple(waiting.astype(float).tolist()),
             oldest_s=tuple(oldest),
             shift_id=float(shift),
+            budget_share=1.0 if self._budget is None else self._budget.share(now),
             cache_share=1.0 - blocks.free_blocks / blocks.n_blocks,
             **tally.stats(counts, self.engine.usage()[0]),
         )
@@ -315,6 +328,11 @@ class GenerateWorkload:
         else:
             return
         raise KnobRefusedError(refused)
+
+    @property
+    def _now(self) -> float:
+        """Seconds of service since the episode began."""
+        return self._clock() - self._resumed
 
     @property
     def _arrivals(self) -> np.ndarray:

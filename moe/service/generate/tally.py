@@ -46,6 +46,8 @@ class Tally:
     busy_s: float = 0.0
     lessons: int = 0
     """Batches of prompts' rows that the model adapted to."""
+    refused: int = 0
+    """Steps of lessons that the budget could not pay."""
     ttt_busy_s: float = 0.0
     adapted: HeadCounters = field(default_factory=HeadCounters)
 
@@ -87,6 +89,7 @@ class Tally:
             "busy_s": self.busy_s,
             "ttt_busy_s": self.ttt_busy_s,
             "ttt_steps": float(self.adapted.steps),
+            "ttt_refused": float(self.refused),
             "ttt_left_out": float(self.adapted.left_out),
             "ttt_rolled_back": float(self.adapted.rolled_back),
             "confidence": counts.confidence / tokens,

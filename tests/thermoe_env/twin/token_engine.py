@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from moe.lm.adapt import HeadCounters
 from moe.lm.config import AHEAD, BLOCK
 from moe.lm.engine.blocks import Blocks, blocks_for
 from moe.lm.engine.rows import Rows
@@ -27,6 +28,7 @@ class ModelledStep:
     started_s: float
     ended_s: float
     found: np.ndarray
+    stream: None = None
 
     def done(self) -> bool:
         return self.ended_s <= self.engine.now_s
@@ -41,6 +43,49 @@ class ModelledStep:
     @property
     def duration_s(self) -> float:
         return self.ended_s - self.started_s
+
+
+@dataclass
+class ModelledLessons:
+    """What `moe.lm.adapt.HeadAdapter` counts: rows of either half of the documents, up to a lesson's."""
+
+    lesson_rows: int
+    lesson_s: float
+    filled: list[int]
+    lessons: int = 0
+
+    def collect(self, stream: Any, rows: np.ndarray, document: np.ndarray, target: np.ndarray) -> bool:
+        for half in range(2):
+            here = int((document % 2 == half).sum())
+            self.filled[half] = min(self.lesson_rows, self.filled[half] + here)
+        return self.whole > 0
+
+    @property
+    def whole(self) -> int:
+        return sum(n == self.lesson_rows for n in self.filled)
+
+    def skip(self) -> int:
+        whole, self.filled = self.whole, [n % self.lesson_rows for n in self.filled]
+        return whole
+
+    @property
+    def counters(self) -> HeadCounters:
+        return HeadCounters(steps=self.lessons)
+
+
+@dataclass
+class ModelledWork:
+    """A lesson, see `moe.lm.engine.step.Work`."""
+
+    engine: ModelledEngine
+    ended_s: float
+    duration_s: float
+
+    def done(self) -> bool:
+        return self.ended_s <= self.engine.now_s
+
+    def wait(self) -> None:
+        self.engine.now_s = max(self.engine.now_s, self.ended_s)
 
 
 class ModelledEngine:
@@ -76,6 +121,7 @@ class ModelledEngine:
         self._ring: deque[ModelledStep] = deque()
         self._draw = np.random.default_rng(1).random(documents.shape)
         self.steps: list[tuple[float, int, int, float]] = []
+        self.adapter: ModelledLessons | None = None
 
     def clock(self) -> float:
         return self.now_s
@@ -111,6 +157,14 @@ class ModelledEngine:
         self._ring.append(step)
         self.steps.append((self._free_s - started, len(decode), len(prompt), work.experts_read))
         return step
+
+    def learn(self, steps: int) -> ModelledWork:
+        assert self.adapter is not None
+        took = self.adapter.skip()
+        self.adapter.lessons += steps * took
+        duration = steps * took * self.adapter.lesson_s
+        self._free_s = max(self._free_s, self.now_s) + duration
+        return ModelledWork(self, self._free_s, duration)
 
     def reserve(self, positions: int) -> int:
         return self.blocks.reserve(positions)
