@@ -69,6 +69,8 @@ class Arguments:
     """Name in configs/scenarios or path of a YAML file."""
     variants: tuple[str, ...] = ()
     """Variants of the settings to play; none given: all."""
+    policies: tuple[str, ...] = ()
+    """Policies to play beside `never`; none given: all."""
     seeds: int = 20
     """Episodes per policy and variant."""
     seed: int = 3000
@@ -117,8 +119,14 @@ def main(arguments: Arguments, console: Console | None = None) -> list[Played]:
     return results
 
 
-def policies_of(problem: Problem, base: str, run: Path | None) -> dict[str, Policy]:
-    """The policies of a variant by label: the gates, `BASELINE` first, then the rules and the trained run."""
+def policies_of(
+    problem: Problem, base: str, run: Path | None, wanted: tuple[str, ...] = ()
+) -> dict[str, Policy]:
+    """The policies of a variant by label: the gates, `BASELINE` first, then the rules and the trained run.
+
+    Raises:
+        StudyError: one of those that are wanted is none of these.
+    """
     config = load_gate_config()
     rules = [BASELINE, *(rule for rule in GATES if rule != BASELINE)]
     policies: dict[str, Policy] = {
@@ -127,7 +135,9 @@ def policies_of(problem: Problem, base: str, run: Path | None) -> dict[str, Poli
     policies["rule_based"] = POLICIES["rule_based"](problem)
     if run is not None:
         policies[policy_label(run)] = load_policy(run, problem)
-    return policies
+    if unknown := sorted(set(wanted) - set(policies)):
+        raise StudyError(f"unknown policies {unknown}; known: {list(policies)}")
+    return {label: of for label, of in policies.items() if not wanted or label in (BASELINE, *wanted)}
 
 
 def _play_twin(
@@ -135,7 +145,7 @@ def _play_twin(
 ) -> tuple[Problem, list[Recording]]:
     """All episodes of every policy at once."""
     problem = Problem.of(scenario)
-    policies = policies_of(problem, variant.base, arguments.run)
+    policies = policies_of(problem, variant.base, arguments.run, arguments.policies)
     return problem, [
         play_twin(problem, policy, arguments.seed_list, label) for label, policy in policies.items()
     ]
@@ -158,12 +168,12 @@ def _play_live(
         path = arguments.out / f"{arguments.world}-{name}.npz"
         recordings = _kept(path, about)
         played = {(recording.policy, int(recording.seeds[0])) for recording in recordings}
-        policies = policies_of(env.problem, variant.base, arguments.run)
+        policies = policies_of(env.problem, variant.base, arguments.run, arguments.policies)
         for recording in play_live_paired(env, policies, arguments.seed_list, console, played):
             if recording.error is None:
                 recordings.append(recording)
                 save_recordings(path, recordings, about)
-        order = list(policies)
+        order = [*dict.fromkeys([*policies, *(r.policy for r in recordings)])]
         recordings.sort(key=lambda r: (order.index(r.policy), r.seeds[0]))
         return env.problem, recordings
     finally:

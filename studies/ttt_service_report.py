@@ -62,7 +62,7 @@ class Played:
     @cached_property
     def steps(self) -> pd.DataFrame:
         """What more good answers cost among the gates, which differ by adaptation alone."""
-        return price_steps(self.rows, list(GATES))
+        return price_steps(self.rows, [gate for gate in GATES if gate in set(self.rows.policy)])
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _figures(results: Sequence[Played], folder: Path) -> list[tuple[str, Path]]:
     figures = [("The policies in all variants", save_figure(draw, folder / "overview.png"))]
     for result in results:
         played = by_seed(r for r in result.recordings if r.policy in AROUND_SHIFT)
-        episodes = {name: played[name] for name in AROUND_SHIFT}
+        episodes = {name: played[name] for name in AROUND_SHIFT if name in played}
         changes = find_changes(episodes)
         if changes:
             limit_c = result.problem.scenario.limits.temperature_c

@@ -47,7 +47,8 @@ def adapting_j(recording: Recording, problem: Problem) -> np.ndarray:
     An approximation: batches of an interval differ in size, some end in the next interval, and devices leak
     differently. Over twin episodes it came within 0.5% of a replay without the steps' energy for policies
     that adapt in long stretches, within 2.5% for single intervals. Where the working machine has no meter
-    the share is that of busy time, as the modelled device has it then (`thermoe_env.twin.shadow`).
+    the share is that of busy time, as the modelled device has it then (`thermoe_env.twin.shadow`). A lesson
+    of the token service costs the same after any step.
     """
     work, twin = recording.work, problem.twin
     idle_w = len(problem.scenario.devices) * idle_power_w(
@@ -56,6 +57,10 @@ def adapting_j(recording: Recording, problem: Problem) -> np.ndarray:
     if problem.profile.energy_j is None:
         # Between the answers of a batch and the device's being free a moment passes without adaptation too.
         adapting, all_work = np.where(work["ttt_steps"] > 0, work["ttt_busy_s"], 0.0), work["busy_s"]
+    elif problem.tokens is not None:
+        learned = problem.tokens.adaptation
+        step = 0.0 if learned is None or learned.lesson_j is None else learned.lesson_j
+        return work["ttt_steps"] * step
     else:
         serving, step = _modelled_j(recording, problem)
         adapting = work["ttt_steps"] * step
