@@ -31,7 +31,7 @@ from moe.profiling.token_quality import (
 )
 from moe.profiling.tokens import TokenOptions, measure
 from moe.service.generate.sequences import Texts
-from moe.token_profile import QualityCell, load_token_profile
+from moe.token_profile import Learned, QualityCell, TokenAdaptation, load_token_profile
 from tests.moe.lm.plain_decoder import TINY, make_model, make_tokens
 
 H200 = Path(__file__).parents[3] / "configs/profiles/h200-generate.json"
@@ -225,6 +225,16 @@ def test_rows_of_a_cell_choose_the_experts_that_their_text_chooses() -> None:
 CELLS = [Place(1, 0, 40, 4, 16), Place(2, 0, 40, 4, 16), Place(2, 0, 40, 4, 4), Place(2, 8, 40, 2, 16)]
 
 
+def learned() -> TokenAdaptation:
+    """Made up."""
+    nothing = Learned(accuracy=0.0, confidence=0.0, entropy=0.0, loss=0.0)
+    return TokenAdaptation(
+        lesson_rows=512, margin=0.005, lesson_s=0.1, lesson_j=None, rate=dict.fromkeys(DOMAINS, 0.2),
+        changed={about: dict.fromkeys(DOMAINS, nothing) for about in DOMAINS},
+        error={"points": 2.0, "loss_rmse": 0.01, "accuracy_rmse": 0.002}, provenance={},
+    )  # fmt: skip
+
+
 class Killed(Exception):
     pass
 
@@ -236,6 +246,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> TokenOptions:
     monkeypatch.setattr(tokens, "SCORED_TOKENS", {"cpu": 4})
     monkeypatch.setattr(tokens, "ENGINE", {"cpu": {"slots": 4, "max_rows": 64}})
     monkeypatch.setattr(tokens, "places", lambda engine, *, thorough: CELLS)
+    monkeypatch.setattr(tokens, "_measure_adaptation", lambda *_: learned())  # a test of its own
     return TokenOptions(size="small", device="cpu", out=tmp_path / "cpu-generate.json", window_s=0.001)
 
 
@@ -249,7 +260,7 @@ def test_an_interrupted_measurement_goes_on_and_measures_nothing_twice(
     measured: list[Place | str] = []
 
     def measure_place_(engine: Engine, place: Place, *rest: Any) -> Any:
-        if measured.count("quality") == 1 and len(measured) == 3:
+        if measured.count("quality") == 1 and len(measured) == 4:
             raise Killed
         measured.append(place)
         return measure_place(engine, place, *rest)
@@ -258,7 +269,12 @@ def test_an_interrupted_measurement_goes_on_and_measures_nothing_twice(
         measured.append("quality")
         return measure_quality(*arguments)
 
+    def measure_adaptation_(*arguments: Any) -> TokenAdaptation:
+        measured.append("adaptation")
+        return learned()
+
     measure_quality = tokens.measure_quality
+    monkeypatch.setattr(tokens, "_measure_adaptation", measure_adaptation_)
     monkeypatch.setattr("moe.profiling.token_cost.measure_place", measure_place_)
     monkeypatch.setattr(tokens, "measure_quality", measure_quality_)
     with pytest.raises(Killed):
@@ -267,12 +283,13 @@ def test_an_interrupted_measurement_goes_on_and_measures_nothing_twice(
     assert len(kept["cells"]) == 2 and kept["quality"]["size"] == "small" and not quick.out.exists()
     measured.append("killed")
     tokens.main(quick)
-    assert sorted(map(str, measured)) == sorted(map(str, [*CELLS, "quality", "killed"]))
+    assert sorted(map(str, measured)) == sorted(map(str, [*CELLS, "quality", "adaptation", "killed"]))
     assert not partial_of(quick).exists()
     profile = load_token_profile(quick.out)
     times_s = {cell.step_s for cell in profile.cost.cells}
     assert {float(f"{cell['step_s']:.6g}") for cell in kept["cells"]} <= times_s
     assert {Place(*(getattr(cell, f) for f in Place._fields)) for cell in profile.cost.cells} == set(CELLS)
+    assert profile.adaptation == learned()
     assert profile.quality.weights_sha256 == identity("small")["weights_sha256"]
     shown = capsys.readouterr().out
     assert "accuracy by experts per token" in shown and f"wrote {quick.out}" in shown
@@ -329,6 +346,7 @@ def test_what_was_kept_of_other_weights_or_another_card_is_refused(quick: TokenO
         lambda d: json.dumps({**d, "cells": [{"decode_rows": 1}]}),
         lambda d: json.dumps({**d, "cells": 3}),
         lambda d: json.dumps({**d, "quality": "good"}),
+        lambda d: json.dumps({**d, "adaptation": {"rate": 1}}),
         lambda d: json.dumps({key: value for key, value in d.items() if key != "idle_w"}),
     ],
 )
