@@ -10,7 +10,8 @@ from itself, there are two heads: each answers one half of the documents and lea
 
 A guard holds each head against the unadapted one on the newest rows that it answers, which it never learns
 from. Where it is worse it goes back to the unadapted head and takes smaller steps from then on, where it is
-better larger ones. All of it is decided on the device: the host waits for nothing.
+better larger ones. A head that is far worse, as where the text has changed, goes back before the lesson is
+whole. All of it is decided on the device: the host waits for nothing.
 
 Shapes: T rows of a step, R rows of a lesson, V tokens, D model.
 """
@@ -55,6 +56,8 @@ class HeadSettings:
             rows, of the squared length of the change.
         margin: Share by which the loss of an adapted head on a lesson must be above the unadapted one's to
             be worse, or below it to be better.
+        check_rows: Rows of a lesson after which a head is held against the unadapted one already.
+        alarm: The margin above which it is far worse there.
     """
 
     lesson_rows: int = 512
@@ -62,16 +65,20 @@ class HeadSettings:
     damping: float = 0.03
     most_change: float = 2.0
     margin: float = 0.005
+    check_rows: int = 128
+    alarm: float = 0.03
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
-        if self.lesson_rows < 1:
-            raise ValueError(f"lesson_rows must be at least 1, got {self.lesson_rows}")
+        for name in ("lesson_rows", "check_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("rate", "damping", "most_change"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
-        if not 0 <= self.margin < math.inf:
-            raise ValueError(f"margin must be at least 0 and finite, got {self.margin}")
+        for name in ("margin", "alarm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,7 @@ class Saved:
 
     tensors: tuple[Tensor, ...]
     filled: tuple[int, ...]
+    checked: tuple[int, ...]
     lessons: int
 
 
@@ -154,7 +162,7 @@ class HeadAdapter:
             target: Tokens that follow.  # [n]
 
         Returns:
-            Whether a lesson is whole.
+            Whether there is something for `learn` to do.
         """
         for half in range(HALVES):
             own = document % HALVES == half
@@ -164,11 +172,11 @@ class HeadAdapter:
             end = self._filled[half] = at + len(index)
             self._stream[half, at:end] = stream[index]
             self._target[half, at:end] = follows
-        return bool(self._whole)
+        return bool(self._whole or self._due)
 
     @torch.no_grad()
     def learn(self, steps: int) -> int:
-        """Take steps on each lesson that is whole; its rows are then gone.
+        """Take steps on each lesson that is whole, whose rows are then gone; check what is due.
 
         Args:
             steps: On each, at least 1.
@@ -177,21 +185,25 @@ class HeadAdapter:
             Steps asked for in all; `counters` say what became of them.
 
         Raises:
-            NothingToLearnError: no lesson is whole.
+            NothingToLearnError: no lesson is whole and no check due.
         """
-        whole = self._whole
-        if not whole:
+        whole, due = self._whole, self._due
+        if not whole and not due:
             raise NothingToLearnError(
                 f"a lesson has {self.settings.lesson_rows} rows of prompts, and at most "
                 f"{max(self._filled)} were collected: serve more before adapting"
             )
+        for half in due:
+            rows = slice(self._checked[half], self._filled[half])
+            self._check(half, self._stream[half, rows].float(), self._target[half, rows])
+            self._checked[half] = self._filled[half]
         for half in whole:
             stream, target = self._stream[half].float(), self._target[half]
             self._judge(half, stream, target)
             self._measure(stream)
             for _ in range(steps):
                 self._step(1 - half, stream, target)
-            self._filled[half] = 0
+            self._forget(half)
             self._lessons += 1
         return steps * len(whole)
 
@@ -205,7 +217,7 @@ class HeadAdapter:
         """Forget the lessons that are whole, not learned; returns how many."""
         whole = self._whole
         for half in whole:
-            self._filled[half] = 0
+            self._forget(half)
         return len(whole)
 
     @property
@@ -223,19 +235,31 @@ class HeadAdapter:
         return [half for half, n in enumerate(self._filled) if n == self.settings.lesson_rows]
 
     @property
+    def _due(self) -> list[int]:
+        """Halves of which enough rows wait to be checked."""
+        least, whole = self.settings.check_rows, self._whole
+        gone = enumerate(zip(self._filled, self._checked, strict=True))
+        return [half for half, (filled, checked) in gone if filled - checked >= least and half not in whole]
+
+    def _forget(self, half: int) -> None:
+        self._filled[half] = self._checked[half] = 0
+
+    @property
     def counters(self) -> HeadCounters:
         """What became of the steps since the last reset; waits for the device."""
         return HeadCounters(*self._counts.tolist())
 
     def snapshot(self) -> Saved:
         """Copy all that adaptation changes, rows that wait for their lesson too."""
-        return Saved(tuple(t.clone() for t in self._state), tuple(self._filled), self._lessons)
+        return Saved(
+            tuple(t.clone() for t in self._state), tuple(self._filled), tuple(self._checked), self._lessons
+        )
 
     def restore(self, saved: Saved) -> None:
         """Put a snapshot back, bit for bit."""
         for tensor, value in zip(self._state, saved.tensors, strict=True):
             tensor.copy_(value)
-        self._filled, self._lessons = list(saved.filled), saved.lessons
+        self._filled, self._checked, self._lessons = list(saved.filled), list(saved.checked), saved.lessons
 
     def reset(self) -> None:
         """Undo all adaptation and forget all rows: as if made anew, bit for bit."""
@@ -243,7 +267,7 @@ class HeadAdapter:
             tensor.zero_()
         self.heads.copy_(self._source.expand_as(self.heads))
         self._trust.fill_(FIRST_TRUST)
-        self._filled, self._lessons = [0] * HALVES, 0
+        self._filled, self._checked, self._lessons = [0] * HALVES, [0] * HALVES, 0
 
     @property
     def _state(self) -> tuple[Tensor, ...]:
@@ -253,13 +277,23 @@ class HeadAdapter:
         )  # fmt: skip
 
     def _judge(self, half: int, stream: Tensor, target: Tensor) -> None:
-        """Send the head that answers these rows back where the unadapted one answers better."""
+        """Send the head that answers a lesson back where the unadapted one answers better."""
         adapted, unadapted = (self._loss(head, stream, target) for head in (self.heads[half], self._source))
-        margin, trust = self.settings.margin, self._trust[half]
+        margin = self.settings.margin
         worse = ~(adapted <= unadapted * (1 + margin))  # not a number is worse as well
         better = adapted < unadapted * (1 - margin)
-        trust *= torch.where(worse, 0.25, torch.where(better, 2.0, 1.0))
-        trust.clamp_(LEAST_TRUST, 1.0)
+        self._trust[half] *= torch.where(better, 2.0, 1.0)
+        self._go_back(half, worse)
+
+    def _check(self, half: int, stream: Tensor, target: Tensor) -> None:
+        """Send it back where it is far worse on the first rows of a lesson."""
+        adapted, unadapted = (self._loss(head, stream, target) for head in (self.heads[half], self._source))
+        self._go_back(half, ~(adapted <= unadapted * (1 + self.settings.alarm)))
+
+    def _go_back(self, half: int, worse: Tensor) -> None:
+        """Make a head the unadapted one, that takes smaller steps, where `worse` says so."""
+        self._trust[half] *= torch.where(worse, 0.25, 1.0)
+        self._trust.clamp_(LEAST_TRUST, 1.0)
         self._change[half] = torch.where(worse, 0.0, self._change[half])
         self._write(half)
         self._counts[2] += worse

@@ -220,7 +220,8 @@ class GenerateWorkload:
         target = self.texts.tokens[document, rows.position[read] + 1]
         if not adapter.collect(step.stream, read, document, target):
             return None
-        if self._budget is not None and not self._budget.pay(self._now, steps * adapter.whole):
+        whole = adapter.whole
+        if whole and self._budget is not None and not self._budget.pay(self._now, steps * whole):
             tally.refused += steps * adapter.skip()
             return None
         return self.engine.learn(steps)

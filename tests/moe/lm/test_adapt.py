@@ -124,6 +124,30 @@ def test_a_head_that_answers_worse_than_the_unadapted_one_goes_back() -> None:
     assert adapter.counters.rolled_back == 1
 
 
+def test_a_head_that_is_far_worse_goes_back_before_the_lesson_is_whole() -> None:
+    settings = HeadSettings(lesson_rows=ROWS, check_rows=12, rate=50.0, most_change=1e6)
+    model, adapter = make_adapter(settings)
+    assert model.head is not None
+    teach(adapter, 0, document=0)
+    adapter.learn(2)
+    (stream, target), odd = a_stream(1), np.ones(ROWS, int)
+    assert not adapter.collect(stream, np.arange(11), odd[:11], target[:11])
+    assert adapter.collect(stream, np.arange(11, 13), odd[:2], target[11:13])
+    assert adapter.whole == 0 and adapter.learn(2) == 0  # no step: the lesson goes on
+    assert torch.equal(adapter.heads[1], model.head.weight)
+    assert adapter.counters.rolled_back == 1
+    with pytest.raises(NothingToLearnError):  # what was checked is not checked again
+        adapter.learn(1)
+    mild = HeadSettings(lesson_rows=ROWS, check_rows=12, rate=50.0, most_change=1e6, alarm=1e6)
+    _, adapter = make_adapter(mild)
+    teach(adapter, 0, document=0)
+    adapter.learn(2)
+    learned = adapter.heads.clone()
+    assert adapter.collect(stream, np.arange(12), odd[:12], target[:12])
+    adapter.learn(1)
+    assert torch.equal(adapter.heads, learned) and adapter.counters.rolled_back == 0
+
+
 def test_numbers_that_are_not_finite_are_left_out_and_forgotten() -> None:
     model, adapter = make_adapter()
     assert model.head is not None

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
 from moe.compiled import jit
 from moe.lm.text import DOMAINS
@@ -178,7 +179,8 @@ def test_shares_are_those_of_the_experts_held_at_any_bias() -> None:
 
 def test_one_device_that_names_all_experts_is_the_shipped_scenario() -> None:
     one, named = Problem.of(load_scenario("tokens", randomize=AS_FITTED)), shared((EXPERTS,))
-    for first, second in zip(generate_service(one).fixed, generate_service(named).fixed, strict=True):
+    fixed = [generate_service(problem).fixed for problem in (one, named)]
+    for first, second in zip(*map(tree_leaves, fixed), strict=True):
         np.testing.assert_array_equal(first, second)
 
 
