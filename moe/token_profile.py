@@ -136,6 +136,18 @@ class Learned:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class Visit:
+    """Lessons on a domain, and what answers about it were like after them."""
+
+    domain: str
+    lessons: Whole
+    """Of all heads together."""
+    loss: Number
+    """As in `Learned`."""
+    accuracy: Number
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TokenAdaptation:
     """How the head learns from prompts (`moe.lm.adapt`), and what a lesson costs."""
 
@@ -146,13 +158,12 @@ class TokenAdaptation:
     lesson_s: Positive
     lesson_j: Number | None
     """Above idle; null without a meter."""
-    rate: dict[str, Share]
-    """Of the way to a domain that is left, the share that a head goes in one lesson, by domain."""
+    curve: dict[str, tuple[tuple[NotNegative, Number], ...]]
+    """By domain, of a head that learns it alone: lessons, and what they changed of its loss."""
     changed: dict[str, dict[str, Learned]]
     """By the domain that answers are about, then by the one that was learned to the end."""
-    error: dict[str, NotNegative]
-    """Of `moe.service.adaptation` on domains that took turns: `points`, and root mean squares of the loss
-    (relative, `loss_rmse`) and of the accuracy (`accuracy_rmse`)."""
+    visits: tuple[tuple[Visit, ...], ...]
+    """Domains that took turns, each time from the unadapted heads on; what a fit is judged by."""
     provenance: dict[str, Any]
 
 
@@ -293,8 +304,8 @@ def _fault_of_adaptation(profile: TokenProfile) -> str | None:
         return None
     if (adaptation.lesson_j is None) != (profile.cost.cells[0].energy_j is None):
         return "adaptation.lesson_j is null and energies of steps are not, or the other way round"
-    if not domains == adaptation.rate.keys() == adaptation.changed.keys():
-        return f"adaptation: is of other domains than quality.standard: {sorted(adaptation.rate)}"
+    if not domains == adaptation.curve.keys() == adaptation.changed.keys():
+        return f"adaptation: is of other domains than quality.standard: {sorted(adaptation.curve)}"
     if any(learned.keys() != domains for learned in adaptation.changed.values()):
         return "adaptation.changed: lacks a domain that was learned"
     return None

@@ -27,17 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe.errors import ThermoeError
+from moe.lm.config import FALLS_TO, FIRST_TRUST, HALVES, LEAST_TRUST, RISES_TO
 from moe.lm.model import LanguageModel
 
-HALVES = 2
 _MOMENT_DECAY = 0.95
 """Of the second moment, per lesson."""
 _REFRESH = 8
 """Lessons after which the second moment is inverted anew."""
-
-
-FIRST_TRUST, LEAST_TRUST = 0.25, 1 / 64
-"""Share of a whole step that a head takes at the start, and at least."""
 
 
 class NothingToLearnError(ThermoeError):
@@ -282,7 +278,7 @@ class HeadAdapter:
         margin = self.settings.margin
         worse = ~(adapted <= unadapted * (1 + margin))  # not a number is worse as well
         better = adapted < unadapted * (1 - margin)
-        self._trust[half] *= torch.where(better, 2.0, 1.0)
+        self._trust[half] *= torch.where(better, RISES_TO, 1.0)
         self._go_back(half, worse)
 
     def _check(self, half: int, stream: Tensor, target: Tensor) -> None:
@@ -292,7 +288,7 @@ class HeadAdapter:
 
     def _go_back(self, half: int, worse: Tensor) -> None:
         """Make a head the unadapted one, that takes smaller steps, where `worse` says so."""
-        self._trust[half] *= torch.where(worse, 0.25, 1.0)
+        self._trust[half] *= torch.where(worse, FALLS_TO, 1.0)
         self._trust.clamp_(LEAST_TRUST, 1.0)
         self._change[half] = torch.where(worse, 0.0, self._change[half])
         self._write(half)

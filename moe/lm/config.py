@@ -107,3 +107,11 @@ def readable_experts(routing_bias: float, n_experts: int, top_k: int) -> int:
     Sets are nested: experts are ranked by the step's demand, so more bias never reads another one.
     """
     return max(top_k, math.ceil(n_experts * (1 - 0.75 * routing_bias)))
+
+
+HALVES = 2
+"""Heads of an engine that adapts: each answers its part of the documents (`moe.lm.adapt`)."""
+FIRST_TRUST, LEAST_TRUST = 0.25, 1 / 64
+"""Share of a whole step that a head takes at the start, and at least."""
+FALLS_TO, RISES_TO = 0.25, 2.0
+"""What becomes of that share where a head was worse than the unadapted one, and where it was better."""

@@ -8,20 +8,19 @@ Shapes: D domains, n tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from tqdm import tqdm
 
 from moe.device.meter import EnergyMeter
-from moe.lm.adapt import HALVES, HeadAdapter
+from moe.lm.adapt import HeadAdapter
+from moe.lm.config import HALVES
 from moe.lm.engine.engine import Engine
 from moe.lm.engine.rows import Rows
-from moe.service.adaptation import learn, start_unadapted
-from moe.token_profile import Learned, TokenAdaptation
+from moe.token_profile import Learned, TokenAdaptation, Visit
 
 TOGETHER = 8
 """Documents that are read side by side."""
@@ -30,7 +29,7 @@ DOCUMENTS = {"cuda": 24, "cpu": 8}
 MARKS = (1, 2, 4, 8)
 """Lessons of each head after which it is scored, besides the end."""
 SEQUENCES = ((0, 3, 1, 4, 3, 2), (4, 0, 4, 2, 3, 0))
-"""Domains that take turns, by number, to judge `moe.service.adaptation`."""
+"""Domains that take turns, by number, to judge `moe.lesson_fit`."""
 WINDOW_S = 2.0
 """For which the cost of a lesson is measured."""
 
@@ -164,106 +163,72 @@ def measure_adaptation(
     }
     engine.reset()
     lesson_s, lesson_j = price(engine, 1, meter, idle_w or 0.0)
-    bench = _Bench(engine, tokens, list(parts.values()))
-    rates, changed = bench.learn_each()
+    bench = _Bench(engine, tokens, parts)
+    curve, changed = bench.learn_each()
     return TokenAdaptation(
         lesson_rows=settings.lesson_rows, margin=settings.margin, lesson_s=lesson_s, lesson_j=lesson_j,
-        rate=dict(zip(parts, rates.tolist(), strict=True)),
-        changed={
-            about: {
-                learned: Learned(accuracy=row[0], confidence=row[1], entropy=row[2], loss=row[3])
-                for learned, row in zip(parts, rows.tolist(), strict=True)
-            }
-            for about, rows in zip(parts, changed, strict=True)
-        },
-        error=bench.judge(rates, changed, settings.margin),
+        curve=curve, changed=changed, visits=tuple(bench.visit(order) for order in SEQUENCES),
         provenance=provenance | {"documents": documents},
     )  # fmt: skip
 
 
 class _Bench:
-    """An engine that adapts, and the documents of each domain."""
+    """An engine that adapts, and the documents of each domain by name."""
 
-    def __init__(self, engine: Engine, tokens: np.ndarray, parts: list[np.ndarray]) -> None:
+    def __init__(self, engine: Engine, tokens: np.ndarray, parts: dict[str, np.ndarray]) -> None:
         self._engine, self._tokens, self._parts = engine, tokens, parts
-        self._base = np.stack([self._score(d) for d in range(len(parts))])  # [D, 4]
+        self._adapter = adapter_of(engine)
+        self._base = {name: self._score(name) for name in parts}
 
-    def _score(self, d: int) -> np.ndarray:
+    def _score(self, name: str) -> np.ndarray:
         """How the heads as they are answer a domain: see `Reading.means`."""
-        return read(self._engine, self._tokens, self._parts[d], steps=0).means()
+        return read(self._engine, self._tokens, self._parts[name], steps=0).means()
 
-    def _change(self, d: int) -> np.ndarray:
-        """The same over the unadapted heads: differences, of the loss relative.  # [4]."""
-        now, base = self._score(d), self._base[d]
-        return np.append((now - base)[:3], now[3] / base[3] - 1.0)
+    def _change(self, name: str) -> Learned:
+        """The same over the unadapted heads."""
+        now, base = self._score(name), self._base[name]
+        accuracy, confidence, entropy = (now - base)[:3].tolist()
+        loss = float(now[3] / base[3] - 1.0)
+        return Learned(accuracy=accuracy, confidence=confidence, entropy=entropy, loss=loss)
 
-    def learn_each(self) -> tuple[np.ndarray, np.ndarray]:
-        """Learn each domain alone; returns rates [D] and changes [about D, learned D, 4]."""
-        n = len(self._parts)
-        rates, changed = np.zeros(n), np.zeros((n, n, 4))
-        for d in tqdm(range(n), desc="adaptation", unit="domain", delay=2.0):
+    def learn_each(self) -> tuple[dict[str, Any], dict[str, dict[str, Learned]]]:
+        """Learn each domain alone; returns curves, and what all of it changed, see `TokenAdaptation`."""
+        curves, found = {}, {}
+        for name in tqdm(self._parts, desc="adaptation", unit="domain", delay=2.0):
             self._engine.reset()
-            curve = self._learn(d)
-            changed[:, d] = [self._change(about) for about in range(n)]
-            curve.append((adapter_of(self._engine).lessons / HALVES, float(changed[d, d, 3])))
-            rates[d] = fitted_rate(curve)
+            curve = self._learn(name)
+            found[name] = {about: self._change(about) for about in self._parts}
+            curves[name] = (*curve, (self._adapter.lessons / HALVES, found[name][name].loss))
         self._engine.reset()
-        return rates, changed
+        return curves, {about: {learned: of[about] for learned, of in found.items()} for about in self._parts}
 
-    def _learn(self, d: int) -> list[tuple[float, float]]:
+    def _learn(self, name: str) -> list[tuple[float, float]]:
         """Learn from all of a domain; returns lessons of each head and change of the loss, at `MARKS`."""
-        adapter, curve, marks = adapter_of(self._engine), [(0.0, 0.0)], [*map(float, MARKS)]
+        curve, marks = [(0.0, 0.0)], [*map(float, MARKS)]
 
         def look() -> bool:
-            if marks and adapter.lessons >= HALVES * marks[0]:
+            if marks and self._adapter.lessons >= HALVES * marks[0]:
                 marks.pop(0)
-                curve.append((adapter.lessons / HALVES, float(self._change(d)[3])))
+                curve.append((self._adapter.lessons / HALVES, self._change(name).loss))
             return True
 
-        read(self._engine, self._tokens, self._parts[d], 1, look)
+        read(self._engine, self._tokens, self._parts[name], 1, look)
         return curve
 
-    def _learn_some(self, d: int, lessons: int) -> int:
-        """Take so many lessons of each head, or a few more; returns how many were taken in all."""
-        adapter = adapter_of(self._engine)
-        before = adapter.lessons
-        until = before + HALVES * lessons
-        read(self._engine, self._tokens, self._parts[d], 1, lambda: adapter.lessons < until)
-        return adapter.lessons - before
-
-    def judge(self, rates: np.ndarray, changed: np.ndarray, margin: float) -> dict[str, float]:
-        """Let domains take turns, some briefly, and compare how they are answered with what is predicted."""
-        rng, errors = np.random.default_rng(0), []
-        weights = np.zeros(len(rates) + 1)
-        loss = with_unadapted(changed[..., 3])
-        for order in SEQUENCES:
-            self._engine.reset()
-            start_unadapted(weights)
-            for d in (d for d in order if d < len(rates)):
-                for _ in range(self._learn_some(d, int(rng.integers(1, 9)))):
-                    learn(weights, d, 1.0 / HALVES, rates[d], loss[d], margin)
-                errors.append(weights[1:] @ changed[d] - self._change(d))
+    def visit(self, order: Sequence[int]) -> tuple[Visit, ...]:
+        """Let domains take turns, by number, each for a few lessons."""
+        rng, names, visits = np.random.default_rng(sum(order)), list(self._parts), []
         self._engine.reset()
-        error = np.sqrt(np.square(errors).mean(axis=0))
-        return {"points": float(len(errors)), "loss_rmse": float(error[3]), "accuracy_rmse": float(error[0])}
+        for name in (names[number] for number in order if number < len(names)):
+            lessons = self._learn_some(name, int(rng.integers(1, 9)))
+            change = self._change(name)
+            visits.append(Visit(domain=name, lessons=lessons, loss=change.loss, accuracy=change.accuracy))
+        self._engine.reset()
+        return tuple(visits)
 
-
-def with_unadapted(table: np.ndarray) -> np.ndarray:
-    """A table [about, learned] with a column of zeros for the unadapted head in front."""
-    return np.pad(table, [(0, 0), (1, 0), *[(0, 0)] * (table.ndim - 2)])
-
-
-def fitted_rate(curve: Iterable[tuple[float, float]]) -> float:
-    """Share r of what is left that one lesson brings, by least squares of G (1 - (1 - r)^lessons), any G.
-
-    Args:
-        curve: (lessons, change) pairs.
-    """
-    lessons, change = np.array(list(curve)).T
-
-    def error(rate: float) -> float:
-        shape = 1.0 - (1.0 - rate) ** lessons
-        return float(np.square(change - shape * (shape @ change / (shape @ shape))).sum())
-
-    found: Any = minimize_scalar(error, bounds=(0.01, 1.0), method="bounded")
-    return float(found.x)
+    def _learn_some(self, name: str, lessons: int) -> int:
+        """Take so many lessons of each head, or a few more; returns how many were taken in all."""
+        before = self._adapter.lessons
+        until = before + HALVES * lessons
+        read(self._engine, self._tokens, self._parts[name], 1, lambda: self._adapter.lessons < until)
+        return self._adapter.lessons - before

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from moe.device.meter import EnergyMeter, open_meter
 from moe.device.torch_device import device_name, one_thread_on_cpu, pick_device
 from moe.files import refuse_unwritable, write_file
+from moe.lesson_fit import LessonFit
 from moe.lm.adapt import HeadSettings
 from moe.lm.config import ENGINE, Size
 from moe.lm.engine.engine import Engine
@@ -273,9 +274,10 @@ def adaptation_lines(adaptation: TokenAdaptation) -> list[str]:
         f"{name}: {-rows[name].loss:+.1%} ({100 * rows[name].accuracy:+.1f} points)"
         for name, rows in adaptation.changed.items()
     )
+    error = LessonFit(adaptation).error()
     return [
         f"a lesson of {adaptation.lesson_rows} rows: {1e3 * adaptation.lesson_s:.2f} ms{joules}",
         f"loss that a domain's own lessons save: {own}",
-        f"error of what is played on domains by turns: {adaptation.error['loss_rmse']:.1%} of the loss, "
-        f"{100 * adaptation.error['accuracy_rmse']:.2f} points",
+        f"error of what the twin plays on domains by turns: {error['loss_rmse']:.1%} of the loss, "
+        f"{100 * error['accuracy_rmse']:.2f} points",
     ]

@@ -36,6 +36,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from moe.compiled import jit
+from moe.lm.config import FALLS_TO, LEAST_TRUST, RISES_TO
 
 GRID_POINTS = 17
 NEGLIGIBLE = 1e-6
@@ -59,21 +60,21 @@ def adapt(weights, shift, steps, rate):
 
 
 @jit
-def learn(weights, shift, lessons, rate, loss, margin):
-    """Let a guarded head take lessons on `shift`: updates the state, float [Q], in place.
+def learn(weights, trust, shift, rate, loss, margin):
+    """Let a guarded head take a lesson on `shift`: updates the state, float [Q], in place.
 
     Where it answers worse than the unadapted one it goes back to it first (`moe.lm.adapt`).
 
     Args:
         weights: the state.
-        shift: of the lessons.
-        lessons: how many of one head.
-        rate: share of the way to the shift that is left which one goes.
+        trust: share of a whole step that it takes.
+        shift: of the lesson.
+        rate: share of the way to the shift that is left which a whole step goes.
         loss: relative change of the loss about `shift` in each pure state, float [Q].
-        margin: above which a head is worse.
+        margin: how much above or below 0 that is worse, or better.
 
     Returns:
-        Whether it went back.
+        (the trust that is left, whether it went back)
     """
     change = 0.0
     for state in range(weights.shape[0]):
@@ -81,8 +82,12 @@ def learn(weights, shift, lessons, rate, loss, margin):
     worse = change > margin
     if worse:
         start_unadapted(weights)
-    adapt(weights, shift, lessons, rate)
-    return worse
+        trust *= FALLS_TO
+    elif change < -margin:
+        trust *= RISES_TO
+    trust = min(max(trust, LEAST_TRUST), 1.0)
+    adapt(weights, shift, trust, rate)
+    return trust, worse
 
 
 @jit

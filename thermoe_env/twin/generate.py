@@ -15,13 +15,13 @@ all that is not the experts' at the device's own clock, and its share of what is
 from __future__ import annotations
 
 import math
-from dataclasses import astuple
 from typing import NamedTuple
 
 import numpy as np
 
 from moe.compiled import copy_row, inlined, inner
-from moe.lm.config import BLOCK
+from moe.lesson_fit import LessonFit
+from moe.lm.config import BLOCK, FIRST_TRUST
 from moe.lm.engine.blocks import blocks_for
 from moe.randomness import derive, integer
 from moe.service.adaptation import start_unadapted
@@ -57,6 +57,8 @@ SERVER_DTYPE = np.dtype(
         ("draw", np.int64),  # of what steps cost in this episode
         ("period_s", np.float64),  # of a step, the pause of the pace included
         ("unlearned", np.float64),  # rows of prompts that wait for a lesson
+        ("lessons", np.int64),  # that were paid and wait until each head has one
+        ("trust", np.float64),  # share of a whole step that lessons take
     ]
 )
 """What runs and what waits between two intervals."""
@@ -155,20 +157,17 @@ def generate_service(problem: Problem) -> Service:
 def _learning(problem: Problem) -> Learning:
     """How the head learns; where the profile did not let it, no lesson is ever asked for."""
     assert problem.tokens is not None
-    measured, domains = problem.tokens.adaptation, problem.profile.shifts
-    changed = np.zeros((len(domains), len(domains) + 1, 4))
+    measured, domains = problem.tokens.adaptation, len(problem.profile.shifts)
     if measured is None:
-        lessons, rate = Lessons(1.0, 0.0, 0.0, 0.0), np.zeros(len(domains))
-    else:
-        joules = measured.lesson_j
-        if joules is None:
-            joules = measured.lesson_s * problem.serving_power_w
-        lessons = Lessons(float(measured.lesson_rows), measured.lesson_s, joules, measured.margin)
-        rate = np.array([measured.rate[name] for name in domains])
-        changed[:, 1:] = [
-            [astuple(measured.changed[about][learned]) for learned in domains] for about in domains
-        ]
-    return Learning(as_record(lessons), rate, changed, np.ascontiguousarray(changed[..., 3]))
+        none = np.zeros((domains, domains + 1, 4))
+        return Learning(as_record(Lessons(1.0, 0.0, 0.0, 0.0)), np.zeros(domains), none, none[..., 3].copy())
+    joules = measured.lesson_s * problem.serving_power_w if measured.lesson_j is None else measured.lesson_j
+    lessons = Lessons(float(measured.lesson_rows), measured.lesson_s, joules, measured.margin)
+    fit = LessonFit(measured)
+    order = [fit.domains.index(name) for name in problem.profile.shifts]
+    states = [0, *(1 + d for d in order)]
+    changed = np.ascontiguousarray(fit.changed[np.ix_(order, states)])
+    return Learning(as_record(lessons), fit.rate[order], changed, np.ascontiguousarray(changed[..., 3]))
 
 
 @inlined
@@ -366,7 +365,7 @@ def start(fixed, seed, state, i):
     start_unadapted(state.weights[i])
     copy_row(state.purse[i], fixed.fresh_purse)
     server = state.server[i]
-    server.unlearned = 0.0
+    server.unlearned, server.lessons, server.trust = 0.0, 0, FIRST_TRUST
     for c in range(2):
         server.next[c] = server.head[c] = 0
         server.begun[c] = server.ended[c] = server.prompts[c] = server.decoding[c] = server.late[c] = 0.0

@@ -1,7 +1,7 @@
 """Adaptation of the token service on the mean, compiled: the head learns from prompts (`moe.lm.adapt`).
 
-Two heads learn by turns, each from one half of the documents; a slot takes them as one, for which a lesson of
-either is half a lesson. What is learned and forgotten is `moe.service.adaptation`'s.
+Two heads learn by turns, each from one half of the documents. Here they are one, which learns when each has
+had a lesson. What is learned and forgotten is `moe.service.adaptation`'s.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe.compiled import inlined
-from moe.lm.adapt import HALVES
+from moe.lm.config import HALVES
 from moe.service.adaptation import learn
 from moe.service.budget import balance_of, pay_steps
 from moe.service.queueing import SLOT_S
@@ -113,9 +113,14 @@ def take_lessons(terms, learning, server, weights, purse, shift, steps, read, se
     paid = asked
     if purse.shape[0] > 0:
         paid = pay_steps(purse, SLOT_S, serving_j, joules, asked)
-    for _ in range(paid):
-        if learn(weights, shift, 1.0 / HALVES, learning.rate[shift], learning.loss[shift], lessons.margin):
-            work.ttt_rolled_back += 1.0
+    server.lessons += paid
+    while server.lessons >= HALVES:
+        server.trust, worse = learn(
+            weights, server.trust, shift, learning.rate[shift], learning.loss[shift], lessons.margin
+        )
+        server.lessons -= HALVES
+        if worse:
+            work.ttt_rolled_back += HALVES
     work.ttt_steps += paid
     work.ttt_refused += asked - paid
     work.ttt_busy_s += paid * lessons.seconds / clock

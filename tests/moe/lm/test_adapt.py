@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe.lm.adapt import FIRST_TRUST, HeadAdapter, HeadCounters, HeadSettings, NothingToLearnError
-from moe.lm.config import SIZES
+from moe.lm.adapt import HeadAdapter, HeadCounters, HeadSettings, NothingToLearnError
+from moe.lm.config import FIRST_TRUST, SIZES
 from moe.lm.engine.engine import Engine
 from moe.lm.model import LanguageModel
 from moe.lm.text import DOMAINS, documents

@@ -31,7 +31,7 @@ from moe.profiling.token_quality import (
 )
 from moe.profiling.tokens import TokenOptions, measure
 from moe.service.generate.sequences import Texts
-from moe.token_profile import Learned, QualityCell, TokenAdaptation, load_token_profile
+from moe.token_profile import Learned, QualityCell, TokenAdaptation, Visit, load_token_profile
 from tests.moe.lm.plain_decoder import TINY, make_model, make_tokens
 
 H200 = Path(__file__).parents[3] / "configs/profiles/h200-generate.json"
@@ -229,9 +229,10 @@ def learned() -> TokenAdaptation:
     """Made up."""
     nothing = Learned(accuracy=0.0, confidence=0.0, entropy=0.0, loss=0.0)
     return TokenAdaptation(
-        lesson_rows=512, margin=0.005, lesson_s=0.1, lesson_j=None, rate=dict.fromkeys(DOMAINS, 0.2),
+        lesson_rows=512, margin=0.005, lesson_s=0.1, lesson_j=None,
+        curve=dict.fromkeys(DOMAINS, ((0.0, 0.0), (2.0, -0.01))),
         changed={about: dict.fromkeys(DOMAINS, nothing) for about in DOMAINS},
-        error={"points": 2.0, "loss_rmse": 0.01, "accuracy_rmse": 0.002}, provenance={},
+        visits=((Visit(domain="c", lessons=3, loss=0.01, accuracy=0.0),),), provenance={},
     )  # fmt: skip
 
 
@@ -346,7 +347,7 @@ def test_what_was_kept_of_other_weights_or_another_card_is_refused(quick: TokenO
         lambda d: json.dumps({**d, "cells": [{"decode_rows": 1}]}),
         lambda d: json.dumps({**d, "cells": 3}),
         lambda d: json.dumps({**d, "quality": "good"}),
-        lambda d: json.dumps({**d, "adaptation": {"rate": 1}}),
+        lambda d: json.dumps({**d, "adaptation": {"curve": 1}}),
         lambda d: json.dumps({key: value for key, value in d.items() if key != "idle_w"}),
     ],
 )

@@ -30,9 +30,10 @@ def adaptation(rate: float = 0.3, lesson_s: float = LESSON_S) -> TokenAdaptation
     """Made up: logs are worth learning, and what was learned of them is worse about prose."""
     changed = {about: dict.fromkeys(DOMAINS, NOTHING) for about in DOMAINS}
     changed["logs"]["logs"], changed["prose"]["logs"] = BETTER, WORSE
+    curve = {name: ((0.0, 0.0), (1.0, 0.25 * rate * changed[name][name].loss)) for name in DOMAINS}
     return TokenAdaptation(
-        lesson_rows=ROWS, margin=0.005, lesson_s=lesson_s, lesson_j=LESSON_J,
-        rate=dict.fromkeys(DOMAINS, rate), changed=changed, error={}, provenance={},
+        lesson_rows=ROWS, margin=0.005, lesson_s=lesson_s, lesson_j=LESSON_J, curve=curve, changed=changed,
+        visits=(), provenance={},
     )  # fmt: skip
 
 
@@ -112,8 +113,9 @@ def test_a_head_that_learned_another_domain_goes_back_at_its_first_lesson() -> N
     state.weights[0] = 0.0
     state.weights[0, 1 + DOMAINS.index("logs")] = 1.0
     row = workload.run(ADAPTING, 1.0)
-    assert row.ttt_rolled_back == 1.0
+    assert row.ttt_rolled_back == 2.0  # of either half
     assert state.weights[0, 1 + DOMAINS.index("logs")] == 0.0
+    assert state.server["trust"][0] == 0.0625
 
 
 def test_devices_that_share_experts_do_not_adapt_and_the_guard_stays() -> None:
