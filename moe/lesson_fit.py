@@ -51,7 +51,11 @@ class LessonFit:
                 reached.append(weights @ self.loss[d])
             return float(np.square(change - np.array(reached)[whole]).sum())
 
-        found: Any = minimize_scalar(error, bounds=(0.01, 1.0), method="bounded")
+        # Trust moves in steps, so the error has valleys: first the best of a grid, then what is near it.
+        grid = np.geomspace(0.01, 1.0, 100)
+        best = int(np.argmin([error(rate) for rate in grid]))
+        near = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
+        found: Any = minimize_scalar(error, bounds=near, method="bounded")
         return float(found.x)
 
     def _unadapted(self) -> np.ndarray:

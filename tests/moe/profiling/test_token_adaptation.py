@@ -91,7 +91,8 @@ def test_a_rate_is_found_again_and_what_it_says_of_turns_is_a_recursion(rate: fl
             elif change < -0.005:
                 trust *= 2.0
             trust = min(1.0, max(trust, 1 / 64))
-            weight = weight + rate * trust * (1.0 - weight) if learned else weight * (1.0 - rate * trust)
+            left = (1.0 - rate) ** trust
+            weight = 1.0 - left * (1.0 - weight) if learned else weight * left
             found.append(gain * weight)
         return found
 
@@ -100,11 +101,13 @@ def test_a_rate_is_found_again_and_what_it_says_of_turns_is_a_recursion(rate: fl
 
     alone = [0.0, *play([1] * 20)]
     curve = tuple((float(n), alone[n]) for n in (0, 1, 2, 4, 8, 20))
-    turns = [1] * 6 + [0] * 2 + [1] * 3
+    turns = [1] * 6 + [0] * 1 + [1] * 4  # of both heads together 12, 3 and 7 lessons
     end = play(turns)
+    about_a = {"a": learned(0.0), "b": learned(-4.0 * gain)}
+    about_b = {"a": learned(0.0), "b": learned(gain)}
     adaptation = TokenAdaptation(
-        lesson_rows=64, margin=0.005, lesson_s=1.0, lesson_j=None, curve={"a": ((0.0, 0.0), (1.0, 0.0)), "b": curve},
-        changed={"a": {"a": learned(0.0), "b": learned(-4.0 * gain)}, "b": {"a": learned(0.0), "b": learned(gain)}},
+        lesson_rows=64, margin=0.005, lesson_s=1.0, lesson_j=None,
+        curve={"a": ((0.0, 0.0), (1.0, 0.0)), "b": curve}, changed={"a": about_a, "b": about_b},
         visits=(
             (
                 Visit(domain="b", lessons=12, loss=end[5], accuracy=-end[5]),
@@ -119,5 +122,4 @@ def test_a_rate_is_found_again_and_what_it_says_of_turns_is_a_recursion(rate: fl
     assert fit.rate[1] == pytest.approx(rate, abs=2e-3)
     error = fit.error()
     assert error["points"] == 3.0
-    if rate != 0.9:
-        assert error["loss_rmse"] < 0.03 * abs(gain) and error["accuracy_rmse"] < 0.03 * abs(gain)
+    assert error["loss_rmse"] < 0.01 * abs(gain) and error["accuracy_rmse"] < 0.01 * abs(gain)
