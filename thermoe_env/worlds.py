@@ -202,6 +202,7 @@ def runner_of(problem: Problem, device: str, checkpoint: Checkpoint | None) -> R
     if profile.ttt_latency_s is None:
         return Runner(model, samples, device)
     wanted = problem.scenario.adaptation
+    assert wanted.method != "head" and wanted.group != "head"  # of task generate
     settings, _ = METHODS[wanted.method]
     guard = GuardSettings() if wanted.guard else None
     return Runner(model, samples, device, adapter=Adapter(model, settings(), wanted.group, guard))

@@ -241,6 +241,11 @@ class Scenario:
                 f"adaptation.method {self.adaptation.method!r} is not for task {self.task!r}; use one of "
                 f"{fitting}"
             )
+        if (self.adaptation.method == "head") != (self.adaptation.group == "head"):
+            wanted = self.adaptation.method, self.adaptation.group
+            raise ValueError(
+                f"adaptation.method and .group are both 'head' or neither, got {wanted}: name both"
+            )
         if self.adaptation.method == "head" and not self.adaptation.guard:
             raise ValueError("adaptation.guard of the method 'head' cannot be off: leave it out")
         if self.task == "generate" and len(self.devices) > 1 and self.adapts:

@@ -28,7 +28,7 @@ ADAPTING = replace(STANDARD, ttt_steps=1)
 
 def adaptation(rate: float = 0.3, lesson_s: float = LESSON_S) -> TokenAdaptation:
     """Made up: logs are worth learning, and what was learned of them is worse about prose."""
-    changed = {about: dict.fromkeys(DOMAINS, NOTHING) for about in DOMAINS}
+    changed: dict[str, dict[str, Learned]] = {about: dict.fromkeys(DOMAINS, NOTHING) for about in DOMAINS}
     changed["logs"]["logs"], changed["prose"]["logs"] = BETTER, WORSE
     curve = {name: ((0.0, 0.0), (1.0, 0.25 * rate * changed[name][name].loss)) for name in DOMAINS}
     return TokenAdaptation(
@@ -125,6 +125,8 @@ def test_devices_that_share_experts_do_not_adapt_and_the_guard_stays() -> None:
             devices=[{"experts": list(range(32))}, {"experts": list(range(32, 64))}],
         )  # fmt: skip
     with pytest.raises(ScenarioError, match="cannot be off"):
-        load_scenario("tokens", adaptation={"method": "head", "guard": False})
+        load_scenario("tokens", adaptation={"method": "head", "group": "head", "guard": False})
+    with pytest.raises(ScenarioError, match="both 'head' or neither"):
+        load_scenario("tokens", adaptation={"method": "head"})
     with pytest.raises(ScenarioError, match="not for task"):
         load_scenario("tokens", adaptation={"method": "tent", "group": "router"})
