@@ -1,6 +1,8 @@
-"""How fast the head of the token service learns each domain: fitted to the curves of a profile.
+"""What lessons do to the head of the token service (`moe.lm.adapt`): a law, fitted to a profile's curves.
 
-The law is `moe.service.adaptation.learn`. Shapes: D domains, Q = D + 1 pure states, the unadapted first.
+The state is one of `moe.service.adaptation`: weights of pure states, the unadapted head and one that has
+learned each domain to the end. A lesson goes a share of the way to its domain's that is left.
+Shapes: D domains, Q = D + 1 pure states, the unadapted first.
 """
 
 from __future__ import annotations
@@ -12,9 +14,41 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from moe.lm.config import FIRST_TRUST, HALVES
-from moe.service.adaptation import learn, start_unadapted
+from moe.compiled import jit
+from moe.lm.config import FALLS_TO, FIRST_TRUST, HALVES, LEAST_TRUST, RISES_TO
+from moe.service.adaptation import adapt, start_unadapted
 from moe.token_profile import TokenAdaptation
+
+
+@jit
+def learn(weights, trust, shift, rate, loss, margin):
+    """Let a guarded head take a lesson on `shift`: updates the state, float [Q], in place.
+
+    Where it answers worse than the unadapted one it goes back to it first (`moe.lm.adapt`).
+
+    Args:
+        weights: the state.
+        trust: share of a whole step that it takes.
+        shift: of the lesson.
+        rate: share of the way to the shift that is left which a whole step goes.
+        loss: relative change of the loss about `shift` in each pure state, float [Q].
+        margin: how much above or below 0 that is worse, or better.
+
+    Returns:
+        (the trust that is left, whether it went back)
+    """
+    change = 0.0
+    for state in range(weights.shape[0]):
+        change += weights[state] * loss[state]
+    worse = change > margin
+    if worse:
+        start_unadapted(weights)
+        trust *= FALLS_TO
+    elif change < -margin:
+        trust *= RISES_TO
+    trust = min(max(trust, LEAST_TRUST), 1.0)
+    adapt(weights, shift, trust, rate)
+    return trust, worse
 
 
 class LessonFit:

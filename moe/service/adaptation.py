@@ -19,9 +19,6 @@ exact wherever at most two weights are not zero.
 A mixture of i and l is placed at sqrt(w_l) / (sqrt(w_i) + sqrt(w_l)), in which its quality is smooth at both
 ends: the larger variance rules until little of it is left.
 
-The head of the token service (`moe.lm.adapt`) has a state of the same kind: lessons bring it a share of what
-is left of the way to the domain's own, so its pure states are heads that have learned one domain to the end.
-
 Index letters: S shifts, Q = S + 1 pure states (unadapted, then adapted to each shift), M pairs of them in the
 order of `itertools.combinations`, P measured and G tabulated points of a mixture, K expert counts, R routing
 biases. The three qualities are accuracy, confidence and entropy.
@@ -36,7 +33,6 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 
 from moe.compiled import jit
-from moe.lm.config import FALLS_TO, LEAST_TRUST, RISES_TO
 
 GRID_POINTS = 17
 NEGLIGIBLE = 1e-6
@@ -57,37 +53,6 @@ def adapt(weights, shift, steps, rate):
     for state in range(weights.shape[0]):
         weights[state] *= kept
     weights[shift + 1] += 1.0 - kept
-
-
-@jit
-def learn(weights, trust, shift, rate, loss, margin):
-    """Let a guarded head take a lesson on `shift`: updates the state, float [Q], in place.
-
-    Where it answers worse than the unadapted one it goes back to it first (`moe.lm.adapt`).
-
-    Args:
-        weights: the state.
-        trust: share of a whole step that it takes.
-        shift: of the lesson.
-        rate: share of the way to the shift that is left which a whole step goes.
-        loss: relative change of the loss about `shift` in each pure state, float [Q].
-        margin: how much above or below 0 that is worse, or better.
-
-    Returns:
-        (the trust that is left, whether it went back)
-    """
-    change = 0.0
-    for state in range(weights.shape[0]):
-        change += weights[state] * loss[state]
-    worse = change > margin
-    if worse:
-        start_unadapted(weights)
-        trust *= FALLS_TO
-    elif change < -margin:
-        trust *= RISES_TO
-    trust = min(max(trust, LEAST_TRUST), 1.0)
-    adapt(weights, shift, trust, rate)
-    return trust, worse
 
 
 @jit

@@ -1,7 +1,7 @@
 """Adaptation of the token service on the mean, compiled: the head learns from prompts (`moe.lm.adapt`).
 
 Two heads learn by turns, each from one half of the documents. Here they are one, which learns when each has
-had a lesson. What is learned and forgotten is `moe.service.adaptation`'s.
+had a lesson. What is learned and forgotten is `moe.lesson_fit`'s.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from moe.compiled import inlined
+from moe.lesson_fit import learn
 from moe.lm.config import HALVES
-from moe.service.adaptation import learn
 from moe.service.budget import balance_of, pay_steps
 from moe.service.queueing import SLOT_S
 from thermoe_env.device.physics import clock_power_factor
@@ -35,7 +35,7 @@ class Learning(NamedTuple):
     lessons: np.ndarray
     """`Lessons`, an array of one record."""
     rate: np.ndarray
-    """Of each domain, see `moe.service.adaptation.learn`.  # [S]"""
+    """Of each domain, see `moe.lesson_fit.learn`.  # [S]"""
     changed: np.ndarray
     """[S, Q, 4] what each pure state changes: accuracy, confidence, entropy, and loss (relative)."""
     loss: np.ndarray
