@@ -172,7 +172,7 @@ def test_a_killed_training_ends_where_an_undisturbed_one_does(
     killed = Training(config, tmp_path / "killed")
     moment = float(np.random.default_rng(7).uniform(0.0, 11.0))
     assert 1 <= killed.kill(moment, round_s=0.05) < 24
-    killed.finish()
+    resume(killed.folder, progress=False)
     whole = train(config, tmp_path / "whole", progress=False)
     for name in ("last_model.zip", "best_model.zip"):
         assert differences(killed.folder / name, whole / name) == []
@@ -210,8 +210,8 @@ import os, pathlib, signal, sys
 from agents.learning.training import train
 from agents.learning.config import load_train_config
 
-settings, folder, where = sys.argv[1:]
-write, replace, written = pathlib.Path.write_bytes, os.replace, 0
+settings, *runs = sys.argv[1:]
+write, replace, written, where = pathlib.Path.write_bytes, os.replace, 0, ""
 
 def write_bytes(path, content):
     global written
@@ -227,24 +227,35 @@ def put_in_place(source, target):
     replace(source, target)
 
 pathlib.Path.write_bytes, os.replace = write_bytes, put_in_place
-train(load_train_config(settings), folder, progress=False)
+for where in runs:
+    if os.fork() == 0:  # what was imported is imported once
+        train(load_train_config(settings), where, progress=False)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
+PLACES = ("amid the bytes", "before the new file is in place")
 
 
-@pytest.mark.parametrize("where", ["amid the bytes", "before the new file is in place"])
-def test_a_kill_while_writing_leaves_the_checkpoint_before(
-    where: str, config: TrainConfig, tmp_path: Path
-) -> None:
-    settings, folder = tmp_path / "settings.yaml", tmp_path / "run"
-    settings.write_text(yaml.safe_dump(config.flat()))
-    command = [sys.executable, "-c", KILLED_WHILE_WRITING, str(settings), str(folder), where]
+@pytest.fixture(scope="module")
+def killed_and_whole(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of trainings that were killed in `PLACES`, and of one that was not."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "settings.yaml").write_text(yaml.safe_dump(config.flat()))
+    command = [sys.executable, "-c", KILLED_WHILE_WRITING, "settings.yaml", *PLACES]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    assert subprocess.run(command, cwd=tmp_path, env=environment).returncode == -signal.SIGKILL
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ended.stdout.splitlines()[-2:] == 2 * [str(-signal.SIGKILL)], ended.stderr
+    train(config, folder / "whole", progress=False)
+    return folder
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_a_kill_while_writing_leaves_the_checkpoint_before(where: str, killed_and_whole: Path) -> None:
+    folder = killed_and_whole / where
     assert len(list(folder.glob("last_model.zip.*.part"))) == 1  # the one that it died over
     assert read_state(folder / "last_model.zip")["num_timesteps"] == UPDATE  # written at 0, one round, two
     resume(folder, progress=False)
-    whole = train(config, tmp_path / "whole", progress=False)
-    assert differences(folder / "last_model.zip", whole / "last_model.zip") == []
+    assert differences(folder / "last_model.zip", killed_and_whole / "whole" / "last_model.zip") == []
 
 
 def test_differences_are_found(config: TrainConfig, tmp_path: Path) -> None:

@@ -48,17 +48,26 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def stopped(world: Path, config: TrainConfig, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def world_and_run(world: Path, config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of that world, with a run in it that has a round to go."""
-    shutil.copytree(world, tmp_path / "world")
+    folder = tmp_path_factory.mktemp("begun") / "world"
+    shutil.copytree(world, folder)
+    short = replace(config, scenario=str(folder / "mine.yaml"), total_timesteps=UPDATE)
+    run = train(short, folder / "run", progress=False)
+    replaced(run / "config.yaml", f"total_timesteps: {UPDATE}", f"total_timesteps: {2 * UPDATE}")
+    return folder
+
+
+@pytest.fixture
+def stopped(world_and_run: Path, tmp_path: Path) -> Path:
+    """That run in a copy of its own, which reads the files of the copy."""
+    shutil.copytree(world_and_run, tmp_path / "world")
     run = tmp_path / "world" / "run"
-    short = replace(config, scenario=str(tmp_path / "world" / "mine.yaml"), total_timesteps=UPDATE)
-    train(short, run, progress=False)
-    text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(
-        text.replace(f"total_timesteps: {UPDATE}", f"total_timesteps: {2 * UPDATE}")
-    )
+    for name in ("config.yaml", "scenario.yaml"):
+        text = (run / name).read_text()
+        assert str(world_and_run) in text
+        (run / name).write_text(text.replace(str(world_and_run), str(tmp_path / "world")))
     return run
 
 
