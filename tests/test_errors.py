@@ -51,6 +51,7 @@ REFUSED = {
     "studies.robustness --config nope": "no studies 'nope'",
     "benchmarks.train_speed --scenario nope": "no scenarios 'nope'",
     "benchmarks.twin_error --twin nope": "no twin 'nope'",
+    "benchmarks.expert_parallel --out .": "torchrun --nproc-per-node 2",
     "benchmarks.expert_parallel --out . --placement nope": "torchrun",
 }
 ROOT = Path(__file__).parents[1]

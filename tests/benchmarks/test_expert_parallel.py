@@ -73,12 +73,3 @@ def test_a_short_run_of_two_processes(tmp_path: Path) -> None:
         assert found[key]["tokens_share"] == unbiased["tokens_share"]
         assert found[key]["quality"] == unbiased["quality"]
     assert found[(0.0, 1.0), 1.0]["tokens_share"][1] < 0.5 * unbiased["tokens_share"][1]
-
-
-def test_without_processes_the_remedy_is_named(tmp_path: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.expert_parallel", "--out", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert run.returncode != 0
-    assert "torchrun --nproc-per-node 2" in run.stderr
