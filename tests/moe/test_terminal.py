@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from moe.terminal import as_shown, plain_terminal
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    ["-m", "thermoe_env.calibration", "--help"], ["evaluate.py", "--help"], ["train_agent.py", "--help"],
-    ["-m", "moe.profiling", "--help"], ["-m", "studies.run", "--help"],
-    ["-m", "thermoe_env.calibration", "validate", "configs/traces/h100_profiling_telemetry.csv"],
+    ["thermoe_env.calibration", "--help"], ["evaluate.py", "--help"], ["train_agent.py", "--help"],
+    ["moe.profiling", "--help"], ["studies.run", "--help"],
+    ["thermoe_env.calibration", "validate", "configs/traces/h100_profiling_telemetry.csv"],
 )  # fmt: skip
 
 
@@ -46,13 +47,33 @@ def test_a_command_writes_to_any_stream(monkeypatch: pytest.MonkeyPatch) -> None
     plain_terminal()
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_commands_end_well_on_an_ascii_terminal(command: list[str]) -> None:
+FORKED = """
+import json, os, runpy, sys
+import agents.evaluation.command, agents.learning.command, moe.profiling.cli, studies.run
+sys.path.insert(0, os.getcwd())
+for first, *rest in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        sys.argv = [first, *rest]
+        if first.endswith(".py"):
+            runpy.run_path(first, run_name="__main__")
+        else:
+            runpy.run_module(first, run_name="__main__", alter_sys=True)
+        sys.exit()
+    code = os.waitstatus_to_exitcode(os.wait()[1])
+    if code:
+        sys.exit(f"{first} {rest} ended by {code}")
+"""
+"""Commands in processes of their own, for which what they share is imported once."""
+
+
+def test_commands_end_well_on_an_ascii_terminal() -> None:
     environment = {key: value for key, value in os.environ.items() if key != "LANG"} | {
         "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0",
         "PYTHONIOENCODING": "ascii", "COLUMNS": "40",
     }  # fmt: skip
     run = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, check=False
-    )
+        [sys.executable, "-c", FORKED, json.dumps(COMMANDS)],
+        cwd=ROOT, env=environment, capture_output=True, check=False,
+    )  # fmt: skip
     assert run.returncode == 0 and run.stdout.isascii() and b"\\u" not in run.stdout, run.stderr.decode()
+    assert run.stdout.count(b"usage: ") == sum("--help" in command for command in COMMANDS)

@@ -88,7 +88,7 @@ def test_no_request_and_no_token_is_lost_under_any_knobs(load: float) -> None:
     workload = make_workload(load, Promises(expire_after_s=(1.0, 2.0), deadline_s=(0.9, 1.9)))
     workload.reset(3)
     waiting = np.zeros(2)
-    for second in range(10):
+    for second in range(6):  # all knobs, and one twice
         knobs = replace(KNOBS[second * 7 % 5], admission=(1.0, 0.0, 0.5)[second % 3])
         stats = workload.run(knobs, 1.0)
         arrived, answered, expired = map(np.array, (stats.arrived, stats.answered, stats.expired))
@@ -126,10 +126,10 @@ def test_an_empty_service_has_its_whole_cache_and_served_every_token_that_was_as
 def test_at_the_trained_knobs_each_token_is_right_where_the_whole_document_says_so() -> None:
     workload = make_workload(1.0)
     workload.reset(2)
-    stats = [workload.run(STANDARD, 1.0) for _ in range(5)]
+    stats = [workload.run(STANDARD, 1.0) for _ in range(3)]
     assert sum(row.reference_tokens for row in stats) > 0
     assert [row.right_tokens for row in stats] == [row.reference_tokens for row in stats]
-    fewer = [workload.run(Knobs(batch_size=16, expert_count=1), 1.0) for _ in range(5)]
+    fewer = [workload.run(Knobs(batch_size=16, expert_count=1), 1.0) for _ in range(3)]
     assert sum(row.right_tokens for row in fewer) != sum(row.reference_tokens for row in fewer)
 
 
@@ -137,7 +137,7 @@ def test_deferrable_requests_get_the_places_that_admission_leaves_them() -> None
     workload = make_workload(6.0)
     workload.reset(5)
     for admission, most in ((0.0, 0), (0.5, 8)):
-        for _ in range(3):
+        for _ in range(2):
             workload.run(replace(STANDARD, admission=admission), 1.0)
         assert workload._sequences.n_running[1] <= most
         assert workload._sequences.running <= 16
@@ -166,8 +166,8 @@ def test_pace_caps_the_busy_share() -> None:
     workload = make_workload(6.0)
     workload.reset(6)
     for pace in (1.0, 0.5, 0.2):
-        busy = [workload.run(Knobs(batch_size=16, expert_count=4, pace=pace), 1.0).busy_s for _ in range(3)]
-        assert max(busy[1:]) <= pace + 0.02
+        busy = [workload.run(Knobs(batch_size=16, expert_count=4, pace=pace), 1.0).busy_s for _ in range(2)]
+        assert busy[1] <= pace + 0.02
 
 
 def test_late_answers_are_told_by_each_promise() -> None:
@@ -176,7 +176,7 @@ def test_late_answers_are_told_by_each_promise() -> None:
     ):  # fmt: skip
         workload = make_workload(0.5, promises)
         workload.reset(7)
-        stats = [workload.run(STANDARD, 1.0) for _ in range(4)]
+        stats = [workload.run(STANDARD, 1.0) for _ in range(3)]
         late, answered = (sum(sum(getattr(row, name)) for row in stats) for name in ("late", "answered"))
         assert answered > 0 and late >= 0.8 * answered  # answers of one token have no time per token
         assert sum(row.good for row in stats) <= sum(row.correct for row in stats)
@@ -185,7 +185,7 @@ def test_late_answers_are_told_by_each_promise() -> None:
 def test_a_full_cache_makes_requests_wait_and_loses_none() -> None:
     small = make_workload(3.0, cache_positions=4 * 64 + 128)
     small.reset(8)
-    rows = [small.run(STANDARD, 1.0) for _ in range(10)]
+    rows = [small.run(STANDARD, 1.0) for _ in range(5)]
     assert max(row.cache_share for row in rows) > 0.6
     assert sum(row.answered[0] for row in rows) > 0
     assert sum(map(sum, (row.arrived for row in rows))) == pytest.approx(
