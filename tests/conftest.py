@@ -38,9 +38,10 @@ torch.set_num_threads(1)
 
 
 LONG = (
-    "test_wheel.py", "test_frozen.py", "test_fuzz.py", "test_expert_parallel.py", "test_calibrate.py",
-    "test_kill_resume.py", "test_autoreset.py", "test_ttt.py", "test_tables.py", "test_token_command.py",
-    "test_ttt_frontier.py", "test_every_method.py",
+    "test_every_method.py", "test_frozen.py", "test_generate_live.py", "test_fuzz.py", "test_kill_resume.py",
+    "test_compiled.py", "test_expert_parallel.py", "test_wheel.py", "test_parallel.py", "test_calibrate.py",
+    "test_generate_adaptation.py", "test_ttt.py", "test_ttt_frontier.py", "test_training.py",
+    "test_processes.py", "test_run.py", "test_routing.py", "test_fit.py",
 )  # fmt: skip
 """Files that take longest: begun first, so that no worker is left alone with one of them at the end."""
 

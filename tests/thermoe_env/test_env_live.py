@@ -20,7 +20,10 @@ from thermoe_env.worlds import warn_of_another_card
 CAPTURED = {"captured": True}  # the provenance of a profile
 
 
-@pytest.mark.parametrize("mode", ACTION_MODES)
+@pytest.mark.parametrize(
+    "mode",  # the twin's checkers hold every one
+    [ACTION_MODES[0], *(pytest.param(mode, marks=pytest.mark.slow) for mode in ACTION_MODES[1:])],
+)
 def test_checkers_accept_the_live_id_on_a_cpu(mode: str) -> None:
     env = gymnasium.make(
         "ThermalMoELive-v0", action_mode=mode, overrides={"interval_s": 0.5}, disable_env_checker=True
