@@ -143,8 +143,11 @@ class _Cache(FunctionCache):
         """
         cells = [cell.cell_contents for cell in self._py_func.__closure__ or ()]
         closed = [str(cell) if isinstance(cell, types.Type) else dumps(cell) for cell in cells]
-        stamps = map(_stamp_of, _classes((*sig, *cells)))
-        return sig, codegen.magic_tuple(), self._py_func.__code__.co_code, *closed, *stamps
+        classes = [
+            (_stamp_of(of), of.__module__, of.__qualname__, getattr(of, "_fields", ()))
+            for of in _classes((*sig, *cells))
+        ]
+        return sig, codegen.magic_tuple(), self._py_func.__code__.co_code, *closed, *classes
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep a compiled function and remove what was kept of it for other sources."""

@@ -21,34 +21,40 @@ from moe.token_profile import TokenAdaptation
 
 
 @jit
-def learn(weights, trust, shift, rate, loss, margin):
-    """Let a guarded head take a lesson on `shift`: updates the state, float [Q], in place.
+def learn(weights, trust, shift, lessons, rate, loss, margin):
+    """Let a guarded head take lessons on `shift`: updates the state, float [Q], in place.
 
-    Where it answers worse than the unadapted one it goes back to it first (`moe.lm.adapt`).
+    Before each, one that answers worse than the unadapted head goes back to it (`moe.lm.adapt`).
 
     Args:
         weights: the state.
         trust: share of a whole step that it takes.
-        shift: of the lesson.
+        shift: of the lessons.
+        lessons: how many, whole.
         rate: share of the way to the shift that is left which a whole step goes.
         loss: relative change of the loss about `shift` in each pure state, float [Q].
         margin: how much above or below 0 that is worse, or better.
 
     Returns:
-        (the trust that is left, whether it went back)
+        (the trust that is left, how often it went back)
     """
-    change = 0.0
-    for state in range(weights.shape[0]):
-        change += weights[state] * loss[state]
-    worse = change > margin
-    if worse:
-        start_unadapted(weights)
-        trust *= FALLS_TO
-    elif change < -margin:
-        trust *= RISES_TO
-    trust = min(max(trust, LEAST_TRUST), 1.0)
-    adapt(weights, shift, trust, rate)
-    return trust, worse
+    returns, own = 0, loss[shift + 1]
+    while lessons > 0:
+        change = 0.0
+        for state in range(weights.shape[0]):
+            change += weights[state] * loss[state]
+        if change > margin:
+            start_unadapted(weights)
+            trust, change, returns = trust * FALLS_TO, 0.0, returns + 1
+        elif change < -margin:
+            trust *= RISES_TO
+        trust = min(max(trust, LEAST_TRUST), 1.0)
+        # From here on the change lies between what it is and the shift's own: the rest may be alike.
+        alike = own <= margin and (trust == 1.0 or min(change, own) >= -margin)
+        taken = lessons if alike else 1
+        adapt(weights, shift, taken * trust, rate)
+        lessons -= taken
+    return trust, returns
 
 
 class LessonFit:
@@ -81,7 +87,7 @@ class LessonFit:
         def error(rate: float) -> float:
             weights, trust, reached = self._unadapted(), FIRST_TRUST, [0.0]
             for _ in range(whole.max()):
-                trust, _ = learn(weights, trust, d, rate, self.loss[d], self.margin)
+                trust, _ = learn(weights, trust, d, 1, rate, self.loss[d], self.margin)
                 reached.append(weights @ self.loss[d])
             return float(np.square(change - np.array(reached)[whole]).sum())
 
@@ -105,9 +111,11 @@ class LessonFit:
             for visit in visits:
                 d = self.domains.index(visit.domain)
                 waiting += visit.lessons
-                while waiting >= HALVES:  # of each head one
-                    trust, _ = learn(weights, trust, d, self.rate[d], self.loss[d], self.margin)
-                    waiting -= HALVES
+                # Of each head one is a lesson of the law.
+                trust, _ = learn(
+                    weights, trust, d, waiting // HALVES, self.rate[d], self.loss[d], self.margin
+                )
+                waiting %= HALVES
                 predicted = weights @ self.changed[d]
                 errors.append((predicted[3] - visit.loss, predicted[0] - visit.accuracy))
         loss, accuracy = np.sqrt(np.square(errors).mean(axis=0)) if errors else (np.nan, np.nan)

@@ -190,9 +190,14 @@ class ExpertReads:
         return found
 
     def _curve(self, counts: dict[int, float]) -> tuple[np.ndarray, np.ndarray]:
-        """Logarithms of rows, and of their pressure.  # [N] each."""
+        """Logarithms of rows, and of their pressure, both ascending.  # [N] each.
+
+        Rows that read no more than fewer did tell nothing: of those that read all only the fewest do.
+        """
         rows = np.array(sorted(counts), float)
         read = np.minimum([counts[int(n)] for n in rows], self.n_experts * (1 - 1e-4))
+        told = np.append(True, read[1:] > np.maximum.accumulate(read)[:-1])
+        rows, read = rows[told], read[told]
         return np.log(rows), np.log(-np.log1p(-read / self.n_experts))
 
 

@@ -2,7 +2,9 @@
 
 The counter ticks every 100 ms and a phase lasts milliseconds, so a phase is repeated until many ticks are
 over, and its energy is that between two ticks by the number of repetitions. How well the phases add up is
-told by a run that mixes them, measured in the same way. Without a meter the cost is device time, in seconds.
+told by a run that mixes them, measured in the same way. Idle power is taken off: kernels of small batches are
+launched one by one, and how long the device waits for the next is the host's mood. Without a meter the cost
+is device time, in seconds.
 All is weighed several times over, one after the other, so that the spread holds what drifts meanwhile.
 """
 
@@ -36,7 +38,7 @@ SNAPSHOT_EVERY = 4
 
 @dataclass
 class Costs:
-    """Cost per batch, in joules, or in seconds where there is no meter.
+    """Cost per batch, in joules above idle, or in seconds where there is no meter.
 
     Attributes:
         phases: Of `serve`, `guard`, `snapshot`, `swap`, and of TENT's `forward`, `backward` and `update`.
@@ -52,8 +54,11 @@ class Costs:
 class Scale:
     """Weighs a load by repeating it: energy from tick to tick, or time."""
 
-    def __init__(self, meter: EnergyMeter | None, device: torch.device, window_s: float) -> None:
+    def __init__(
+        self, meter: EnergyMeter | None, device: torch.device, window_s: float, idle_w: float = 0.0
+    ) -> None:
         self._meter, self._cuda, self._window_s = meter, device.type == "cuda", window_s
+        self._idle_w = idle_w
 
     def weigh(self, load: Callable[[], object]) -> float:
         """Return the cost of a load, mean over the repetitions of a window."""
@@ -68,7 +73,8 @@ class Scale:
             until = time.perf_counter() + WARM_S
             while time.perf_counter() < until:
                 repeat()
-            return self._meter.per_run(repeat, self._window_s)[0]
+            joules, seconds = self._meter.per_run(repeat, self._window_s)
+            return joules - self._idle_w * seconds
         self._wait()
         begin, count = time.perf_counter(), 0
         while time.perf_counter() < begin + self._window_s:

@@ -21,6 +21,7 @@ from moe.device.meter import open_meter
 from moe.device.torch_device import serving_dtype
 from moe.model.config import Size
 from moe.model.transformer import MoEModel
+from moe.profiling.cost import idle_power_w
 from moe.training.checkpoint import TrainingRecord, load_checkpoint, save_checkpoint
 from moe.training.evaluate import evaluate_vision
 from moe.training.fit import fit
@@ -52,7 +53,8 @@ def weigh(
     stream = make_stream(
         study.stream_config(next(iter(study.streams)), size), load_pool("vision", size, device), seed
     )
-    bench, scale = Bench(study, model, own.batch_size), Scale(meter, device, own.window_s)
+    bench, idle_w = Bench(study, model, own.batch_size), idle_power_w(meter) if meter else 0.0
+    scale = Scale(meter, device, own.window_s, idle_w)
     weighings = [
         dataclasses.asdict(measure_costs(model, stream, study.methods_of(name), bench.unguarded, scale))
         for _ in tqdm(range(WEIGHINGS), desc=f"{name}, weighed", unit="time", mininterval=1.0)

@@ -154,7 +154,8 @@ def play_twin(problem: Problem, policy: Policy, seeds: Sequence[int], name: str 
         done = step.terminated | step.truncated
         rows = {
             "observation": np.where(done[:, None], step.final_observation, step.observation),
-            **{key: getattr(batch, key) for key in ("index", "work", "gpu", "terms", "cost", "histogram")},
+            **{key: getattr(batch, key) for key in ("index", "work", "gpu", "terms", "cost")},
+            "histogram": batch.histogram[:, :HISTOGRAM_BINS],  # of whole answers
             "reward": step.reward,
             "tokens_per_expert": _tokens(tokens, batch),
         }

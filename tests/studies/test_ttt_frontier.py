@@ -274,6 +274,8 @@ def test_a_load_is_weighed_over_many_ticks_by_its_repetitions():
     scale = Scale(EnergyMeter(steady), torch.device("cpu"), window_s=1.0)
     short, long = (scale.weigh(lambda seconds=seconds: time.sleep(seconds)) for seconds in (0.002, 0.02))
     assert short == pytest.approx(0.2, rel=0.25) and long == pytest.approx(2.0, rel=0.1)
+    above_idle = Scale(EnergyMeter(steady), torch.device("cpu"), window_s=1.0, idle_w=60.0)
+    assert above_idle.weigh(lambda: time.sleep(0.02)) == pytest.approx(0.8, rel=0.1)
 
 
 def test_the_small_form_is_what_the_settings_say(tmp_path):

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe.lm.config import ENGINE, readable_experts
+from moe.profiles import ProfileError
 from moe.service.generate.lengths import TokenLengths, token_lengths
 from moe.step_cost import TERMS, StepCost, StepWork
 from moe.token_profile import QualityCell, TokenProfile
@@ -183,6 +184,11 @@ def tables_of(
         at = np.linspace(0.0, 1.0, SHARES + 1)
         amounts = np.stack([np.interp(at, share, part) for part in amounts.T], axis=-1)  # [V, F]
         mixed[:, s, i, n] = np.moveaxis(amounts @ rates[i], 0, 2)
+    if not (np.isfinite(pure).all() and np.isfinite(mixed).all()):
+        raise ProfileError(
+            f"the steps measured on {profile.cost.device} give costs that are no numbers: measure them again "
+            "(python -m moe.profiling tokens)"
+        )
     return TokenTables(pure, mixed, *_answers(profile, lengths, rows, top_ks, biases))
 
 

@@ -114,13 +114,12 @@ def take_lessons(terms, learning, server, weights, purse, shift, steps, read, se
     if purse.shape[0] > 0:
         paid = pay_steps(purse, SLOT_S, serving_j, joules, asked)
     server.lessons += paid
-    while server.lessons >= HALVES:
-        server.trust, worse = learn(
-            weights, server.trust, shift, learning.rate[shift], learning.loss[shift], lessons.margin
-        )
-        server.lessons -= HALVES
-        if worse:
-            work.ttt_rolled_back += HALVES
+    server.trust, returns = learn(
+        weights, server.trust, shift, server.lessons // HALVES, learning.rate[shift], learning.loss[shift],
+        lessons.margin,
+    )  # fmt: skip
+    server.lessons %= HALVES
+    work.ttt_rolled_back += returns * HALVES
     work.ttt_steps += paid
     work.ttt_refused += asked - paid
     work.ttt_busy_s += paid * lessons.seconds / clock
@@ -130,6 +129,8 @@ def take_lessons(terms, learning, server, weights, purse, shift, steps, read, se
 @inlined
 def add_learned(learning, weights, shift, tokens, work):
     """Add what adaptation changes in so many tokens' worth."""
+    if weights[0] == 1.0:
+        return
     for state in range(1, weights.shape[0]):
         if weights[state] > 0.0:
             share, changed = tokens * weights[state], learning.changed[shift, state]

@@ -163,3 +163,13 @@ def test_other_action_mode_is_refused(scenario: Scenario) -> None:
     env = ThermalMoEEnv(scenario, "twin", "box")
     with pytest.raises(ValueError, match="multi_discrete"):
         play_live(env, ConstantPolicy(env.problem.knobs.action()), 0)
+
+
+def test_episodes_of_tokens_are_recorded_with_the_latencies_of_whole_answers() -> None:
+    problem = Problem.of(load_scenario("tokens", episode_s=12))
+    recording = play_twin(problem, RandomPolicy(problem.knobs.nvec), [1, 2])
+    answered = recording.work["answered"].sum(axis=(0, -1))
+    counted = recording.histogram.sum(axis=(0, -1))
+    assert (recording.length == 12).all() and (answered > 0).all()
+    running = recording.work["waiting"][-1].sum(axis=-1)  # recorded where a request is let run
+    assert (np.abs(counted - answered) <= running + 1).all()

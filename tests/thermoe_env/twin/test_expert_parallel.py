@@ -31,6 +31,8 @@ from thermoe_env.twin.telemetry import TwinTelemetry
 from thermoe_env.twin.token_steps import fill_energy, steps_of
 from thermoe_env.twin.workload import TwinWorkload
 
+KNOBS = ["routing_bias", "batch_size", "expert_count", "admission", "pace"]
+"""Of a service that does not adapt, as one of several devices cannot."""
 EXPERTS, LAYERS, WIDTH = 64, 8, 1024
 """Of the model that the shipped profile measured, and the width of its stream."""
 STANDARD = Knobs(batch_size=128, expert_count=8)
@@ -60,6 +62,7 @@ def shared(held: tuple[int, ...], exchange: dict[str, float] | None = None, **ov
     return Problem.of(
         load_scenario(
             "tokens",
+            knobs=KNOBS,
             **{"devices": devices_of(held), "exchange": exchange, "randomize": AS_FITTED, **overrides},
         )
     )
@@ -178,7 +181,7 @@ def test_shares_are_those_of_the_experts_held_at_any_bias() -> None:
 
 
 def test_one_device_that_names_all_experts_is_the_shipped_scenario() -> None:
-    one, named = Problem.of(load_scenario("tokens", randomize=AS_FITTED)), shared((EXPERTS,))
+    one, named = Problem.of(load_scenario("tokens", knobs=KNOBS, randomize=AS_FITTED)), shared((EXPERTS,))
     fixed = [generate_service(problem).fixed for problem in (one, named)]
     for first, second in zip(*map(tree_leaves, fixed), strict=True):
         np.testing.assert_array_equal(first, second)
@@ -326,7 +329,7 @@ def test_telemetry_of_a_single_environment_has_the_batch_s_drift() -> None:
 )  # fmt: skip
 def test_what_several_devices_cannot_be_is_refused_by_name(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ScenarioError, match=f"(?s){message}"):
-        Problem.of(load_scenario("tokens", **overrides))
+        Problem.of(load_scenario("tokens", knobs=KNOBS, **overrides))
 
 
 def test_single_answers_have_no_exchange() -> None:

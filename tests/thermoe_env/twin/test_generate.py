@@ -23,7 +23,7 @@ from moe.step_cost import StepWork
 from moe.workload import Knobs, WorkStats
 from tests.thermoe_env.twin.token_engine import ModelledEngine
 from thermoe_env.live_tokens import Promises
-from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.problem import Problem, profile_of
 from thermoe_env.problem.scenario import Scenario, load_scenario
 from thermoe_env.problem.token_tables import TokenWork, mean_context, token_work
 from thermoe_env.twin.core import TwinBatch
@@ -244,6 +244,23 @@ def test_the_tables_are_the_fitted_form() -> None:
         full = cost.amounts(StepWork(rows, 960.0, rows * context + 960, 960 * 259.0, k, read))
         time_s = work.tables.mixed[0, s, level, node, -1, 0, :2].sum()
         assert time_s == pytest.approx(float(full @ cost.time.rate), rel=0.01)
+
+
+def test_rows_that_read_all_experts_alike_leave_costs_finite() -> None:
+    """Seen on a card: 256 and 512 rows of answers read every expert of every layer."""
+    scenario = load_scenario("tokens", randomize={"steps": 0.0})
+    profile: Any = profile_of(scenario, scenario.profile)
+    cells = tuple(
+        dataclasses.replace(c, experts_read=64.0)
+        if c.decode_rows >= 256 and c.top_k == 8 and c.readable == 64
+        else c
+        for c in profile.cost.cells
+    )
+    saturated = dataclasses.replace(profile, cost=dataclasses.replace(profile.cost, cells=cells))
+    own, other = (token_work(Problem.of(scenario, of)).tables for of in (profile, saturated))
+    assert all(np.isfinite(table).all() for table in other)
+    for before, now in ((own.pure, other.pure), (own.mixed, other.mixed)):
+        np.testing.assert_allclose(now[..., :2].sum(axis=-1), before[..., :2].sum(axis=-1), rtol=0.15)
 
 
 def test_an_episode_has_one_draw_of_what_steps_cost() -> None:

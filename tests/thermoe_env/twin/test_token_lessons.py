@@ -127,6 +127,6 @@ def test_devices_that_share_experts_do_not_adapt_and_the_guard_stays() -> None:
     with pytest.raises(ScenarioError, match="cannot be off"):
         load_scenario("tokens", adaptation={"method": "head", "group": "head", "guard": False})
     with pytest.raises(ScenarioError, match="both 'head' or neither"):
-        load_scenario("tokens", adaptation={"method": "head"})
+        load_scenario("tokens", adaptation={"method": "head", "group": "norms"})
     with pytest.raises(ScenarioError, match="not for task"):
         load_scenario("tokens", adaptation={"method": "tent", "group": "router"})
