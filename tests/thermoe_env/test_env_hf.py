@@ -76,6 +76,15 @@ def test_a_checkpoint_is_played_live(folder: Path, profile: str) -> None:
     env.close()
 
 
+def test_a_model_that_has_nothing_right_is_refused_by_name(measured: Profile) -> None:
+    nothing = replace(with_energies(measured), accuracy=np.zeros_like(measured.accuracy))
+    problem = Problem.of(load_scenario("language", static={"expert_count": 2}), nothing)
+    with pytest.raises(
+        ProfileError, match=r"answers nothing right .*measure its profile with more --samples"
+    ):
+        _ = problem.reference_good_rps
+
+
 def test_only_the_live_world_serves_a_checkpoint_and_only_with_its_profile(
     folder: Path, profile: str
 ) -> None:

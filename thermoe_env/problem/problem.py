@@ -214,9 +214,20 @@ class Problem:
 
     @cached_property
     def reference_good_rps(self) -> float:
-        """Good answers per second of the standard service at load 1.0, all shifts alike."""
+        """Good answers per second of the standard service at load 1.0, all shifts alike.
+
+        Raises:
+            ProfileError: it has nothing right, so nothing has a price.
+        """
         floor = self.quality_floor[list(self.scenario.traffic.shifts)].mean()
-        return self.capacity_rps * float(floor + self.scenario.feasible.quality_margin)
+        accuracy = float(floor + self.scenario.feasible.quality_margin)
+        if not accuracy > 1e-9:
+            raise ProfileError(
+                f"the model that was profiled on {self.profile.device} answers nothing right under the "
+                "scenario's shifts (accuracy 0), and rewards are priced by right answers: serve a trained "
+                "model, or measure its profile with more --samples"
+            )
+        return self.capacity_rps * accuracy
 
     @cached_property
     def expert_tokens(self) -> np.ndarray:

@@ -202,9 +202,9 @@ def test_json_has_the_documented_keys(
     profile = load_token_profile(H200)
     assert shown.keys() == {
         "quality_by_k", "quality_by_bias", "energy_per_token_by_k", "energy_per_token_by_bias",
-        "cost", "quality",
+        "cost", "quality", "adaptation",
     }  # fmt: skip
-    assert {name: shown[name] for name in ("cost", "quality")} == profile.digests()
+    assert {name: shown[name] for name in ("cost", "quality", "adaptation")} == profile.digests()
     assert list(shown["quality_by_k"]) == ["1", "2", "4", "8"]
     assert list(shown["quality_by_bias"]["32"]) == ["0.0", "0.25", "0.5", "0.75", "1.0"]
     cell = next(
