@@ -26,6 +26,7 @@ from moe.ranges import STRICT, Count, Flag, Number, Share, Whole
 
 Positive = Annotated[Number, Field(gt=0.0)]
 NotNegative = Annotated[Number, Field(ge=0.0)]
+Lessons = Annotated[Number, Field(ge=0.0, le=10_000.0)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -158,13 +159,17 @@ class TokenAdaptation:
     lesson_s: Positive
     lesson_j: Number | None
     """Above idle; null without a meter."""
-    curve: dict[str, tuple[tuple[NotNegative, Number], ...]]
+    curve: dict[str, Annotated[tuple[tuple[Lessons, Number], ...], Field(min_length=2)]]
     """By domain, of a head that learns it alone: lessons, and what they changed of its loss."""
     changed: dict[str, dict[str, Learned]]
     """By the domain that answers are about, then by the one that was learned to the end."""
     visits: tuple[tuple[Visit, ...], ...]
     """Domains that took turns, each time from the unadapted heads on; what a fit is judged by."""
     provenance: dict[str, Any]
+
+    def energy_j(self, busy_power_w: float) -> float:
+        """Of a lesson, above idle; without a meter what a device takes that draws so much above idle."""
+        return self.lesson_s * busy_power_w if self.lesson_j is None else self.lesson_j
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -308,6 +313,8 @@ def _fault_of_adaptation(profile: TokenProfile) -> str | None:
         return f"adaptation: is of other domains than quality.standard: {sorted(adaptation.curve)}"
     if any(learned.keys() != domains for learned in adaptation.changed.values()):
         return "adaptation.changed: lacks a domain that was learned"
+    if unknown := {visit.domain for visits in adaptation.visits for visit in visits} - domains:
+        return f"adaptation.visits: are of domains without a curve: {sorted(unknown)}"
     return None
 
 

@@ -85,8 +85,7 @@ def lesson_budget(problem: Problem) -> LessonBudget | None:
     adaptation, cost, power_w = problem.tokens.adaptation, token_work(problem).cost, problem.serving_power_w
     assert adaptation is not None
     rates = cost.time.rate * power_w if cost.energy is None else cost.energy.rate
-    lesson_j = adaptation.lesson_s * power_w if adaptation.lesson_j is None else adaptation.lesson_j
-    return LessonBudget(EnergyBudget.of(problem.purse), cost, rates, lesson_j)
+    return LessonBudget(EnergyBudget.of(problem.purse), cost, rates, adaptation.energy_j(power_w))
 
 
 def quality_here(profile: TokenProfile, engine: Engine, texts: Texts) -> TokenQuality:

@@ -191,11 +191,12 @@ class HeadAdapter:
             )
         for half in due:
             rows = slice(self._checked[half], self._filled[half])
-            self._check(half, self._stream[half, rows].float(), self._target[half, rows])
+            stream, target = self._stream[half, rows].float(), self._target[half, rows]
+            self._judge(half, stream, target, self.settings.alarm)
             self._checked[half] = self._filled[half]
         for half in whole:
             stream, target = self._stream[half].float(), self._target[half]
-            self._judge(half, stream, target)
+            self._judge(half, stream, target, self.settings.margin, RISES_TO)
             self._measure(stream)
             for _ in range(steps):
                 self._step(1 - half, stream, target)
@@ -272,23 +273,12 @@ class HeadAdapter:
             self._target,
         )  # fmt: skip
 
-    def _judge(self, half: int, stream: Tensor, target: Tensor) -> None:
-        """Send the head that answers a lesson back where the unadapted one answers better."""
+    def _judge(self, half: int, stream: Tensor, target: Tensor, margin: float, rises_to: float = 1.0) -> None:
+        """Send the head that answers these rows back where the unadapted one answers better by the margin."""
         adapted, unadapted = (self._loss(head, stream, target) for head in (self.heads[half], self._source))
-        margin = self.settings.margin
         worse = ~(adapted <= unadapted * (1 + margin))  # not a number is worse as well
         better = adapted < unadapted * (1 - margin)
-        self._trust[half] *= torch.where(better, RISES_TO, 1.0)
-        self._go_back(half, worse)
-
-    def _check(self, half: int, stream: Tensor, target: Tensor) -> None:
-        """Send it back where it is far worse on the first rows of a lesson."""
-        adapted, unadapted = (self._loss(head, stream, target) for head in (self.heads[half], self._source))
-        self._go_back(half, ~(adapted <= unadapted * (1 + self.settings.alarm)))
-
-    def _go_back(self, half: int, worse: Tensor) -> None:
-        """Make a head the unadapted one, that takes smaller steps, where `worse` says so."""
-        self._trust[half] *= torch.where(worse, FALLS_TO, 1.0)
+        self._trust[half] *= torch.where(worse, FALLS_TO, torch.where(better, rises_to, 1.0))
         self._trust.clamp_(LEAST_TRUST, 1.0)
         self._change[half] = torch.where(worse, 0.0, self._change[half])
         self._write(half)

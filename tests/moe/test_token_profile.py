@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -222,6 +223,27 @@ def test_a_damaged_profile_is_refused_by_file_place_and_remedy(
     said = str(refused.value)
     assert said.startswith(str(path)) and message in said and "measure it again" in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("lesson_j", None, "lesson_j is null and energies of steps are not"),
+        ("curve.logs", [[0.0, 0.0]], "adaptation.curve.logs"),
+        ("curve.logs.1", [1e9, -0.1], "adaptation.curve.logs.1.0"),
+        ("curve.logs", ..., "is of other domains than quality.standard"),
+        ("changed.logs.c", ..., "lacks a domain that was learned"),
+        ("visits.0.0.domain", "verse", "of domains without a curve: ['verse']"),
+    ],
+)
+def test_lessons_that_cannot_be_played_are_refused(
+    tmp_path: Path, place: str, value: Any, message: str
+) -> None:
+    path, document = tmp_path / "p.json", json.loads(H200.read_text())
+    damage(document["adaptation"], place, value)
+    path.write_text(json.dumps(document))
+    with pytest.raises(ProfileError, match=re.escape(message)):
+        load_token_profile(path)
 
 
 def test_cells_that_are_there_twice_and_files_that_are_none_are_refused(tmp_path: Path) -> None:

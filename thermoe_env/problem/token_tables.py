@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe.lesson_fit import LessonFit
 from moe.lm.config import ENGINE, readable_experts
 from moe.profiles import ProfileError
 from moe.service.generate.lengths import TokenLengths, token_lengths
@@ -67,6 +68,8 @@ class TokenWork:
     profile: TokenProfile
     max_rows: int
     slots: int
+    lessons: LessonFit | None
+    """How the head learns; None where the profile did not let it."""
 
 
 def nodes(most: float) -> np.ndarray:
@@ -102,7 +105,8 @@ def token_work(problem: Problem) -> TokenWork:
             spread,
             devices,
         )
-        _KNOWN[key] = TokenWork(tables, lengths, cost, profile, room["max_rows"], room["slots"])
+        lessons = None if profile.adaptation is None else LessonFit(profile.adaptation)
+        _KNOWN[key] = TokenWork(tables, lengths, cost, profile, room["max_rows"], room["slots"], lessons)
     return _KNOWN[key]
 
 

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 
 from moe.compiled import copy_row, inlined, inner
-from moe.lesson_fit import LessonFit
 from moe.lm.config import BLOCK, FIRST_TRUST
 from moe.lm.engine.blocks import blocks_for
 from moe.randomness import derive, integer
@@ -29,7 +28,7 @@ from moe.service.budget import earn, share_of
 from moe.service.queueing import SLOT_S, arrival_time, latency_bin, slot_of
 from thermoe_env.mdp.interval import as_record
 from thermoe_env.problem.problem import Problem
-from thermoe_env.problem.token_tables import token_work
+from thermoe_env.problem.token_tables import TokenWork, token_work
 from thermoe_env.twin.score import drop_expired
 from thermoe_env.twin.service import Service, implement, slowest
 from thermoe_env.twin.token_lessons import (
@@ -150,20 +149,19 @@ def generate_service(problem: Problem) -> Service:
         states = len(work.tables.reference) + 1
         return GenerateState(np.zeros(n, SERVER_DTYPE), np.zeros((n, states)), np.zeros((n, len(purse))))
 
-    fixed = Generate(*work.tables, as_record(terms), _learning(problem), purse)
+    fixed = Generate(*work.tables, as_record(terms), _learning(problem, work), purse)
     return Service(fixed, KNOBS_READ, new_state, histograms=3)
 
 
-def _learning(problem: Problem) -> Learning:
+def _learning(problem: Problem, work: TokenWork) -> Learning:
     """How the head learns; where the profile did not let it, no lesson is ever asked for."""
     assert problem.tokens is not None
-    measured, domains = problem.tokens.adaptation, len(problem.profile.shifts)
-    if measured is None:
+    measured, fit, domains = problem.tokens.adaptation, work.lessons, len(problem.profile.shifts)
+    if measured is None or fit is None:
         none = np.zeros((domains, domains + 1, 4))
         return Learning(as_record(Lessons(1.0, 0.0, 0.0, 0.0)), np.zeros(domains), none, none[..., 3].copy())
-    joules = measured.lesson_s * problem.serving_power_w if measured.lesson_j is None else measured.lesson_j
+    joules = measured.energy_j(problem.serving_power_w)
     lessons = Lessons(float(measured.lesson_rows), measured.lesson_s, joules, measured.margin)
-    fit = LessonFit(measured)
     order = [fit.domains.index(name) for name in problem.profile.shifts]
     states = [0, *(1 + d for d in order)]
     changed = np.ascontiguousarray(fit.changed[np.ix_(order, states)])
@@ -288,8 +286,9 @@ def serve(
         add_answers(fixed, shift, k, b, steps, slot.given, work)
         add_learned(learning, weights, shift, slot.given, work)
         serving_j = 0.0
-        for d in range(clocks.shape[0]):
-            serving_j += slot_energy[number - first_slot, d]
+        if purse.shape[0] > 0:
+            for d in range(clocks.shape[0]):
+                serving_j += slot_energy[number - first_slot, d]
         if knobs.ttt_steps > 0.0:
             slot_energy[number - first_slot, 0] += take_lessons(
                 terms, learning, server, weights, purse, shift, steps, slot.read, serving_j, clock, work

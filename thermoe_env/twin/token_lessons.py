@@ -97,7 +97,7 @@ def take_lessons(terms, learning, server, weights, purse, shift, steps, read, se
         shift: domain of the prompts.
         steps: of the slot.
         read: how many prompts.
-        serving_j: energy of the slot's steps.
+        serving_j: energy of the slot's steps, which the purse earns by.
         clock: fraction at which the device runs.
         work: record of `moe.workload.WORK_DTYPE`; added to.
 
