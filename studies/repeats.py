@@ -123,8 +123,9 @@ def ensure_repeat(
     seed: int,
     settings: dict[str, Any],
     run: Callable[[], dict[str, Any]],
+    part: str = "",
 ) -> Path:
-    """Run a repeat unless its file is there; returns the file.
+    """Run a repeat, or a part of one, unless its file is there; returns the file.
 
     Args:
         folder: Where repeats are.
@@ -133,11 +134,12 @@ def ensure_repeat(
         seed: Part of its name.
         settings: All that must be the same for repeats to belong together; `run` puts it in `"settings"`.
         run: Makes the repeat, plain JSON types, with `"spent_s"` by part.
+        part: Name of the part, where a repeat is kept in parts.
 
     Raises:
         StudyError: The file is there, of other settings.
     """
-    path = folder / f"{task}-{size}-seed{seed}.json"
+    path = repeat_path(folder, task, size, seed, part)
     if is_done(path, settings):
         print(f"{path} is there")
         return path
@@ -149,13 +151,18 @@ def ensure_repeat(
     return path
 
 
+def repeat_path(folder: Path, task: Task, size: Size, seed: int, part: str = "") -> Path:
+    """File of a repeat, or of a part of one."""
+    return folder / f"{task}-{size}-seed{seed}{part and f'-{part}'}.json"
+
+
 def load_repeats(folder: Path, task: Task, size: Size) -> list[dict[str, Any]]:
-    """Read the repeats of a task, by seed.
+    """Read the repeats of a task, or the parts of them, by seed.
 
     Raises:
         StudyError: A file is damaged, or of other settings than the others.
     """
-    repeats = [read_result(path) for path in folder.glob(f"{task}-{size}-seed*.json")]
+    repeats = [read_result(path) for path in sorted(folder.glob(f"{task}-{size}-seed*.json"))]
     repeats.sort(key=lambda repeat: repeat["seed"])
     for repeat in repeats[1:]:
         if repeat["settings"] != repeats[0]["settings"]:

@@ -1,10 +1,11 @@
 """Accuracy against joules per image, by method of adaptation: `python -m studies.ttt_frontier`.
 
 First each model is trained once and each phase of serving and adapting it weighed by itself, alone on the
-card. Then every seed of a model is one repeat (`studies.repeats`): it trains the model and serves every
-stream without adaptation and by every method, guarded. Every batch is scored before it is learned from. A
-repeat hardly loads a card, so `--jobs` of them may run at once. What is there is not made again. `--small` is
-a form of minutes for continuous integration.
+card. Then every seed of a model is one repeat: the model is trained and serves every stream without
+adaptation and by every method, guarded. Every batch is scored before it is learned from. Small batches hardly
+load a card, so `--jobs` trainings, then methods, may run at once; where the daemon of NVIDIA's MPS runs,
+kernels of several overlap. What is there is not made again: a model, a method of a repeat. `--small` is a
+form of minutes for continuous integration.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from agents.files import write_file
 from moe.device.torch_device import one_thread_on_cpu, pick_device
 from moe.errors import one_line_errors
 from moe.model.config import Size
-from studies.repeats import StudyError, ensure_repeat
+from studies.repeats import StudyError, ensure_repeat, repeat_path
 from studies.tasks import is_done
-from studies.ttt_frontier_config import Frontier, load_frontier
-from studies.ttt_frontier_play import run_repeat, weigh
+from studies.ttt_frontier_config import NEVER, Frontier, load_frontier
+from studies.ttt_frontier_play import ensure_trained, run_part, weigh
 from studies.ttt_frontier_report import write_report
 from studies.ttt_frontier_tables import costs_path, load_results
 
@@ -53,9 +54,9 @@ class Arguments:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Repeats to run. The first one's models are weighed."""
     jobs: int = 1
-    """Repeats that run at once, each in a process of its own."""
+    """Trainings or methods that run at once, each in a process of its own."""
     out: Path = Path("runs/ttt_frontier")
-    """Folder of the tables and the figure, and per model of its costs, repeats and the weights weighed."""
+    """Folder of the tables and the figure, and per model of its costs, repeats and weights."""
     config: str = "ttt_frontier"
     """Settings: name in configs/studies, or path of a YAML file."""
     small: bool = False
@@ -90,16 +91,21 @@ def main(arguments: Arguments) -> None:
         one_thread_on_cpu(device)  # as in the measured service: the same arithmetic in every repeat
         for name in names:
             _ensure_costs(study, arguments.out / name, name, size, device, arguments.seeds[0])
-        repeats = []
+        trainings, parts = [], []
         for seed, name in itertools.product(arguments.seeds, names):
             folder, settings = arguments.out / name, study.settings(name, size, device.type)
-            run = partial(run_repeat, study, folder, name, size, device, seed)
-            repeats.append(partial(ensure_repeat, folder, "vision", size, seed, settings, run))
-        if arguments.jobs == 1:
-            for repeat in repeats:
-                repeat()
-        else:
-            _in_processes(repeats, arguments.jobs, device)
+            missing = [
+                method
+                for method in (NEVER, *study.methods_of(name))
+                if not is_done(repeat_path(folder, "vision", size, seed, method), settings)
+            ]
+            if missing:
+                trainings.append(partial(ensure_trained, study, folder, name, size, device, seed))
+            for method in missing:
+                run = partial(run_part, study, folder, name, size, device, seed, method)
+                parts.append(partial(ensure_repeat, folder, "vision", size, seed, settings, run, method))
+        _run_all(trainings, "trainings", arguments.jobs, device)
+        _run_all(parts, "methods", arguments.jobs, device)
     repeats, weighings = load_results(arguments.out, names, size)
     write_report(repeats, weighings, arguments.out, Console())
 
@@ -118,20 +124,26 @@ def _ensure_costs(
     print(f"wrote {path} ({parts})", flush=True)
 
 
-def _in_processes(repeats: Sequence[Callable[[], object]], jobs: int, device: torch.device) -> None:
-    """Run repeats several at once. At an error none is begun any more, and those that run are finished.
+def _run_all(works: Sequence[Callable[[], object]], what: str, jobs: int, device: torch.device) -> None:
+    """Run works one after the other, or several at once in processes.
+
+    At an error in a process no work is begun any more, and those that run are finished.
 
     Raises:
         StudyError: A worker was killed.
-        Exception: What a repeat raises.
+        Exception: What a work raises.
     """
+    if jobs == 1 or len(works) < 2:
+        for work in tqdm(works, desc=what, delay=2.0):
+            work()
+        return
     executor = ProcessPoolExecutor(
-        min(jobs, len(repeats)), get_context("spawn"), initializer=_begin_worker, initargs=(device,)
+        min(jobs, len(works)), get_context("spawn"), initializer=_begin_worker, initargs=(device,)
     )
     try:
         with _silent_bars():
-            running = [executor.submit(repeat) for repeat in repeats]
-        for done in tqdm(as_completed(running), total=len(running), desc="repeats", unit="repeat"):
+            running = [executor.submit(work) for work in works]
+        for done in tqdm(as_completed(running), total=len(running), desc=what):
             done.result()
     except KeyboardInterrupt:
         for worker in active_children():

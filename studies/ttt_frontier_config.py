@@ -63,11 +63,14 @@ class FrontierSize:
     train_batch_size: int
     batch_size: int
     """Images per batch of a stream."""
+    weighed_batch_size: int
+    """Images per batch where costs are weighed: enough that a GPU need not wait for its host."""
     window_s: float
     """Time for which each phase is repeated, once per weighing."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.train_batch_size, self.batch_size) < 1 or self.window_s <= 0.0:
+        counts = (self.steps, self.train_batch_size, self.batch_size, self.weighed_batch_size)
+        if min(counts) < 1 or self.window_s <= 0.0:
             raise ValueError(f"all settings of a size must be positive, got {self}")
 
 
@@ -133,6 +136,14 @@ class Frontier:
         chosen = self.models[model].methods
         return {name: method for name, method in self.methods.items() if not chosen or name in chosen}
 
+    def weighed_stream(self, size: Size) -> StreamConfig:
+        """What costs are weighed on: a batch of each kind of the first stream."""
+        first = next(iter(self.streams))
+        one = dataclasses.replace(self.stream_config(first, size), schedule="per_shift", cycles=1)
+        return dataclasses.replace(
+            one, batches=len(one.kinds), batch_size=self.sizes[size].weighed_batch_size
+        )
+
     def stream_config(self, name: str, size: Size) -> StreamConfig:
         """A stream of whole steps."""
         stream = self.streams[name]
@@ -158,7 +169,11 @@ class Frontier:
             streams={n: dataclasses.replace(stream, step=small.step) for n, stream in self.streams.items()},
             sizes={
                 size: dataclasses.replace(
-                    own, steps=small.steps, batch_size=small.batch_size, window_s=small.window_s
+                    own,
+                    steps=small.steps,
+                    batch_size=small.batch_size,
+                    weighed_batch_size=small.batch_size,
+                    window_s=small.window_s,
                 )
                 for size, own in self.sizes.items()
             },
@@ -194,6 +209,7 @@ class Frontier:
         """All that must be the same for costs to belong to repeats, as plain JSON types."""
         return {
             "repeats": self.settings(model, size, device_type),
+            "batch_size": self.sizes[size].weighed_batch_size,
             "window_s": self.sizes[size].window_s,
             "weighings": WEIGHINGS,
         }

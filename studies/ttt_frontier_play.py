@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import time
 from collections.abc import Iterable
@@ -48,11 +47,9 @@ def weigh(
     """
     meter, own = open_meter(device), study.sizes[size]
     clock = Clock()
-    model, _ = trained(study, folder, name, size, device, seed, keep=True)
+    model, _ = trained(study, folder, name, size, device, seed)
     clock.mark("training")
-    stream = make_stream(
-        study.stream_config(next(iter(study.streams)), size), load_pool("vision", size, device), seed
-    )
+    stream = make_stream(study.weighed_stream(size), load_pool("vision", size, device), seed)
     bench, idle_w = Bench(study, model, own.batch_size), idle_power_w(meter) if meter else 0.0
     scale = Scale(meter, device, own.window_s, idle_w)
     weighings = [
@@ -69,10 +66,10 @@ def weigh(
     }
 
 
-def run_repeat(
-    study: Frontier, folder: Path, name: str, size: Size, device: torch.device, seed: int
+def run_part(
+    study: Frontier, folder: Path, name: str, size: Size, device: torch.device, seed: int, method: str
 ) -> dict[str, Any]:
-    """Train and play everything of one model and seed; returns plain JSON types.
+    """Play every stream of one model and seed by one method, or `NEVER`; returns plain JSON types.
 
     Raises:
         StreamError: A stream needs more images than there are.
@@ -83,13 +80,10 @@ def run_repeat(
     clock.mark("training")
     pool, batch_size = load_pool("vision", size, device), study.sizes[size].batch_size
     streams = {n: make_stream(study.stream_config(n, size), pool, seed) for n in study.streams}
-    bench = Bench(study, model, batch_size)
-    plays = list(itertools.product(streams, (NEVER, *study.methods_of(name))))
-    runs = [
-        {"stream": stream} | bench.play(method, streams[stream])
-        for stream, method in tqdm(plays, desc=f"{name}, seed {seed}", unit="run", mininterval=1.0)
-    ]
     clock.mark("streams")
+    bench = Bench(study, model, batch_size)
+    runs = [{"stream": stream} | bench.play(method, batches) for stream, batches in streams.items()]
+    clock.mark("playing")
     return {
         "settings": study.settings(name, size, device.type),
         **provenance("vision", size, device, seed),
@@ -97,6 +91,7 @@ def run_repeat(
         "batch_size": batch_size,
         "shifts": {stream: [batch.shift for batch in batches] for stream, batches in streams.items()},
         "model": name,
+        "method": method,
         "config": model.config.to_dict(),
         "n_params": model.n_params,
         "clean": clean,
@@ -118,10 +113,10 @@ class Clock:
         self.spent_s[part], self._last_s = now_s - self._last_s, now_s
 
 
-def trained(
-    study: Frontier, folder: Path, name: str, size: Size, device: torch.device, seed: int, keep: bool = False
-) -> tuple[MoEModel, float]:
-    """Return a model and its accuracy on clean images, 0 to 1: as it was kept, or trained now.
+def ensure_trained(
+    study: Frontier, folder: Path, name: str, size: Size, device: torch.device, seed: int
+) -> Path:
+    """Train a model unless its weights are kept; returns their file.
 
     Args:
         study: Settings.
@@ -130,34 +125,39 @@ def trained(
         size: Of the model.
         device: Where it is trained.
         seed: Of its training.
-        keep: Whether to keep what was trained.
 
     Raises:
         TrainingDiverged: A loss is not finite.
-        WeightsError: What was kept is damaged.
     """
     own, how, config = study.sizes[size], study.models[name], study.models[name].config(size)
     settings = json.dumps(study.training(name, size, device.type), sort_keys=True)
     key = hashlib.sha256(settings.encode()).hexdigest()[:12]
-    path, top_k = folder / "weights" / f"{size}-seed{seed}-{key}.safetensors", str(config.top_k)
+    path = folder / "weights" / f"{size}-seed{seed}-{key}.safetensors"
     if path.with_suffix(".json").exists():
-        model, record = load_checkpoint(path, config)
-        model = model.requires_grad_(False).eval().cast_weights(serving_dtype(device)).to(device)
-        return model, record.quality[top_k]["accuracy"]
+        return path
     recipe = short_recipe("vision", size, own.steps, batch_size=own.train_batch_size, augment=how.augment)
     model, _ = fit(config, recipe, device, seed)
     images, labels = (tensor.to(device) for tensor in data.load_vision("test"))
     clean = evaluate_vision(model, images, labels, config.top_k)
-    if keep:
-        origin = provenance("vision", size, device, seed)
-        record = TrainingRecord(
-            config=config.to_dict(),
-            steps=own.steps,
-            quality={top_k: {"accuracy": clean}},
-            **{field: origin[field] for field in ("seed", "date", "machine", "torch", "data_sha256")},
-        )
-        save_checkpoint(model, record, path)
-    return model, clean
+    origin = provenance("vision", size, device, seed)
+    record = TrainingRecord(
+        config=config.to_dict(),
+        steps=own.steps,
+        quality={str(config.top_k): {"accuracy": clean}},
+        **{field: origin[field] for field in ("seed", "date", "machine", "torch", "data_sha256")},
+    )
+    save_checkpoint(model, record, path)
+    return path
+
+
+def trained(
+    study: Frontier, folder: Path, name: str, size: Size, device: torch.device, seed: int
+) -> tuple[MoEModel, float]:
+    """Return a model as it serves, and its accuracy on clean images, 0 to 1; see `ensure_trained`."""
+    config = study.models[name].config(size)
+    model, record = load_checkpoint(ensure_trained(study, folder, name, size, device, seed), config)
+    model = model.requires_grad_(False).eval().cast_weights(serving_dtype(device)).to(device)
+    return model, record.quality[str(config.top_k)]["accuracy"]
 
 
 class Bench:

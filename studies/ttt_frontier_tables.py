@@ -37,7 +37,7 @@ def costs_path(folder: Path, size: str) -> Path:
 def load_results(
     out: Path, names: Sequence[str], size: Size
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Read the repeats of some models, and the costs of each model that has a repeat.
+    """Read the repeats of some models that are whole, and the costs of each model that has one.
 
     Raises:
         StudyError: There is no repeat, or the costs of a model are missing or of other settings.
@@ -45,7 +45,7 @@ def load_results(
     """
     repeats, weighings = [], {}
     for name in names:
-        own, path = load_repeats(out / name, "vision", size), costs_path(out / name, size)
+        own, path = _whole(load_repeats(out / name, "vision", size)), costs_path(out / name, size)
         if not own:
             continue
         if not path.exists():
@@ -55,8 +55,21 @@ def load_results(
             raise StudyError(f"{path} was made with other settings than the repeats beside it: move it away")
         repeats += own
     if not repeats:
-        raise StudyError(f"{out} holds no repeat of size {size!r} of {tuple(names)}: run it first")
+        raise StudyError(f"{out} holds no whole repeat of size {size!r} of {tuple(names)}: run it first")
     return repeats, weighings
+
+
+def _whole(parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put the parts of each repeat together, and leave out repeats that lack one."""
+    repeats = []
+    for _, own in itertools.groupby(parts, key=lambda part: part["seed"]):
+        by_method = {part["method"]: part for part in own}
+        first = next(iter(by_method.values()))
+        methods = (NEVER, *first["settings"]["methods"])
+        if len(by_method) == len(methods):
+            runs = itertools.chain(*(by_method[method]["runs"] for method in methods))
+            repeats.append(first | {"runs": list(runs)})
+    return repeats
 
 
 def frontier_table(
@@ -179,7 +192,7 @@ def costs_table(weighings: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
 
 def phase_costs(weighing: dict[str, Any]) -> pd.DataFrame:
     """Return a row per weighing of a model, a column per phase and method, see `costs_table`."""
-    n, rows = weighing["settings"]["repeats"]["batch_size"], []
+    n, rows = weighing["settings"]["batch_size"], []
     for costs in weighing["weighings"]:
         phases, steps = costs["phases"], costs["steps"]
         row = {phase: cost / n for phase, cost in phases.items()}

@@ -55,7 +55,15 @@ SETTINGS: dict[str, Any] = {
         "like_labels": {"schedule": "label_correlated", "kinds": ["clean"], "step": 3},
     },
     "source_batches": 1,
-    "sizes": {"tiny": {"steps": 2, "train_batch_size": 8, "batch_size": 8, "window_s": 0.02}},
+    "sizes": {
+        "tiny": {
+            "steps": 2,
+            "train_batch_size": 8,
+            "batch_size": 8,
+            "weighed_batch_size": 16,
+            "window_s": 0.02,
+        }
+    },
     "small": {
         "models": ["plain", "layer"],
         "methods": ["tent", "eata"],
@@ -102,7 +110,7 @@ def test_repeats_that_are_there_are_not_run_again_and_report_the_same(finished, 
     assert set(before) == {
         "runs.csv", "frontier.csv", "visits.csv", "training.csv", "costs.csv", "report.md", "frontier.png"
     }  # fmt: skip
-    for made in ("run_repeat", "weigh"):
+    for made in ("ensure_trained", "run_part", "weigh"):
         monkeypatch.setattr(command, made, lambda *_: pytest.fail("ran again"))
     command.main(finished)
     assert {path.name: path.read_bytes() for path in finished.out.glob("*.*")} == before
@@ -137,7 +145,7 @@ def test_the_frontier_follows_from_runs_and_costs(repeats, weighings):
     weighed = weighings["plain"]["weighings"]
     serve, guard = (np.mean([own["phases"][phase] for own in weighed]) for phase in ("serve", "guard"))
     steps = {name: np.mean([own["steps"][name] for own in weighed]) for name in ("tent", "neo")}
-    assert row["cost"] == pytest.approx((serve + guard + np.mean(tent["steps"]) * steps["tent"]) / 8)
+    assert row["cost"] == pytest.approx((serve + guard + np.mean(tent["steps"]) * steps["tent"]) / 16)
     lost = repeat["clean"] - np.mean(never["quality"])
     if lost > 0:
         assert row["recovered"] == pytest.approx(gained / lost)
@@ -145,7 +153,7 @@ def test_the_frontier_follows_from_runs_and_costs(repeats, weighings):
     own, tents = (guard + np.mean(neo["steps"]) * steps[name] for name in ("neo", "tent"))
     assert cheap["of_tent"] == pytest.approx(own / tents)
     unadapted = select(table, model="plain", seed=0, stream="short", method="never").iloc[0]
-    assert unadapted["cost"] == pytest.approx(serve / 8) and unadapted["gain"] == 0.0
+    assert unadapted["cost"] == pytest.approx(serve / 16) and unadapted["gain"] == 0.0
 
 
 def test_visits_are_those_of_the_stream_that_returns(repeats):
@@ -176,7 +184,7 @@ def test_every_model_is_weighed_once_and_more_than_once_over(finished, weighings
     for own in weighings.values():
         assert len(own["weighings"]) == 3 and own["cost_unit"] == "s"
     spread = costs_table(weighings)
-    serve = [own["phases"]["serve"] / 8 for own in weighings["stem"]["weighings"]]
+    serve = [own["phases"]["serve"] / 16 for own in weighings["stem"]["weighings"]]
     row = select(spread, model="stem", phase="serve").iloc[0]
     assert (row["low"], row["mean"], row["high"]) == pytest.approx((min(serve), np.mean(serve), max(serve)))
     report = (finished.out / "report.md").read_text()
@@ -199,7 +207,7 @@ def test_the_report_says_what_is_asked_beside_what_was_found(finished, repeats):
     assert "| layer | short | tent |" in norms and "| layer | short | neo |" in norms and "eata" not in norms
 
 
-def test_what_was_weighed_is_served_as_it_was_trained(finished):
+def test_what_is_served_is_what_was_trained(finished):
     study, device = load_frontier(finished.config), torch.device("cpu")
     folder, images = finished.out / "plain", load_vision("test")[0][:16]
     kept, clean = trained(study, folder, "plain", "tiny", device, seed=0)
@@ -207,23 +215,44 @@ def test_what_was_weighed_is_served_as_it_was_trained(finished):
     assert torch.equal(kept(images).logits, anew(images).logits) and clean == clean_anew
 
 
-def test_repeats_in_processes_are_those_of_one_and_an_error_leaves_the_others(finished, tmp_path):
-    """Nothing but date and time spent may differ; a worker refuses the repeat of other settings."""
-    other = tmp_path / "plain" / "vision-tiny-seed1.json"
-    other.parent.mkdir()
-    shutil.copy(finished.out / "plain" / "costs-tiny.json", other.parent)
-    other.write_text(json.dumps({"settings": {}}))
-    arguments = replace(finished, out=tmp_path, models=("plain",), jobs=2)
-    with pytest.raises(StudyError, match=r"vision-tiny-seed1.json was made with other settings"):
+def test_parts_in_processes_are_those_of_one(finished, tmp_path):
+    """Trained anew; nothing but date and time spent may differ."""
+    out, names = tmp_path / "layer", ("never", "neo", "tent")
+    out.mkdir()
+    shutil.copy(finished.out / "layer" / "costs-tiny.json", out)
+    arguments = replace(finished, out=tmp_path, models=("layer",), jobs=2)
+    command.main(arguments)
+    for seed, name in itertools.product((0, 1), names):
+        own, same = (
+            read_result(folder / "layer" / f"vision-tiny-seed{seed}-{name}.json")
+            for folder in (tmp_path, finished.out)
+        )
+        for part in (own, same):
+            del part["date"], part["spent_s"]
+        assert own == same
+
+
+def test_a_cut_run_goes_on_and_what_lacks_a_part_is_left_out(finished, tmp_path, monkeypatch):
+    folder = tmp_path / "layer"
+    shutil.copytree(finished.out / "layer", folder)
+    lost = folder / "vision-tiny-seed1-neo.json"
+    before = lost.read_text()
+    lost.unlink()
+    assert [repeat["seed"] for repeat in load_results(tmp_path, ("layer",), "tiny")[0]] == [0]
+    arguments = replace(finished, out=tmp_path, models=("layer",))
+    run, ran = command.run_part, []
+
+    def counted(*given: Any) -> dict[str, Any]:
+        ran.append(given[-2:])
+        return run(*given)
+
+    monkeypatch.setattr(command, "run_part", counted)
+    command.main(arguments)
+    assert ran == [(1, "neo")]
+    assert json.loads(before)["runs"] == read_result(lost)["runs"]
+    lost.write_text(json.dumps({"settings": {}}))
+    with pytest.raises(StudyError, match=r"seed1-neo.json was made with other settings"):
         command.main(arguments)
-    own, same = (
-        read_result(folder / "plain" / "vision-tiny-seed0.json") for folder in (tmp_path, finished.out)
-    )
-    for repeat in (own, same):
-        del repeat["date"], repeat["spent_s"]
-    assert own == same
-    other.unlink()
-    assert len(load_results(tmp_path, ("plain",), "tiny")[0]) == 1
 
 
 def test_costs_of_other_settings_are_refused(finished, tmp_path):
