@@ -11,7 +11,8 @@ That a batch holds few classes does not show in its answers alone. Under a shift
 classes, whatever comes, and the batch's own statistics spread any batch over all of them. Two signs tell them
 apart. Normalised by its own statistics the model gets surer of a shifted batch, and less sure of a batch of
 few classes. And a shift of the inputs moves the statistics of the first norm more than those of the last, few
-classes the other way round. A batch is left out where few classes are named and both signs speak for few.
+classes the other way round. A batch is left out where few classes are named and both signs speak for few. A
+batch of one class may move the first norm a little more than the last, but then the doubt is great.
 Batches left out are kept, and when several in a row make up for each other's classes, the model learns from a
 mixture of them.
 
@@ -68,6 +69,7 @@ class GuardSettings:
         spread_limit: Effective number of classes among a batch's answers, over the most there can be (classes
             or answers), below which a batch is looked at closer.
         doubt_margin: Mean entropy over log C that the batch's own statistics must add for it to be left out.
+        great_doubt: The same from which the last norm need move 0.4 times as far as the first.
         gather: Batches left out for holding few classes that are kept; a batch drawn evenly from them is
             learned from if it holds many.
         probation: Steps that a snapshot must be followed by before it counts as good; at least as many as
@@ -82,14 +84,22 @@ class GuardSettings:
     shift_after: int = 2
     spread_limit: float = 0.55
     doubt_margin: float = 0.05
+    great_doubt: float = 0.3
     gather: int = 8
     probation: int = 24
 
     def __post_init__(self) -> None:
         """Refuse limits that mean nothing."""
-        for name in ("concentration_limit", "entropy_limit", "average_decay", "spread_limit", "doubt_margin"):
+        for name in (
+            "concentration_limit", "entropy_limit", "average_decay", "spread_limit", "doubt_margin",
+            "great_doubt",
+        ):  # fmt: skip
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must be within 0 < {name} < 1, got {getattr(self, name)}")
+        if self.great_doubt < self.doubt_margin:
+            raise ValueError(
+                f"great_doubt must be at least doubt_margin ({self.doubt_margin}), got {self.great_doubt}"
+            )
         for name in ("warm_up", "shift_after", "gather", "probation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -288,7 +298,8 @@ class Guard:
         first, last = _moves(self._model, moved)
         adapted_entropy, first_move, last_move = torch.stack([output.entropy.mean(), first, last]).tolist()
         doubt = adapted_entropy - batch.numbers["entropy"]
-        return doubt > self.settings.doubt_margin and last_move > first_move
+        enough = first_move * (0.4 if doubt > self.settings.great_doubt else 1.0)
+        return doubt > self.settings.doubt_margin and last_move > enough
 
     def _gather(
         self,

@@ -319,6 +319,24 @@ def test_few_classes_are_told_from_a_shift_under_which_the_model_names_few(pool,
     assert learn(model, guard, shifted) is not None
 
 
+@pytest.mark.parametrize("kind", ["defocus", "elastic"])
+def test_one_class_is_left_out_where_it_moves_the_first_norm_most(pool, kind):
+    """Sandals, under a shift that the bank knows: their first features are unlike those of all classes."""
+    model = load_model("vision", "tiny", "cpu")
+    shifted = corrupt(pool.inputs[0][:1500], kind, 5, torch.Generator().manual_seed(0))
+    adapter = ttt.Adapter(model, ttt.Bank(), guard=ttt.GuardSettings(warm_up=99))  # no outliers
+
+    def taken(inputs: Tensor) -> int:
+        with torch.no_grad():
+            answers = model(inputs).logits
+        return adapter.adapt(inputs, answers, 1)
+
+    assert sum(taken(batch) for batch in shifted[:512].split(64)) == 8
+    one_class = shifted[pool.targets[0][:1500] == 5][:128]
+    assert taken(one_class) == 0 and adapter.counters.concentrated == 1
+    assert taken(shifted[512:576]) == 1
+
+
 def test_what_has_no_running_statistics_costs_no_second_look():
     model = initialise(
         MoEModel(with_norm(model_config("vision", "tiny"), "layer")), torch.Generator().manual_seed(0)
