@@ -180,15 +180,24 @@ class Bench:
         return adapter
 
     def play(self, method: str, batches: Iterable[Batch]) -> dict[str, Any]:
-        """Serve a stream once under guards; the model is afterwards as it was. Returns plain JSON types."""
+        """Serve a stream once under guards; the model is afterwards as it was. Returns plain JSON types.
+
+        A batch in which a bank found another shift is answered once more, by the state that it put in force.
+        """
         adapter = None if method == NEVER else self._adapter(method, ttt.GuardSettings())
-        correct, steps = [], []
+        correct, steps, again = [], [], []
         for batch in batches:
-            with torch.no_grad():
-                logits = self._model(batch.inputs).logits
-            correct.append((logits.argmax(dim=-1) == batch.targets).float().mean())
+            logits = self._answer(batch)
             steps.append(0 if adapter is None else adapter.adapt(batch.inputs, logits, 1))
+            again.append(0 if adapter is None else int(adapter.changed))
+            logits = self._answer(batch) if again[-1] else logits
+            correct.append((logits.argmax(dim=-1) == batch.targets).float().mean())
         guard = None if adapter is None else dataclasses.asdict(adapter.counters)
         if adapter is not None:
             adapter.reset()
-        return {"method": method, "quality": torch.stack(correct).tolist(), "steps": steps, "guard": guard}
+        counted = {"steps": steps, "again": again, "guard": guard}
+        return {"method": method, "quality": torch.stack(correct).tolist(), **counted}
+
+    @torch.no_grad()
+    def _answer(self, batch: Batch) -> Tensor:
+        return self._model(batch.inputs).logits  # [B, C]

@@ -83,19 +83,21 @@ def frontier_table(
         gain: Points against the unadapted model.
         recovered: Gain over what the shifts cost: accuracy on clean images less that of the unadapted model.
         cost: Serving and adapting per image: steps that were taken at the price of a step, the guard on every
-            batch.
+            batch, what was answered again at the price of serving.
         of_tent: What adapting costs over what TENT's does where it takes the same steps.
         adapted: Share of the batches that were learned from.
+        again: Share that was answered once more, for serving's price.
     """
     prices = {model: phase_costs(own).mean().to_dict() for model, own in weighings.items()}
     rows = []
     for repeat, run, before in _runs(repeats):
         accuracy, unadapted = float(np.mean(run["quality"])), float(np.mean(before["quality"]))
         lost = repeat["clean"] - unadapted if _shifted(repeat, run) else 0.0
-        adapted, price = float(np.mean(run["steps"])), prices[repeat["model"]]
+        price = prices[repeat["model"]]
+        adapted, again = (float(np.mean(run[name])) for name in ("steps", "again"))
         own, tents = (
-            0.0 if run["method"] == NEVER else price["guard"] + adapted * price[f"step {method}"]
-            for method in (run["method"], TENT)
+            0.0 if run["method"] == NEVER else price["guard"] + adapted * price[f"step {method}"] + extra
+            for method, extra in ((run["method"], again * price["serve"]), (TENT, 0.0))
         )
         rows.append(
             _named(repeat, run)
@@ -107,6 +109,7 @@ def frontier_table(
                 "cost": price["serve"] + own,
                 "of_tent": own / tents if tents > 0 else math.nan,
                 "adapted": adapted,
+                "again": again,
             }
         )
     return pd.DataFrame(rows)

@@ -57,6 +57,8 @@ class Adapter:
         state: What it remembers.
         guard: What watches over the steps, or None.
         adapted: Whether a step was kept since the start or the last reset.
+        changed: Whether the last `adapt` put the state of another shift in force (`bank`). Inputs that were
+            answered just before are worth answering again.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Adapter:
             raise ValueError(f"{name} is not for task {model.config.task!r}; use one of {fitting}")
         self.state: AdaptationState = start(model, self.settings, group)
         self.guard = None if guard is None else Guard(model, self.state, guard)
-        self.adapted = False
+        self.adapted = self.changed = False
         self._counters = GuardCounters()
 
     @property
@@ -123,6 +125,7 @@ class Adapter:
         Raises:
             AdaptationDiverged: Unguarded, the loss of a step is not a number; the step was not taken.
         """
+        self.changed = False
         if steps and len(inputs) < self.smallest_batch:
             self._count("empty")
             return 0
@@ -164,10 +167,12 @@ class Adapter:
             step = self.guard.step(
                 self.method, inputs, answers, self.settings, top_k, routing_bias, served=served
             )
+            self.changed = self.changed or (step is not None and step.changed)
             return step is not None and step.selected > 0
         given = answers if served else None
         step = self.method(self.model, self.state, inputs, self.settings, top_k, routing_bias, given)
         self._count("steps" if step.selected else "empty")
+        self.changed = self.changed or step.changed
         return step.selected > 0
 
     def _count(self, what: str) -> None:

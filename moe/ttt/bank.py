@@ -67,7 +67,7 @@ def bank(
         looks = (shift.mean.lerp(mean, share), shift.variance.lerp(variance, share))
         shift = replace(shift, mean=looks[0], variance=looks[1], batches=shift.batches + 1)
         state.shifts = (*state.shifts[:-1], shift)
-    return step if step.selected else Step(selected=len(inputs))
+    return replace(step, changed=not stays) if step.selected else Step(selected=len(inputs), changed=True)
 
 
 @torch.no_grad()

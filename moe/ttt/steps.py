@@ -23,11 +23,14 @@ class Step:
         selected: Samples the step learned from; 0 means that it was skipped.
         loss: Loss before the step, 0-dim on the device; None without a gradient step.
         recovered: Whether `sar` went back to the start afterwards.
+        changed: Whether `bank` found another shift than the one in force: answers given before are those of a
+            model that was adapted to something else.
     """
 
     selected: int
     loss: Tensor | None = None
     recovered: bool = False
+    changed: bool = False
 
 
 SKIPPED = Step(selected=0)

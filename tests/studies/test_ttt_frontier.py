@@ -129,10 +129,11 @@ def test_every_model_serves_every_stream_by_every_method_that_it_takes_and_witho
     assert shapes == [(False, "batch"), (True, "batch"), (False, "layer")]
 
 
-def test_the_first_batch_is_scored_before_anything_is_learned(repeats):
+def test_the_first_batch_is_scored_before_anything_is_learned_unless_a_bank_answers_again(repeats):
     for repeat, stream in itertools.product(repeats, SETTINGS["streams"]):
-        first = {run["quality"][0] for run in repeat["runs"] if run["stream"] == stream}
-        assert len(first) == 1
+        runs = [run for run in repeat["runs"] if run["stream"] == stream]
+        assert len({run["quality"][0] for run in runs if not run["again"][0]}) == 1
+        assert {run["method"] for run in runs if any(run["again"])} <= {"bank"}
 
 
 def test_the_frontier_follows_from_runs_and_costs(repeats, weighings):
@@ -146,6 +147,12 @@ def test_the_frontier_follows_from_runs_and_costs(repeats, weighings):
     serve, guard = (np.mean([own["phases"][phase] for own in weighed]) for phase in ("serve", "guard"))
     steps = {name: np.mean([own["steps"][name] for own in weighed]) for name in ("tent", "neo")}
     assert row["cost"] == pytest.approx((serve + guard + np.mean(tent["steps"]) * steps["tent"]) / 16)
+    bank = copy.deepcopy(only(repeat, "short", "bank"))
+    bank["again"] = [1, 0, 0, 0]
+    changed = {**repeat, "runs": [*(r for r in repeat["runs"] if r["method"] == "never"), bank]}
+    once = select(frontier_table([changed], weighings), stream="short", method="bank").iloc[0]
+    step = np.mean([own["steps"]["bank"] for own in weighed])
+    assert once["cost"] == pytest.approx((1.25 * serve + guard + np.mean(bank["steps"]) * step) / 16)
     lost = repeat["clean"] - np.mean(never["quality"])
     if lost > 0:
         assert row["recovered"] == pytest.approx(gained / lost)
