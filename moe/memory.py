@@ -8,7 +8,7 @@ each function is compiled once, whoever calls it.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -237,3 +237,16 @@ def _ask_for(context: Any, builder: Any, kind: Any, array: Any, row: Any) -> Non
         return
     with cgutils.for_range_slice(builder, begin, builder.add(begin, length), _WORD(_LINE_BYTES)) as (at, _):
         builder.call(function, (builder.inttoptr(at, pointer), *how))
+
+
+def as_record(values: NamedTuple) -> np.ndarray:
+    """A tuple of numbers and small arrays as an array of one record.
+
+    It crosses into compiled code several times faster than the tuple, and reads the same there.
+    """
+    dtype = [(name, *_dtype_of(value)) for name, value in values._asdict().items()]
+    return np.array([tuple(values)], np.dtype(dtype))
+
+
+def _dtype_of(value: Any) -> tuple[type, tuple[int, ...]]:
+    return (np.int64 if isinstance(value, int) else np.float64), np.shape(value)

@@ -209,11 +209,16 @@ class Workload(Protocol):
     def reset(self, seed: int) -> None:
         """Start an empty queue and the request stream that belongs to `seed`."""
 
-    def run(self, knobs: Knobs, duration_s: float, open_classes: int = 2) -> WorkStats:
+    def run(
+        self, knobs: Knobs, duration_s: float, open_classes: int = 2, promised_tpot_s: float | None = None
+    ) -> WorkStats:
         """Serve for `duration_s` seconds of the service's clock, which stands still between calls.
 
         Requests of the first `open_classes` of `REQUEST_CLASSES` are begun: of all, of interactive ones alone
         (1), of none (0). What runs goes on; who is not begun waits, or expires.
+
+        A service of tokens is told which time per output token interactive requests are promised whose
+        answers end now; None: as ever. Other services promise none.
         """
         ...
 

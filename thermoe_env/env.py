@@ -21,10 +21,10 @@ from thermoe_env.mdp.fields import (
     observation_space,
     ranges_of,
 )
-from thermoe_env.mdp.interval import COST_NAMES, TRACK_DTYPE, as_record, prices_of, rules_of
+from thermoe_env.mdp.interval import COST_NAMES, TRACK_DTYPE, prices_of, rules_of
 from thermoe_env.mdp.limits import CAUSES_OF
 from thermoe_env.mdp.reward import REWARD_TERMS
-from thermoe_env.mdp.signals import STAGES, budget_terms
+from thermoe_env.mdp.signals import ANNOUNCED, STAGES, announced_terms
 from thermoe_env.problem.knobs import INDEX_DTYPE
 from thermoe_env.problem.scenario import Scenario, as_overrides, load_scenario
 from thermoe_env.seeding import as_seed, episode_seed
@@ -130,8 +130,9 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         self._here = Account(
             rules, prices_of(self.problem), self.problem.quality_floor, ranges.low, ranges.scale,
             np.array(self.problem.knobs.default_index, np.int64),
-            as_record(budget_terms(self.scenario.power_budget, self.scenario.interval_s)),
-            np.zeros((1, self.scenario.steps + int(rules[0]["notice"]) + 1)), np.zeros(1, INDEX_DTYPE),
+            announced_terms(self.scenario),
+            np.zeros((1, len(ANNOUNCED), self.scenario.steps + int(rules[0]["notice"]) + 1)),
+            np.zeros(1, INDEX_DTYPE),
             np.zeros(1, TRACK_DTYPE), np.zeros(1, WORK_DTYPE), gpu, raw, np.zeros((1, len(REWARD_TERMS))),
             np.zeros((1, len(COST_NAMES))), gpu, raw,
         )  # fmt: skip
@@ -156,7 +157,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         # Plain numbers are filled and read several times faster than records.
         self._index, self._work_row = here.levels.view(np.int64), here.work.view(np.float64)
         self._gpu_row, self._raw_row = here.gpu.view(np.float64), here.raw.view(np.float64)
-        self._terms, self._cost, self._budget = here.terms[0], here.cost[0], here.budget_w[0]
+        self._terms, self._cost = here.terms[0], here.cost[0]
+        self._budget, self._price, self._promised_tpot = here.announced[0]
         self._held = Held(here)
         begin_row, settle_row = account_rows(self._held.kind)
         self._begin_one, self._settle_one = account_alone(self._held.kind)
@@ -216,7 +218,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
         _, open_classes, duty, held = self._coming
         limit_c = self._limits_c[self._count]
         self._running = False  # an interval that fails ends the episode
-        work = self._world.workload.run(knobs.under(duty), scenario.interval_s, open_classes)
+        promised_s = float(self._promised_tpot[self._count]) or None
+        work = self._world.workload.run(knobs.under(duty), scenario.interval_s, open_classes, promised_s)
         reading = self._world.telemetry.read(work, scenario.interval_s)
         self._work_row[:], self._index[:] = work.row, index
         _pack_reading(self._gpu_row.data, 0, *_reading_row(reading))
@@ -252,6 +255,8 @@ class ThermalMoEEnv(gym.Env[np.ndarray, Any]):
             "devices": self._world.telemetry.per_device(reading),
             "stage": STAGES[self._coming[0]],
             "budget_w": float(self._budget[last]),
+            "price": float(self._price[last]),
+            "promised_tpot_s": float(self._promised_tpot[last]),
             "limits": {"duty": duty, "why": CAUSES_OF[held], "temperature_c": self._limits_c[last]},
             "reward_terms": dict(zip(REWARD_TERMS, self._terms.tolist(), strict=True)),
             "cost": dict(zip(COST_NAMES, self._cost.tolist(), strict=True)),

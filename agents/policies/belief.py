@@ -18,11 +18,19 @@ from moe.service.queueing import SLOT_S
 from moe.workload import KNOB_NAMES
 from thermoe_env.device.observer import Observer
 from thermoe_env.mdp.fields import FIELD_NAMES, ranges_of
+from thermoe_env.mdp.signals import announced_terms
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Randomize
 from thermoe_env.twin.core import TwinBatch
 
-_LEAST_W = 0.5
+_ANNOUNCED_FIELDS = (
+    ("budget_w", "budget_ahead_w", "budget_change_s"),
+    ("price", "price_ahead", "price_change_s"),
+    ("promised_tpot_s", "promised_tpot_ahead_s", "promised_tpot_change_s"),
+)
+"""What says how each of `ANNOUNCED` stands, the hardest value ahead, and when it changes."""
+_SAME = 1e-3
+"""Two values are the same that differ by less of themselves: observations are of single precision."""
 """Budgets that differ by less are the same, rounded."""
 
 
@@ -88,7 +96,7 @@ class Belief:
         traffic = scenario.traffic
         middle = 0.5 * (traffic.low_load + traffic.high_load)
         self._expect_requests(middle, middle, traffic.interactive_share)
-        self._expect_budget(o)
+        self._expect_announced(o)
 
     def follow(self, observation: np.ndarray) -> None:
         """Take in the observation after an interval, float32 [fields]."""
@@ -106,7 +114,7 @@ class Belief:
         state.track["stage"], state.track["temp_c"] = o["stage"], o["temp_c"]
         self._set_limits(o, at_limit)
         self._expect_requests(load, float(o["load_slow"]), float(o["interactive_share"]))
-        self._expect_budget(o)
+        self._expect_announced(o)
 
     @property
     def shift(self) -> int:
@@ -201,15 +209,18 @@ class Belief:
         fading = np.exp(-ahead_s / self._config.load_memory_s)
         self._fill_arrivals(average + (load - average) * fading, interactive)
 
-    def _expect_budget(self, o: dict[str, np.ndarray]) -> None:
-        """The budget as announced. Nothing says how far it rises: then the normal one is expected."""
-        budget, scenario = self.state.budget_w, self._problem.scenario
-        now, ahead = float(o["budget_w"]), float(o["budget_ahead_w"])
-        begin, change = self._step, round(float(o["budget_change_s"]) / scenario.interval_s)
-        then = now
-        if ahead < now - _LEAST_W:
-            then = ahead
-        elif change < round(scenario.power_budget.notice_s / scenario.interval_s):
-            then = scenario.power_budget.normal_w
-        budget[:, begin : begin + change] = now
-        budget[:, begin + change :] = then
+    def _expect_announced(self, o: dict[str, np.ndarray]) -> None:
+        """Budget, price and promise as announced; where a change is not to a harder value, to the usual."""
+        scenario, begin = self._problem.scenario, self._step
+        notice = round(scenario.power_budget.notice_s / scenario.interval_s)
+        usual = announced_terms(scenario)["normal"]
+        for row, names in enumerate(_ANNOUNCED_FIELDS):
+            now, ahead, change_s = (float(o[name]) for name in names)
+            change, then = round(change_s / scenario.interval_s), now
+            if abs(ahead - now) > _SAME * abs(now):
+                then = ahead
+            elif change < notice:
+                then = usual[row]
+            series = self.state.announced[:, row]
+            series[:, begin : begin + change] = now
+            series[:, begin + change :] = then

@@ -26,12 +26,12 @@ from thermoe_env.twin.score import batch_cost, terms_of
 _FIXED_POINT_STEPS = 12
 _SEEN = (
     "rate_0", "rate_1", "queue_0", "queue_1", "oldest_0", "oldest_1", "clock", "power_w", "budget_w",
-    "over_c", "shift", "duty",
+    "price", "over_c", "shift", "duty",
 )  # fmt: skip
 _SEEN_DTYPE = np.dtype([(name, np.float64) for name in _SEEN])
 """What a prediction goes by: arrivals per second, waiting requests and the oldest's age per class; clock
-fraction that throttling leaves, power now, budget to keep, degrees above the limit to keep, input shift, and
-the duty that limits leave where requests are begun."""
+fraction that throttling leaves, power now, budget to keep, price of energy, degrees above the limit to keep,
+input shift, and the duty that limits leave where requests are begun."""
 _DEVICE = ("idle_w", "low_clock_w", "low_clock", "cap_w", "r_die_c_per_w", "interval_s")
 _DEVICE_DTYPE = np.dtype([(name, np.float64) for name in _DEVICE])
 """All devices together: idle power at full and at the low clock, that clock's fraction, power cap."""
@@ -137,8 +137,8 @@ def _predict(cost, knobs, accuracy, floor, seen, device, terms, prices, reward):
     power_w = capped_power_w(idle_w, dynamic_w, device.cap_w)
     over_c = seen.over_c + device.r_die_c_per_w * (power_w - seen.power_w)  # the die follows at once
     return reward_terms(
-        prices, accuracy * (served - late), power_w * device.interval_s, late + waiting_late, power_w,
-        seen.budget_w, over_c, served * max(0.0, floor - accuracy), reward,
+        prices, accuracy * (served - late), seen.price * power_w * device.interval_s, late + waiting_late,
+        power_w, seen.budget_w, over_c, served * max(0.0, floor - accuracy), reward,
     )  # fmt: skip
 
 
@@ -230,6 +230,7 @@ class Greedy:
         seen["oldest_0"], seen["oldest_1"] = o["oldest_interactive_s"], o["oldest_deferrable_s"]
         seen["clock"], seen["power_w"] = o["sm_clock_share"], o["power_w"]
         seen["budget_w"] = o["budget_w"] - config.budget_margin_w
+        seen["price"] = o["price"]
         seen["over_c"] = config.heat_margin_c - o["margin_c"]
         seen["shift"] = self._likeliest_shift(o)
         return seen

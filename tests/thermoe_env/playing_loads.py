@@ -27,7 +27,9 @@ class Load:
     def reset(self, seed: int) -> None:
         self._time_s = 0.0
 
-    def run(self, knobs: Knobs, duration_s: float, open_classes: int = 2) -> WorkStats:
+    def run(
+        self, knobs: Knobs, duration_s: float, open_classes: int = 2, promised_tpot_s: float | None = None
+    ) -> WorkStats:
         share = knobs.pace if open_classes or self._goes_on else 0.0
         watts, self._time_s = self._dynamic_w(self._time_s) * share, self._time_s + duration_s
         energy_j = np.full((round(duration_s / SLOT_S), 1), watts * SLOT_S)

@@ -58,8 +58,15 @@ def test_every_observed_field_is_written(problem: Problem) -> None:
     values = ranges_of(problem).decode(np.array(rows))
     still = {name for name in FIELD_NAMES if np.ptp(values[name]) == 0.0}
     # The default scenario controls neither of these, its one device is never throttled, its traffic is even,
-    # its adaptation is unlimited, and its limits do not act.
+    # its adaptation is unlimited, its limits do not act, one price holds for energy, no tokens are promised.
     assert still <= {
+        "price",
+        "price_ahead",
+        "price_change_s",
+        "promised_tpot_s",
+        "promised_tpot_ahead_s",
+        "promised_tpot_change_s",
+        "tpot_share",
         "pace_level",
         "sm_clock_level",
         "admission_level",

@@ -25,6 +25,7 @@ from tests.thermoe_env.soundness import LAWS, Episode, broken, play
 from thermoe_env.configs import configs_dir, merged, validated
 from thermoe_env.device.parameters import TwinParams
 from thermoe_env.errors import ScenarioError
+from thermoe_env.problem.announced import PriceEvents, StrictHours
 from thermoe_env.problem.inlet import InletConfig
 from thermoe_env.problem.limits import Alarm, PowerBrake, Slowdown
 from thermoe_env.problem.scenario import (
@@ -64,7 +65,10 @@ def keys_of(kind: Any, at: Key = ()) -> Iterator[Key]:
 
 DEFAULTS = asdict(load_scenario("default", episode_s=20))
 DEFAULTS["adaptation"]["budget"] = asdict(StepBudgetConfig())
-DEFAULTS["generate"] = asdict(GenerateConfig(lengths="azure-conv-2023"))
+DEFAULTS["generate"] = asdict(
+    GenerateConfig(lengths="azure-conv-2023", strict=StrictHours(tpot_s=(0.001, 0.002)))
+)
+DEFAULTS["price"] = asdict(PriceEvents(times=(0.5, 2.0)))
 DEFAULTS["exchange"] = asdict(ExchangeConfig())
 DEFAULTS["power_budget"]["brake"] = asdict(PowerBrake())
 DEFAULTS["limits"] |= {"slowdown": asdict(Slowdown()), "alarm": asdict(Alarm())}

@@ -13,23 +13,23 @@ from moe.memory import call, held, numbers
 from thermoe_env.mdp.fields import encode_finite
 from thermoe_env.mdp.interval import begin, fill_levels, settle
 from thermoe_env.mdp.limits import held_by, open_classes
-from thermoe_env.mdp.signals import fill_power_budget
+from thermoe_env.mdp.signals import fill_announced
 
 
 class Account(NamedTuple):
     """Episodes [n], and all that accounting for them reads and writes."""
 
     rules: np.ndarray
-    """`Rules`, an array of one record; likewise the next, and the budget."""
+    """`Rules`, an array of one record; likewise the next."""
     prices: np.ndarray
     quality_floor: np.ndarray  # [S]
     low: np.ndarray  # [fields], see `Ranges`
     scale: np.ndarray
     default_index: np.ndarray  # int64 [knobs]
-    budget: np.ndarray
-    """`BudgetTerms`."""
-    budget_w: np.ndarray
-    """float64 [n, steps + notice + 1]."""
+    events: np.ndarray
+    """`EventTerms` of each of `ANNOUNCED`, records [3]."""
+    announced: np.ndarray
+    """float64 [n, 3, steps + notice + 1]."""
     levels: np.ndarray
     """Records of `INDEX_DTYPE` [n]: those in force."""
     track: np.ndarray
@@ -65,10 +65,10 @@ def account_rows(kind: Any) -> tuple[Any, Any]:
     def begin_row(address, seed, i, limit_c):
         here = held(address, kind)
         rules, track, raw = here.rules[0], here.track[i], here.first_raw[i]
-        fill_power_budget(here.budget[0], seed, here.budget_w[i])
+        fill_announced(here.events, seed, here.announced[i])
         fill(numbers(track), 0.0)
         fill(numbers(raw), 0.0)
-        begin(rules, limit_c, track, here.first_gpu[i], here.budget_w[i], raw)
+        begin(rules, limit_c, track, here.first_gpu[i], here.announced[i], raw)
         fill_levels(rules, here.default_index, numbers(raw))
 
     @jit
@@ -77,7 +77,7 @@ def account_rows(kind: Any) -> tuple[Any, Any]:
         rules, levels = here.rules[0], here.levels[i]
         reward = settle(
             rules, here.prices[0], here.quality_floor, limit_c, here.track[i], here.work[i], here.gpu[i],
-            here.budget_w[i], levels.ttt_steps > 0, here.raw[i], here.terms[i], here.cost[i],
+            here.announced[i], levels.ttt_steps > 0, here.raw[i], here.terms[i], here.cost[i],
         )  # fmt: skip
         fill_levels(rules, numbers(levels), numbers(here.raw[i]))
         return reward

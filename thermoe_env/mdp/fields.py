@@ -59,6 +59,22 @@ _HOT_C = Derived(
 )
 _POWER_W = Derived("1.1 x (power cap x devices, or a budget above)", _most_power_w)
 _NOTICE_S = Derived("notice", lambda problem: problem.scenario.power_budget.notice_s)
+
+
+def _highest_price(problem: Problem) -> float:
+    price = problem.scenario.price
+    return 1.0 if price is None else max(1.0, price.times[1])
+
+
+def _promised_tpot_s(problem: Problem) -> float:
+    generate = problem.scenario.generate
+    if generate is None:
+        return 1.0
+    return max(generate.tpot_s[0], 0.0 if generate.strict is None else generate.strict.tpot_s[1])
+
+
+_PRICE = Derived("1, or the highest price", _highest_price)
+_TPOT_S = Derived("longest promise, 1 without", _promised_tpot_s)
 _RELEASE_S = Derived("longest hold or drain, 1 without", _longest_hold_s)
 _INTERACTIVE_S, _DEFERRABLE_S = (
     Derived(f"expiry + {SLOT_S:g}", lambda problem, c=c: problem.scenario.service.expire_after_s[c] + SLOT_S)
@@ -96,6 +112,19 @@ FIELDS: tuple[Field, ...] = (
         _NOTICE_S,
         "time until the announced budget changes; the notice if it does not",
     ),
+    Field("price", "1", 0.0, _PRICE, "price of energy in the coming interval over the usual one"),
+    Field("price_ahead", "1", 0.0, _PRICE, "highest announced price within the notice"),
+    Field("price_change_s", "s", 0.0, _NOTICE_S, "time until the announced price changes, as the budget's"),
+    Field(
+        "promised_tpot_s",
+        "s",
+        0.0,
+        _TPOT_S,
+        "time per output token promised to interactive requests in the coming interval, 0 without tokens",
+    ),
+    Field("promised_tpot_ahead_s", "s", 0.0, _TPOT_S, "shortest announced within the notice"),
+    Field("promised_tpot_change_s", "s", 0.0, _NOTICE_S, "time until it changes, as the budget's"),
+    Field("tpot_share", "1", 0.0, 2.0, "mean time per output token over the promise of the interval"),
     Field(
         "duty",
         "1",

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from moe.compiled import inlined, inner
+from moe.memory import as_record
 from moe.service.budget import share_of
 from moe.service.gates import CHANGE_TEST, any_changed
 from moe.workload import KNOB_NAMES
@@ -86,19 +87,6 @@ class Rules(NamedTuple):
     drain_s: float
 
 
-def as_record(values: NamedTuple) -> np.ndarray:
-    """A tuple of numbers and small arrays as an array of one record.
-
-    It crosses into compiled code several times faster than the tuple, and reads the same there.
-    """
-    dtype = [(name, *_dtype_of(value)) for name, value in values._asdict().items()]
-    return np.array([tuple(values)], np.dtype(dtype))
-
-
-def _dtype_of(value: Any) -> tuple[type, tuple[int, ...]]:
-    return (np.int64 if isinstance(value, int) else np.float64), np.shape(value)
-
-
 def prices_of(problem: Problem) -> np.ndarray:
     """`Prices` of a problem, as an array of one record."""
     s = problem.scenario
@@ -121,22 +109,33 @@ def rules_of(problem: Problem) -> np.ndarray:
     return as_record(rules)
 
 
-@inner
-def look_ahead(rules, budget_w, step, raw):
-    """Fill the budget's fields: now, lowest within the notice, time until it changes."""
-    now = budget_w[step]
-    ahead, change = now, rules.notice
+@inlined
+def _ahead(rules, series, step):
+    """What is announced of a value: (now, least within the notice, most, intervals until it changes)."""
+    now = series[step]
+    least, most, change = now, now, rules.notice
     for later in range(rules.notice, 0, -1):
-        ahead = min(ahead, budget_w[step + later])
-        if budget_w[step + later] != now:
+        then = series[step + later]
+        least, most = min(least, then), max(most, then)
+        if then != now:
             change = later
-    raw.budget_w = now
-    raw.budget_ahead_w = ahead
-    raw.budget_change_s = change * rules.interval_s
+    return now, least, most, change
 
 
 @inner
-def begin(rules, limit_c, track, gpu, budget_w, raw):
+def look_ahead(rules, announced, step, raw):
+    """Fill the fields of what is announced: now, the hardest within the notice, and time until it changes."""
+    now, least, most, change = _ahead(rules, announced[0], step)
+    raw.budget_w, raw.budget_ahead_w, raw.budget_change_s = now, least, change * rules.interval_s
+    now, least, most, change = _ahead(rules, announced[1], step)
+    raw.price, raw.price_ahead, raw.price_change_s = now, most, change * rules.interval_s
+    now, least, most, change = _ahead(rules, announced[2], step)
+    raw.promised_tpot_s, raw.promised_tpot_ahead_s = now, least
+    raw.promised_tpot_change_s = change * rules.interval_s
+
+
+@inner
+def begin(rules, limit_c, track, gpu, announced, raw):
     """Start an episode: clear `track` and fill the raw observation of a device at rest.
 
     Args:
@@ -144,7 +143,7 @@ def begin(rules, limit_c, track, gpu, budget_w, raw):
         limit_c: temperature limit in force.
         track: record of `TRACK_DTYPE`, zeroed by the caller.
         gpu: first reading, record of `GPU_DTYPE`.
-        budget_w: float [steps + notice + 1].
+        announced: float [3, steps + notice + 1], `ANNOUNCED`.
         raw: record of `RAW_DTYPE`, zeroed by the caller; `fill_levels` has the rest.
     """
     track.temp_c = gpu.temp_c
@@ -158,13 +157,13 @@ def begin(rules, limit_c, track, gpu, budget_w, raw):
     raw.stage = track.stage
     raw.power_w, raw.power_slow_w = gpu.power_w, gpu.power_w
     raw.sm_clock_share = gpu.sm_clock_mhz / rules.max_clock_mhz
-    look_ahead(rules, budget_w, int(track.step), raw)
+    look_ahead(rules, announced, int(track.step), raw)
     raw.ttt_budget = rules.first_budget_share
     raw.time_left = 1.0
 
 
 @inner
-def settle(rules, prices, quality_floor, limit_c, track, work, gpu, budget_w, adapts, raw, terms, cost):
+def settle(rules, prices, quality_floor, limit_c, track, work, gpu, announced, adapts, raw, terms, cost):
     """Account for one interval.
 
     Args:
@@ -175,7 +174,7 @@ def settle(rules, prices, quality_floor, limit_c, track, work, gpu, budget_w, ad
         track: record of `TRACK_DTYPE`, updated.
         work: record of `WORK_DTYPE`, what was done.
         gpu: record of `GPU_DTYPE`, what was read.
-        budget_w: float [steps + notice + 1].
+        announced: float [3, steps + notice + 1], `ANNOUNCED`.
         adapts: whether the knobs ask for adaptation.
         raw: record of `RAW_DTYPE`, filled but for what `fill_levels` has.
         terms: float [6], filled.
@@ -185,7 +184,7 @@ def settle(rules, prices, quality_floor, limit_c, track, work, gpu, budget_w, ad
         The reward.
     """
     step = int(track.step)
-    budget_now = budget_w[step]
+    budget_now, price, promised_s = announced[0, step], announced[1, step], announced[2, step]
     dt = rules.interval_s
     answered, expired = work.answered[0] + work.answered[1], work.expired[0] + work.expired[1]
     missed = work.late[0] + work.late[1] + expired
@@ -195,7 +194,7 @@ def settle(rules, prices, quality_floor, limit_c, track, work, gpu, budget_w, ad
     track.quality_debt += answered * quality_floor[int(work.shift_id)] - work.correct
     shortfall = max(0.0, track.quality_debt) - debt_before
     reward = reward_terms(
-        prices, work.good, gpu.energy_j, missed, gpu.power_w, budget_now, over_c, shortfall, terms
+        prices, work.good, price * gpu.energy_j, missed, gpu.power_w, budget_now, over_c, shortfall, terms
     )
     cost[0] = dt if over_c > 0.0 else 0.0
     cost[1] = missed
@@ -258,9 +257,10 @@ def settle(rules, prices, quality_floor, limit_c, track, work, gpu, budget_w, ad
     raw.ttt_budget = work.budget_share
     raw.ttt_refused_share = work.ttt_refused / max(1.0, work.ttt_refused + work.ttt_steps + work.ttt_left_out)
     raw.load_imbalance = work.load_imbalance
+    raw.tpot_share = work.tpot_s / promised_s if promised_s > 0.0 else 0.0
     track.temp_c = gpu.temp_c
     track.step = step + 1
-    look_ahead(rules, budget_w, step + 1, raw)
+    look_ahead(rules, announced, step + 1, raw)
     raw.time_left = 1.0 - track.step / rules.steps
     return reward
 

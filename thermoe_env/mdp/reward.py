@@ -57,7 +57,7 @@ def reward_terms(prices, good, energy_j, missed, power_w, budget_w, over_c, shor
     Args:
         prices: `Prices`.
         good: right answers in time.
-        energy_j: energy of the interval.
+        energy_j: energy of the interval, times its price over the usual one.
         missed: requests answered late or expired.
         power_w: mean power.
         budget_w: its budget in this interval.

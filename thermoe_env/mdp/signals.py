@@ -1,4 +1,4 @@
-"""The thermal signal: stages with hysteresis, a level in [0, 1], and announced power budgets."""
+"""Signals: stages of heat with hysteresis, a level in [0, 1], and what is announced ahead."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe.compiled import fill, jit
+from moe.compiled import fill, inlined, jit
+from moe.memory import as_record
 from moe.randomness import derive, uniform
+from thermoe_env.problem.announced import Events
 from thermoe_env.problem.limits import PowerBudget
+from thermoe_env.problem.scenario import Scenario
 
 STAGES = ("NOMINAL", "ELEVATED", "HOT", "CRITICAL")
 _SIGNAL_SPAN_C = 10.0
@@ -39,12 +42,12 @@ def thermal_signal(margin_c):
     return min(1.0, max(0.0, 1.0 - margin_c / _SIGNAL_SPAN_C))
 
 
-class BudgetTerms(NamedTuple):
-    """A `PowerBudget`, as compiled code reads it."""
+class EventTerms(NamedTuple):
+    """A value over an episode, and the `Events` that change it, as compiled code reads them."""
 
-    normal_w: float
-    event_low_w: float
-    event_high_w: float
+    normal: float
+    event_low: float
+    event_high: float
     event_low_s: float
     event_high_s: float
     gap_low_s: float
@@ -52,32 +55,62 @@ class BudgetTerms(NamedTuple):
     interval_s: float
 
 
-def budget_terms(config: PowerBudget, interval_s: float) -> BudgetTerms:
-    """`BudgetTerms` of a scenario's budget."""
-    return BudgetTerms(config.normal_w, *config.event_w, *config.event_s, *config.gap_s, interval_s)
+ANNOUNCED = ("budget_w", "price", "tpot_s")
+"""Values over an episode that are announced ahead: power budget, price of energy over the usual one, and the
+time per output token that interactive requests are promised (0 where a service gives none)."""
+_STREAMS = np.array([3, 10, 11], np.uint64)
+"""Of an episode's seed, from which each is drawn."""
+
+
+def announced_terms(scenario: Scenario) -> np.ndarray:
+    """`EventTerms` of each of `ANNOUNCED` in a scenario, records [3]."""
+    generate, budget, never = scenario.generate, scenario.power_budget, Events()
+    promised_s = 0.0 if generate is None else generate.tpot_s[0]
+    strict = None if generate is None else generate.strict
+    rows = (
+        (budget.normal_w, budget.event_w, budget),
+        (1.0, (1.0, 1.0), never) if scenario.price is None else (1.0, scenario.price.times, scenario.price),
+        (promised_s, (promised_s, promised_s), never)
+        if strict is None
+        else (promised_s, strict.tpot_s, strict),
+    )
+    return np.concatenate(
+        [
+            as_record(EventTerms(normal, *values, *when.event_s, *when.gap_s, scenario.interval_s))
+            for normal, values, when in rows
+        ]
+    )
 
 
 @jit
-def fill_power_budget(terms, seed, budget_w):
-    """Draw the power budget of an episode.
+def fill_events(terms, seed, stream, series):
+    """Draw a value over an episode.
 
     Args:
-        terms: `BudgetTerms`.
+        terms: `EventTerms`.
         seed: uint64.
-        budget_w: float [steps + notice + 1]; filled.
+        stream: uint64, which of the seed's.
+        series: float [steps + notice + 1]; filled.
     """
-    key = derive(seed, np.uint64(3))
-    fill(budget_w, terms.normal_w)
-    end_s = budget_w.shape[0] * terms.interval_s
+    key = derive(seed, stream)
+    fill(series, terms.normal)
+    end_s = series.shape[0] * terms.interval_s
     t, i = uniform(key, 0, 0.0, terms.gap_high_s), 1
     while t < end_s:
         duration = uniform(key, i, terms.event_low_s, terms.event_high_s)
         first, last = round(t / terms.interval_s), round((t + duration) / terms.interval_s)
-        event_w = uniform(key, i + 1, terms.event_low_w, terms.event_high_w)
-        for interval in range(int(first), min(int(last), budget_w.shape[0])):
-            budget_w[interval] = event_w
+        value = uniform(key, i + 1, terms.event_low, terms.event_high)
+        for interval in range(int(first), min(int(last), series.shape[0])):
+            series[interval] = value
         t += duration + uniform(key, i + 2, terms.gap_low_s, terms.gap_high_s)
         i += 3
+
+
+@inlined
+def fill_announced(terms, seed, announced):
+    """Draw all of `ANNOUNCED` for an episode: `EventTerms` [3] and float [3, steps + notice + 1]."""
+    for row in range(terms.shape[0]):
+        fill_events(terms[row], seed, _STREAMS[row], announced[row])
 
 
 def draw_power_budget(config: PowerBudget, seed: int, steps: int, interval_s: float) -> np.ndarray:
@@ -87,5 +120,6 @@ def draw_power_budget(config: PowerBudget, seed: int, steps: int, interval_s: fl
         float [steps + notice + 1]: longer than the episode by the notice, so that a look ahead exists.
     """
     budget_w = np.zeros(steps + round(config.notice_s / interval_s) + 1)
-    fill_power_budget(budget_terms(config, interval_s), np.uint64(seed), budget_w)
+    terms = EventTerms(config.normal_w, *config.event_w, *config.event_s, *config.gap_s, interval_s)
+    fill_events(terms, np.uint64(seed), _STREAMS[0], budget_w)
     return budget_w

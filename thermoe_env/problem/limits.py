@@ -11,7 +11,8 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from moe.ranges import STRICT, Celsius, Degrees, Dwell, Number, Seconds, Throttle, Watts, Whole
+from moe.ranges import STRICT, Celsius, Degrees, Number, Seconds, Throttle, Watts, Whole
+from thermoe_env.problem.announced import Events
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -49,24 +50,19 @@ class Alarm:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class PowerBudget:
+class PowerBudget(Events):
     """Demand response: the grid asks for less power for a while and says so ahead."""
 
     normal_w: Watts = 700.0
     event_w: tuple[Watts, Watts] = (230.0, 340.0)
     """Budget during an event, uniform."""
-    event_s: tuple[Dwell, Dwell] = (20.0, 50.0)
-    gap_s: tuple[Dwell, Dwell] = (30.0, 90.0)
-    """Time between events, uniform."""
     notice_s: Annotated[Whole, Field(ge=1, le=3600)] = 10
+    """How long ahead all is announced that changes by events."""
     brake: PowerBrake | None = None
     """What a budget that is not kept brings about; None: a price."""
 
     def __post_init__(self) -> None:
-        for name in ("event_w", "event_s", "gap_s"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"power_budget.{name} needs low <= high, got [{low}, {high}]")
+        self._check("event_w", "event_s", "gap_s")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -34,6 +34,7 @@ from moe.service.traffic import TrafficConfig
 from moe.workload import KNOB_NAMES, Knobs
 from thermoe_env.configs import Location, config_path, configs_dir, merged, read_yaml, validated
 from thermoe_env.errors import ScenarioError
+from thermoe_env.problem.announced import PriceEvents, StrictHours
 from thermoe_env.problem.inlet import InletConfig
 from thermoe_env.problem.limits import PowerBudget, ThermalLimits
 
@@ -164,6 +165,9 @@ class GenerateConfig:
     """Time to first token, from arrival, above which an answer is late."""
     tpot_s: tuple[Seconds, Seconds] = (0.05, 1.0)
     """Time per output token above which it is late."""
+    strict: StrictHours | None = None
+    """Hours of a shorter one for interactive requests; None: there are none. The promise in force when an
+    answer ends is the one that counts."""
     cache_positions: Annotated[Whole, Field(ge=1, le=100_000_000)] | None = None
     """Positions whose keys and values the service keeps; None: enough for all that may run."""
 
@@ -188,6 +192,8 @@ class Scenario:
     service: ServiceConfig = field(default_factory=ServiceConfig)
     limits: ThermalLimits
     power_budget: PowerBudget = field(default_factory=PowerBudget)
+    price: PriceEvents | None = None
+    """When energy costs more or less than usual; None: never."""
     reward: RewardWeights = field(default_factory=RewardWeights)
     feasible: Feasibility = field(default_factory=Feasibility)
     randomize: Randomize = field(default_factory=Randomize)

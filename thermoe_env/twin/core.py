@@ -17,17 +17,17 @@ import numpy as np
 from numba.core import types
 
 from moe.compiled import copy_row, fill, inlined, inner, jit, parallel
-from moe.memory import Held, address_of, call, held, numbers, place_of, prefetch, take
+from moe.memory import Held, address_of, as_record, call, held, numbers, place_of, prefetch, take
 from moe.randomness import derive
 from moe.service.queueing import SLOT_S
 from moe.service.traffic import traffic_of
 from moe.workload import WORK_DTYPE
 from thermoe_env.mdp.account import Account, account_rows
 from thermoe_env.mdp.fields import FIELDS, RAW_DTYPE, encode_row, ranges_of
-from thermoe_env.mdp.interval import COST_NAMES, TRACK_DTYPE, as_record, prices_of, rules_of
+from thermoe_env.mdp.interval import COST_NAMES, TRACK_DTYPE, prices_of, rules_of
 from thermoe_env.mdp.limits import open_classes
 from thermoe_env.mdp.reward import REWARD_TERMS
-from thermoe_env.mdp.signals import budget_terms
+from thermoe_env.mdp.signals import ANNOUNCED, announced_terms
 from thermoe_env.problem.knobs import INDEX_DTYPE, VALUE_DTYPE, fill_values
 from thermoe_env.problem.problem import Problem
 from thermoe_env.seeding import as_seed
@@ -63,11 +63,12 @@ def _ask_ahead(batch, i):
     if i + 1 < n:  # of what was drawn at the episode's beginning: the interval's
         rules, number = account.rules[0], int(account.track[i + 1].step)
         second, slot = int(number * rules.interval_s), number * serving.slot_energy.shape[1]
-        arrivals, budget_w = serving.arrivals[i + 1], account.budget_w[i + 1]
+        arrivals, announced = serving.arrivals[i + 1], account.announced[i + 1]
         prefetch((arrivals[0], arrivals[1]), slot)
         prefetch((serving.shift[i + 1], heating.drift_c[i + 1]), second)
-        prefetch((budget_w,), number + 1)
-        prefetch((budget_w,), number + 1 + rules.notice)
+        rows = announced[0], announced[1], announced[2]
+        prefetch(rows, number + 1)
+        prefetch(rows, number + 1 + rules.notice)
 
 
 @inlined
@@ -88,7 +89,7 @@ def _play(batch, i, out):
     rules, track = account.rules[0], account.track[i]
     number, classes = choose(batch, i)
     second, slot = int(number * rules.interval_s), number * batch.serving.slot_energy.shape[1]
-    call(code.serve, (place_of(batch.serving), i, slot, classes), types.none)
+    call(code.serve, (place_of(batch.serving), i, slot, classes, account.announced[i, 2, number]), types.none)
     terminated = call(code.heat, (place_of(batch.heating), i, second), types.boolean)
     out.reward[i] = call(code.settle, (place_of(account), i, rules.limit_c), types.float64)
     encode_row(numbers(account.raw[i]), account.low, account.scale, out.observation[i])
@@ -172,7 +173,7 @@ def _state_of(problem: Problem, n: int) -> BatchState:
         episodes=np.zeros(n, np.uint64),
         arrivals=np.zeros((n, 2, round(seconds / SLOT_S) + 1), np.int32),
         shift=np.zeros((n, seconds), np.int64),
-        budget_w=np.zeros((n, scenario.steps + notice + 1)),
+        announced=np.zeros((n, len(ANNOUNCED), scenario.steps + notice + 1)),
         drift_c=np.zeros((n, seconds, n_devices)),
         devices=np.zeros((n, n_devices), DEVICE_DTYPE),
         track=np.zeros(n, TRACK_DTYPE),
@@ -214,7 +215,7 @@ def _parts_of(
     account = Account(
         rules_of(problem), prices_of(problem), problem.quality_floor, ranges.low, ranges.scale,
         np.array(problem.knobs.default_index, np.int64),
-        as_record(budget_terms(scenario.power_budget, scenario.interval_s)), state.budget_w, now.levels,
+        announced_terms(scenario), state.announced, now.levels,
         state.track, now.work, now.gpu, now.raw, now.terms, now.cost, now.first_gpu, now.first_raw,
     )  # fmt: skip
     return serving, heating, account
@@ -232,7 +233,7 @@ def _code(serving: Serving, heating: Heating, account: Account) -> Code:
         address_of(start, of_serving, seed, 0),
         address_of(cool, of_heating, seed, 0),
         address_of(begin, of_account, seed, 0, 0.0),
-        address_of(serve, of_serving, 0, 0, 0),
+        address_of(serve, of_serving, 0, 0, 0, 0.0),
         address_of(heat, of_heating, 0, 0),
         address_of(settle, of_account, 0, 0.0),
     )

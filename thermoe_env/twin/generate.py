@@ -22,11 +22,11 @@ import numpy as np
 from moe.compiled import copy_row, inlined, inner
 from moe.lm.config import BLOCK, FIRST_TRUST
 from moe.lm.engine.blocks import blocks_for
+from moe.memory import as_record
 from moe.randomness import derive, integer
 from moe.service.adaptation import start_unadapted
 from moe.service.budget import earn, share_of
 from moe.service.queueing import SLOT_S, arrival_time, latency_bin, slot_of
-from thermoe_env.mdp.interval import as_record
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.token_tables import TokenWork, token_work
 from thermoe_env.twin.score import drop_expired
@@ -73,7 +73,8 @@ class Terms(NamedTuple):
     """What compiled code knows of requests and promises."""
 
     ttft_s: np.ndarray  # [2]
-    tpot_s: np.ndarray  # [2]
+    deferrable_tpot_s: float
+    """Promised time per output token; that of interactive requests may change."""
     deadline_s: np.ndarray  # [2]
     expire_after_s: np.ndarray  # [2]
     prompt: float
@@ -135,7 +136,7 @@ def generate_service(problem: Problem) -> Service:
         n_blocks = promised.cache_positions // BLOCK
         places = min(places, n_blocks / blocks)
     terms = Terms(
-        np.array(promised.ttft_s), np.array(promised.tpot_s), np.array(service.deadline_s),
+        np.array(promised.ttft_s), promised.tpot_s[1], np.array(service.deadline_s),
         np.array(service.expire_after_s), float(prompt.mean()), max(1e-3, float(output.mean()) - 1.0),
         float(1.0 / (1.0 / np.maximum(1.0, output - 1.0)).mean()),
         np.quantile(np.maximum(1.0, output - 1.0), (np.arange(_RANKS) + 0.5) / _RANKS),
@@ -201,7 +202,7 @@ def _let_run(terms, arrivals, number, server, c, enter, wanted, times, histogram
 
 
 @inlined
-def _end_answers(terms, server, c, enter, of_read, slot, times, work):
+def _end_answers(server, c, enter, of_read, slot, times, promised_s, work):
     """Read prompts of class `c`, of all the share `of_read`, and end answers; returns how many."""
     old = server.decoding[c]
     took = (server.prompts[c] + enter) * of_read
@@ -213,7 +214,7 @@ def _end_answers(terms, server, c, enter, of_read, slot, times, work):
     # Answers end late as often as those that run are, or by the time per token.
     runs = now + server.prompts[c] + done
     share = server.late[c] / runs if runs > 0.0 else 0.0
-    over = (times.token_s - terms.tpot_s[c]) / times.noise_s
+    over = (times.token_s - promised_s) / times.noise_s
     slow = 1.0 / (1.0 + math.exp(-1.7 * over)) if abs(over) < 20.0 else (1.0 if over > 0.0 else 0.0)
     server.late[c] -= share * done
     work.late[c] += done * (1.0 - (1.0 - share) * (1.0 - slow))
@@ -241,8 +242,8 @@ def _entering(server, slot, places, deferrable, wanted):
 
 
 def serve(
-    fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, state, i, work, histogram,
-    slot_energy,
+    fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, promised_s, state, i, work,
+    histogram, slot_energy,
 ):  # fmt: skip
     """Serve one interval, see `thermoe_env.twin.service.serve`."""
     terms, learning = fixed.terms[0], fixed.learning
@@ -273,7 +274,8 @@ def serve(
             times = times_of(terms, slot, c, pace, wait_s)
             n, first_s = _let_run(terms, arrivals, number, server, c, enter[c], wanted[c], times, histogram)
             ttft, began = ttft + first_s, began + n
-            done = _end_answers(terms, server, c, enter[c], of_read, slot, times, work)
+            promise = promised_s if c == 0 else terms.deferrable_tpot_s
+            done = _end_answers(server, c, enter[c], of_read, slot, times, promise, work)
             tpot, finished = tpot + done * times.token_s, finished + done
         count = slot.busy * SLOT_S / period
         fill_energy(fixed, server.draw, shift, k, b, steps, count, clocks, slot_energy[number - first_slot])

@@ -22,8 +22,8 @@ class BatchState(NamedTuple):
     """int32 [n, 2, slots + 1], as in `moe.service.traffic.RequestStream`."""
     shift: np.ndarray
     """int64 [n, seconds]: input shift in force."""
-    budget_w: np.ndarray
-    """float64 [n, steps + notice + 1]."""
+    announced: np.ndarray
+    """float64 [n, 3, steps + notice + 1], see `Account`."""
     drift_c: np.ndarray
     """float64 [n, seconds, D]: offsets of the inlets."""
     devices: np.ndarray

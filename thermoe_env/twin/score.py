@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe.compiled import copy_row, inlined, inner, small
-from moe.memory import prefetch
+from moe.memory import as_record, prefetch
 from moe.service.adaptation import adapt, answer_quality, start_unadapted
 from moe.service.batching import (
     full_launches,
@@ -28,7 +28,6 @@ from moe.service.queueing import (
     record_latencies,
 )
 from thermoe_env.device.physics import clock_power_factor
-from thermoe_env.mdp.interval import as_record
 from thermoe_env.problem.problem import NODES_PER_OCTAVE, Problem
 from thermoe_env.twin.service import Service, implement, slowest
 
@@ -225,8 +224,8 @@ def late_of(c, backlog, terms, arrivals, slot, server, first, taken, group, late
 
 
 def serve(
-    fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, state, i, work, histogram,
-    slot_energy,
+    fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, promised_s, state, i, work,
+    histogram, slot_energy,
 ):  # fmt: skip
     """Serve one interval, see `thermoe_env.twin.service.serve`."""
     terms, server, weights, purse = fixed.terms[0], state.server[i], state.weights[i], state.purse[i]

@@ -62,8 +62,8 @@ def slowest(clocks):
 
 
 def serve(
-    fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, state, i, work, histogram,
-    slot_energy,
+    fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, promised_s, state, i, work,
+    histogram, slot_energy,
 ):  # fmt: skip
     """Serve one interval of the request stream in server `i`.
 
@@ -76,6 +76,7 @@ def serve(
         shift: index of the input shift in force.
         clocks: float [D], clock fractions at which the devices run: the knob's or what throttling leaves.
         open_classes: how many classes of requests may be begun, see `moe.workload.Workload.run`.
+        promised_s: time per output token promised to interactive requests whose answers end now.
         state: row `i` is updated.
         i: number of the server.
         work: record of `moe.workload.WORK_DTYPE`, zeroed by the caller; filled.
@@ -104,8 +105,8 @@ def implement(fixed: type, start_one: Any, serve_one: Any) -> None:
 
     @overload(serve, jit_options={"error_model": "numpy"})
     def _serve(
-        fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, state, i, work, histogram,
-        slot_energy,
+        fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, promised_s, state, i, work,
+        histogram, slot_energy,
     ):  # fmt: skip
         return serve_one if is_meant(fixed) else None
 
@@ -145,7 +146,7 @@ def serving_rows(kind: Any) -> tuple[Any, Any]:
 
     Returns:
         (`start_row` of (address, seed, number of the server), `serve_row` of (address, number of the server,
-        first slot, open classes), which runs at the knob's clock at most)
+        first slot, open classes, promised time per token), which runs at the knob's clock at most)
     """
 
     @jit
@@ -155,7 +156,7 @@ def serving_rows(kind: Any) -> tuple[Any, Any]:
         start(here.service, seed, here.servers, i)
 
     @jit
-    def serve_row(address, i, first_slot, open_classes):
+    def serve_row(address, i, first_slot, open_classes, promised_s):
         here = held(address, kind)
         work, knobs, clocks, histogram = here.work[i], here.knobs[i], here.clocks[i], here.histogram[i]
         fill(numbers(work), 0.0)
@@ -164,8 +165,8 @@ def serving_rows(kind: Any) -> tuple[Any, Any]:
             clocks[d] = min(clocks[d], knobs.sm_clock)
         serve(
             here.service, knobs, here.levels[i], here.arrivals[i], first_slot,
-            here.shift[i, int(first_slot * SLOT_S)], clocks, open_classes, here.servers, i, work, histogram,
-            here.slot_energy[i],
+            here.shift[i, int(first_slot * SLOT_S)], clocks, open_classes, promised_s, here.servers, i, work,
+            histogram, here.slot_energy[i],
         )  # fmt: skip
 
     return start_row, serve_row
@@ -189,14 +190,15 @@ def serve_alone(kind: Any, asked_kind: Any) -> Any:
         asked_kind: of a `Held` of an `Asked`.
 
     Returns:
-        The function of (address of `serve_row`, address of the one, of the other, first slot, open classes).
+        The function of (address of `serve_row`, address of the one, of the other, first slot, open classes,
+        promised time per token).
     """
 
     @jit
-    def serve_one(serve_row, address, asked_address, first_slot, open_classes):
+    def serve_one(serve_row, address, asked_address, first_slot, open_classes, promised_s):
         here, asked = held(address, kind), held(asked_address, asked_kind)
         copy_row(numbers(here.levels[0]), numbers(asked.levels[0]))
         copy_row(numbers(here.knobs[0]), numbers(asked.values[0]))
-        call(serve_row, (address, 0, first_slot, open_classes), types.none)
+        call(serve_row, (address, 0, first_slot, open_classes, promised_s), types.none)
 
     return serve_one

@@ -25,9 +25,11 @@ class Shadow:
         """Reset the wrapped workload."""
         self._workload.reset(seed)
 
-    def run(self, knobs: Knobs, duration_s: float, open_classes: int = 2) -> WorkStats:
+    def run(
+        self, knobs: Knobs, duration_s: float, open_classes: int = 2, promised_tpot_s: float | None = None
+    ) -> WorkStats:
         """Run the wrapped workload and model the energy of its busy time, spread evenly."""
-        stats = self._workload.run(knobs, duration_s, open_classes)
+        stats = self._workload.run(knobs, duration_s, open_classes, promised_tpot_s)
         profile = self._problem.power_profile
         batch = max(1.0, stats.batch_fill * knobs.batch_size) * self._problem.batch_scale
         power = profile.active_power_w(batch, knobs.expert_count, knobs.routing_bias)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe.compiled import jit
-from moe.memory import Held, held
+from moe.memory import Held, as_record, held
 from moe.service.queueing import SLOT_S
 from moe.workload import WorkStats, frozen
 from thermoe_env.device.physics import sensor_c
@@ -21,7 +21,6 @@ from thermoe_env.device.telemetry import (
     of_one_device,
 )
 from thermoe_env.errors import ReadingError
-from thermoe_env.mdp.interval import as_record
 from thermoe_env.problem.problem import Problem
 from thermoe_env.twin.heat import GPU_DTYPE, heat_devices, nominal_devices, spread_of, start_devices
 

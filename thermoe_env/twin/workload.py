@@ -54,6 +54,8 @@ class TwinWorkload:
         n_devices = problem.placement.n_devices
         self._slots = round(problem.scenario.interval_s / SLOT_S)
         self._histograms = service.histograms
+        generate = problem.scenario.generate
+        self._promised_s = 0.0 if generate is None else generate.tpot_s[0]
         self.state = service.new_state(1)
         """The service's own state, of one server."""
         self._here = Serving(
@@ -67,7 +69,7 @@ class TwinWorkload:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy is made of; `_hold` makes the rest."""
-        names = ("_problem", "_clock", "_slots", "_histograms", "state", "_here", "_slot")
+        names = ("_problem", "_clock", "_slots", "_histograms", "_promised_s", "state", "_here", "_slot")
         return {name: value for name, value in vars(self).items() if name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -88,7 +90,7 @@ class TwinWorkload:
         asked = self._learn(self._problem.knobs.knobs(np.array(self._problem.knobs.default_index))).asked
         self._start, serve_row = serving_rows(self._held.kind)
         self._serve = serve_alone(self._held.kind, asked.kind)
-        self._serve_row = address_of(serve_row, self._held.address, 0, 0, 0)
+        self._serve_row = address_of(serve_row, self._held.address, 0, 0, 0, 0.0)
 
     def reset(self, seed: int) -> None:
         """Draw the request stream of `seed` and start with an empty queue."""
@@ -96,7 +98,9 @@ class TwinWorkload:
         self._slot = 0
         self._start(self._held.address, np.uint64(seed), 0)
 
-    def run(self, knobs: Knobs, duration_s: float, open_classes: int = 2) -> WorkStats:
+    def run(
+        self, knobs: Knobs, duration_s: float, open_classes: int = 2, promised_tpot_s: float | None = None
+    ) -> WorkStats:
         """Serve one interval. `duration_s` must be the scenario's interval."""
         if duration_s != self._problem.scenario.interval_s:
             raise ValueError(
@@ -104,7 +108,10 @@ class TwinWorkload:
             )
         known = self._known.get(id(knobs)) or self._learn(knobs)
         self._clocks[:] = self._clock()
-        self._serve(self._serve_row, self._held.address, known.asked.address, self._slot, open_classes)
+        promised_s = self._promised_s if promised_tpot_s is None else promised_tpot_s
+        self._serve(
+            self._serve_row, self._held.address, known.asked.address, self._slot, open_classes, promised_s
+        )
         self._slot += self._slots
         row, histogram = self._work_row.copy(), self._histogram.copy()
         values = row.tolist()

@@ -154,13 +154,16 @@ class GenerateWorkload:
             self._budget.reset()
         self._time_s = self._end_s = self._pause_s = 0.0
 
-    def run(self, knobs: Knobs, duration_s: float, open_classes: int = 2) -> WorkStats:
+    def run(
+        self, knobs: Knobs, duration_s: float, open_classes: int = 2, promised_tpot_s: float | None = None
+    ) -> WorkStats:
         """Serve in real time until the interval is over and the steps under way are done.
 
         Args:
             knobs: of the interval.
             duration_s: its length.
             open_classes: how many classes may be begun, see `Workload.run`.
+            promised_tpot_s: see `Workload.run`; None: what the service was made with.
 
         Raises:
             KnobRefusedError: a knob cannot be applied here.
@@ -169,7 +172,10 @@ class GenerateWorkload:
         if self._stream is None:
             raise RuntimeError("the live workload has no request stream; call reset(seed) first")
         self._refuse(knobs)
-        tally = Tally(knobs, self._promises)
+        promises = self._promises.copy()
+        if promised_tpot_s is not None:
+            promises[1, 0] = promised_tpot_s
+        tally = Tally(knobs, promises)
         shift = self._shift_at(self._end_s)
         self._end_s += duration_s
         self.engine.synchronize()

@@ -149,7 +149,9 @@ class LiveWorkload:
         if self._budget is not None:
             self._budget.energy.reset()
 
-    def run(self, knobs: Knobs, duration_s: float, open_classes: int = 2) -> WorkStats:
+    def run(
+        self, knobs: Knobs, duration_s: float, open_classes: int = 2, promised_tpot_s: float | None = None
+    ) -> WorkStats:
         """Serve in real time; a batch still under way at the end counts as waiting.
 
         Raises:

@@ -43,7 +43,7 @@ def steady(
     state = twins.state
     per_slot = 0.5 * load * problem.capacity_rps * SLOT_S
     state.arrivals[:] = np.rint(np.arange(state.arrivals.shape[2]) * per_slot)
-    state.shift[:], state.budget_w[:], state.drift_c[:] = shift, budget_w, 0.0
+    state.shift[:], state.announced[:, 0], state.drift_c[:] = shift, budget_w, 0.0
     static = np.tile(np.array(problem.knobs.default_index), (copies, 1))
     seen = [twins.step(static).observation for _ in range(WARM_UP)]
     return twins, seen[-1]

@@ -159,9 +159,11 @@ def test_a_belief_knows_the_queue_the_shift_and_the_adaptation(problem: Problem)
                     off_waiting.append(abs(waiting - waits))
             off_debt.append(abs(own.track["quality_debt"][0] - true.track["quality_debt"][i]))
             notice = round(problem.scenario.power_budget.notice_s)
-            change = until_change(true.budget_w[i], t + 1, notice)
+            change = until_change(true.announced[i, 0], t + 1, notice)
             np.testing.assert_allclose(
-                own.budget_w[0, t + 1 : t + 1 + change], true.budget_w[i, t + 1 : t + 1 + change], atol=0.1
+                own.announced[0, 0, t + 1 : t + 1 + change],
+                true.announced[i, 0, t + 1 : t + 1 + change],
+                atol=0.1,
             )
     assert np.mean(right) > 0.75  # some answers look alike under two shifts
     assert np.median(off_weights) < 0.1

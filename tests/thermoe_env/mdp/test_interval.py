@@ -27,6 +27,7 @@ HARD = {
     "traffic": {"low_load": 0.2, "high_load": 2.5, "interactive_share": 0.6, "shift_dwell_s": 10.0},
     "service": {"expire_after_s": [1.0, 61.0]},
     "power_budget": {"gap_s": [3.0, 9.0], "event_s": [4.0, 12.0], "notice_s": NOTICE_S},
+    "price": {"gap_s": [3.0, 9.0], "event_s": [4.0, 12.0], "times": [0.5, 2.0]},
     "adaptation": {"budget": {"fraction": 0.05, "window_s": 5.0, "bank_windows": 1}},
 }
 """An episode in which limits, budgets, deadlines and the budget of adaptation are broken and kept."""
@@ -80,9 +81,16 @@ def play(problem: Problem, seed: int) -> tuple[pd.DataFrame, pd.DataFrame, dict[
             | {f"term_{name}": value for name, value in info["reward_terms"].items()}
             | {f"cost_{name}": value for name, value in info["cost"].items()}
             | {f"level_{name}": level for name, level in zip(KNOBS_READ, action.tolist(), strict=True)}
-            | {"budget_now_w": info["budget_w"], "reward": reward}
+            | {"budget_now_w": info["budget_w"], "price_now": info["price"], "reward": reward}
         )
     return pd.DataFrame(seen).astype(float), pd.DataFrame(facts).astype(float), first
+
+
+def announced(values: Any, notice: int, interval_s: float) -> tuple[list[pd.Series], pd.Series]:
+    """Of each interval's end: the values from there to the end of the notice, and time until they change."""
+    ahead = [values[t + 1 : t + 1 + notice + 1] for t in range(len(values) - notice - 1)]
+    changes = [next((i for i, b in enumerate(each) if b != each.iloc[0]), notice) for each in ahead]
+    return ahead, pd.Series(changes) * interval_s
 
 
 @pytest.fixture(scope="module", params=[1.0, 0.5])
@@ -101,8 +109,8 @@ def test_the_observation_is_what_its_table_says(hard: Problem) -> None:
     adapts = (w.level_ttt_steps > 0).astype(float)
     sure = w.confidence[answered > 0]
     notice = round(NOTICE_S / dt)
-    ahead = [w.budget_now_w[t + 1 : t + 1 + notice + 1] for t in range(len(w) - notice - 1)]
-    changes = [next((i for i, b in enumerate(each) if b != each.iloc[0]), notice) * dt for each in ahead]
+    budgets, budget_changes = announced(w.budget_now_w, notice, dt)
+    prices, price_changes = announced(w.price_now, notice, dt)
     asked = w.ttt_refused + w.ttt_steps + w.ttt_left_out
     expected = {
         "margin_c": LIMIT_C - w.gpu_temp_c,
@@ -110,8 +118,11 @@ def test_the_observation_is_what_its_table_says(hard: Problem) -> None:
         "power_w": w.gpu_power_w,
         "power_slow_w": averaged(after(first["power_w"], w.gpu_power_w), 20.0, dt)[1:],
         "budget_w": w.budget_now_w[1:],
-        "budget_ahead_w": pd.Series([each.min() for each in ahead]),
-        "budget_change_s": pd.Series(changes),
+        "budget_ahead_w": pd.Series([each.min() for each in budgets]),
+        "budget_change_s": budget_changes,
+        "price": w.price_now[1:],
+        "price_ahead": pd.Series([each.max() for each in prices]),
+        "price_change_s": price_changes,
         "energy_share": w.gpu_energy_j.cumsum() / (hard.reference_power_w * EPISODE_S),
         "sm_clock_share": w.gpu_sm_clock_mhz / hard.twin.max_clock_mhz,
         "queue_interactive_s": w.waiting_interactive / capacity,
@@ -158,7 +169,7 @@ def test_reward_and_costs_are_what_the_scenario_says_of_the_facts(hard: Problem)
     short = after(0.0, account).clip(lower=0.0).diff()[1:]
     expected = {
         "good": w.good / unit_good,
-        "energy": -w.gpu_energy_j / unit_j,
+        "energy": -w.price_now * w.gpu_energy_j / unit_j,
         "late": -missed / unit_good,
         "over_budget": -over_j / unit_j,
         "heat": -dt * np.where(over_c > 0.0, 1.0 + over_c, 0.0),

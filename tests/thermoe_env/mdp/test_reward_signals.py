@@ -10,9 +10,16 @@ from scipy.integrate import solve_ivp
 
 from thermoe_env.device import physics
 from thermoe_env.mdp.reward import REWARD_TERMS, Prices, reward_terms
-from thermoe_env.mdp.signals import draw_power_budget, next_stage, thermal_signal
+from thermoe_env.mdp.signals import (
+    ANNOUNCED,
+    announced_terms,
+    draw_power_budget,
+    fill_events,
+    next_stage,
+    thermal_signal,
+)
 from thermoe_env.problem.limits import PowerBudget
-from thermoe_env.problem.scenario import RewardWeights
+from thermoe_env.problem.scenario import RewardWeights, load_scenario
 
 PRICES = Prices.of(RewardWeights(quality=4.0), 600.0, 50_000.0, 1.0)
 BEGIN = np.array([6.0, 3.0, 1.0])
@@ -107,6 +114,27 @@ def test_events_last_and_pause_as_long_as_the_scenario_says() -> None:
     for lengths, (low, high) in ((durations, config.event_s), (gaps, config.gap_s), (firsts, (0.0, 90.0))):
         assert low - 1 <= min(lengths) <= low + 3 and high - 3 <= max(lengths) <= high + 1
         assert np.mean(lengths) == pytest.approx(0.5 * (low + high), rel=0.15)
+
+
+def test_budget_price_and_promise_change_apart_from_each_other() -> None:
+    when = {"event_s": [20.0, 50.0], "gap_s": [30.0, 90.0]}
+    scenario = load_scenario(
+        "tokens", power_budget=when, price={"times": [2.0, 3.0], **when},
+        generate={"tpot_s": [0.02, 1.0], "strict": {"tpot_s": [0.001, 0.002], **when}},
+    )  # fmt: skip
+    terms, n = announced_terms(scenario), 5000
+    drawn = np.zeros((len(ANNOUNCED), n))
+    for row in range(len(ANNOUNCED)):
+        fill_events(terms[row], np.uint64(7), np.uint64(row), drawn[row])
+    other = drawn != np.array([[700.0], [1.0], [0.02]])
+    assert np.all(np.abs(np.corrcoef(other)[np.triu_indices(3, 1)]) < 0.2)
+    np.testing.assert_allclose(other.mean(axis=1), 35 / 95, atol=0.08)
+    for row, (low, high) in enumerate(((230.0, 340.0), (2.0, 3.0), (0.001, 0.002))):
+        assert np.all((drawn[row][other[row]] >= low) & (drawn[row][other[row]] <= high))
+    usual = announced_terms(load_scenario("default"))
+    for row, value in ((1, 1.0), (2, 0.0)):
+        fill_events(usual[row], np.uint64(7), np.uint64(row), drawn[row])
+        assert np.all(drawn[row] == value)
 
 
 def test_relax_solves_the_node_equation() -> None:

@@ -141,6 +141,27 @@ def test_the_twin_serves_as_the_service_does_step_by_step(name: str) -> None:
         assert one == pytest.approx(other, rel=0.09 + chance), (name, q)
 
 
+def test_answers_are_late_by_the_promise_in_force_when_they_end() -> None:
+    """By turns of a second a promise that nobody breaks and one that half of the answers do."""
+    problem = Problem.of(scenario(0.6, 12))
+    real, model, knobs = reference(problem), twin(problem), STANDARD
+    settled = [real.run(knobs)[0] for _ in range(3)][-1]
+    assert settled.tpot_histogram is not None
+    half_s = latency_quantile(settled.tpot_histogram, 0.5) / 10  # its edges are a tenth
+    late = {"real": np.zeros(2), "model": np.zeros(2)}
+    for _ in range(3):
+        model.run(knobs, 1.0)
+    for second in range(6):
+        promised_s = half_s if second % 2 else 1.0
+        for name, run in (("real", real.workload.run), ("model", model.run)):
+            stats = run(knobs, 1.0, 2, promised_s)
+            late[name][second % 2] += stats.late[0] / stats.answered[0] / 3
+            assert stats.late[1] == 0.0
+    for never, half in late.values():
+        assert never == pytest.approx(0.0, abs=0.01) and half == pytest.approx(0.5, abs=0.2)
+    assert late["model"][1] == pytest.approx(late["real"][1], abs=0.15)
+
+
 def random_knobs(problem: Problem, rng: np.random.Generator) -> Knobs:
     levels = problem.knobs.levels
     index = np.array([rng.integers(len(values)) for values in levels.values()])

@@ -45,8 +45,8 @@ def start(fixed, seed, state, i):
 
 
 def serve(
-    fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, state, i, work, histogram,
-    slot_energy,
+    fixed, knobs, index, arrivals, first_slot, shift, clocks, open_classes, promised_s, state, i, work,
+    histogram, slot_energy,
 ):  # fmt: skip
     """Five steps in a slot: free places are filled, interactive requests first, then each writes a token."""
     for slot in range(first_slot, first_slot + fixed.slots):

@@ -1,0 +1,187 @@
+"""The searches of the study of control, as tasks: what is searched, and what it earns on other episodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from agents.play.metrics import episode_metrics
+from agents.play.rollout import play_twin
+from agents.policies.linear import LinearRule, Signal, constant_weights
+from agents.policies.policy import ConstantPolicy, Policy
+from agents.tuning.evolution import Population, SearchConfig, best_level, tune
+from thermoe_env.problem.problem import Problem
+from thermoe_env.problem.scenario import Scenario, load_scenario
+
+TUNING_SEED = 910_000
+"""First of the episodes that searches see; evaluation refuses them."""
+_ROUNDS = 4
+"""Most rounds of the search for a constant, knob by knob."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a rule does without: a knob, held at one level, or a signal, not seen."""
+
+    kind: Literal["held", "blind", "sighted"]
+    name: str = ""
+
+
+SIGHTED = Variant("sighted")
+"""Nothing: the rule itself, searched once more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    label: str
+    scenario: Scenario
+    seeds: tuple[int, ...]
+    """Of the episodes on which it is judged."""
+
+    @property
+    def gpus(self) -> int:
+        """None: the twin is played on a CPU."""
+        return 0
+
+    @property
+    def what(self) -> str:
+        """Name within the scenario."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """Name of the result file."""
+        return f"{self.label}-{self.what}"
+
+    def settings(self) -> dict[str, Any]:
+        """All that the result follows from."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def judged(self, problem: Problem, policy: Policy) -> dict[str, Any]:
+        """What a policy earns in every episode: returns, gross values, and its indicators."""
+        recording = play_twin(problem, policy, self.seeds, self.what)
+        return {
+            "returns": recording.reward.sum(axis=0).tolist(),
+            "gross": recording.terms[:, :, 0].sum(axis=0).tolist(),
+            "episodes": episode_metrics(recording).to_dict("records"),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baselines(_Task):
+    """The standard service as the scenario is, and in calm: no events, no warm air."""
+
+    @property
+    def what(self) -> str:
+        """Name within the scenario."""
+        return "static"
+
+    def run(self) -> dict[str, Any]:
+        """Play it."""
+        problem, calm = Problem.of(self.scenario), Problem.of(calm_of(self.scenario))
+        static = ConstantPolicy(problem.knobs.action())
+        return {
+            "settings": self.settings(),
+            **self.judged(problem, static),
+            "calm": self.judged(calm, static)["episodes"],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class First(_Task):
+    """The best constant setting, and a rule that is searched from there."""
+
+    search: SearchConfig
+    restart: int
+
+    @property
+    def what(self) -> str:
+        """Name within the scenario."""
+        return f"rule-{self.restart}"
+
+    def run(self) -> dict[str, Any]:
+        """Search, and judge both."""
+        problem = Problem.of(self.scenario)
+        population = Population(problem, _tuning_seeds(self.search))
+        constant = best_constant_weights(population)
+        found = tune(population, constant, self.search, self.restart)
+        return {
+            "settings": self.settings(),
+            "weights": found.weights.tolist(),
+            "value": found.value,
+            "generations": found.generations,
+            "steps": population.steps,
+            "constant": constant[:, 0].tolist(),
+            "constant_judged": self.judged(problem, LinearRule(problem, constant)),
+            **self.judged(problem, LinearRule(problem, found.weights)),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Again(_Task):
+    """A rule that is searched again without a knob, without a signal, or with both."""
+
+    search: SearchConfig
+    restart: int
+    variant: Variant
+    start: tuple[tuple[float, ...], ...]
+    """Weights to begin with.  # [K, 1 + F]"""
+
+    @property
+    def what(self) -> str:
+        """Name within the scenario."""
+        return "-".join(part for part in (self.variant.kind, self.variant.name, str(self.restart)) if part)
+
+    def run(self) -> dict[str, Any]:
+        """Search, and judge."""
+        problem, start = Problem.of(self.scenario), np.array(self.start)
+        population = Population(problem, _tuning_seeds(self.search))
+        free = np.ones(start.shape, bool)
+        blind: dict[Signal, np.ndarray] = {}
+        if self.variant.kind == "held":
+            knob = problem.knobs.controlled.index(self.variant.name)
+            start, free[knob] = best_level(population, start, knob), False
+        elif self.variant.kind == "blind":
+            blind[cast(Signal, self.variant.name)] = population.mean_features(start)
+        found = tune(population, start, self.search, self.restart, free, blind)
+        return {
+            "settings": self.settings(),
+            "variant": dataclasses.asdict(self.variant),
+            "weights": found.weights.tolist(),
+            "value": found.value,
+            "generations": found.generations,
+            "steps": population.steps,
+            **self.judged(problem, LinearRule(problem, found.weights, blind)),
+        }
+
+
+def calm_of(scenario: Scenario) -> Scenario:
+    """The scenario outside its events: the usual budget, price and promise, air as calibrated."""
+    normal_w = scenario.power_budget.normal_w
+    changes: dict[str, Any] = {
+        "inlet": None, "price": None, "power_budget": {"event_w": [normal_w, normal_w]},
+    }  # fmt: skip
+    if scenario.generate is not None:
+        changes["generate"] = {"strict": None}
+    return load_scenario(scenario, **changes)
+
+
+def best_constant_weights(population: Population) -> np.ndarray:
+    """Search the best constant setting knob by knob from the standard one; weights [K, 1 + F]."""
+    problem = population.problem
+    weights, knobs = constant_weights(problem.knobs.action()), range(len(problem.knobs.controlled))
+    for _ in range(_ROUNDS):
+        before = weights.copy()
+        for knob in knobs:
+            weights = best_level(population, weights, knob)
+        if np.array_equal(before, weights):
+            break
+    return weights
+
+
+def _tuning_seeds(search: SearchConfig) -> range:
+    return range(TUNING_SEED, TUNING_SEED + search.episodes)
