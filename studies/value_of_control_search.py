@@ -11,16 +11,11 @@ import numpy as np
 
 from agents.play.metrics import episode_metrics
 from agents.play.rollout import play_twin
-from agents.policies.linear import LinearRule, Signal, constant_weights
+from agents.policies.linear import LinearRule, Signal
 from agents.policies.policy import ConstantPolicy, Policy
-from agents.tuning.evolution import Population, SearchConfig, best_level, tune
+from agents.tuning.evolution import Population, SearchConfig, best_constant_weights, best_level, tune
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Scenario, load_scenario
-
-TUNING_SEED = 910_000
-"""First of the episodes that searches see; evaluation refuses them."""
-_ROUNDS = 4
-"""Most rounds of the search for a constant, knob by knob."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ class First(_Task):
     def run(self) -> dict[str, Any]:
         """Search, and judge both."""
         problem = Problem.of(self.scenario)
-        population = Population(problem, _tuning_seeds(self.search))
+        population = Population(problem, self.search.seeds)
         constant = best_constant_weights(population)
         found = tune(population, constant, self.search, self.restart)
         return {
@@ -139,7 +134,7 @@ class Again(_Task):
     def run(self) -> dict[str, Any]:
         """Search, and judge."""
         problem, start = Problem.of(self.scenario), np.array(self.start)
-        population = Population(problem, _tuning_seeds(self.search))
+        population = Population(problem, self.search.seeds)
         free = np.ones(start.shape, bool)
         blind: dict[Signal, np.ndarray] = {}
         if self.variant.kind == "held":
@@ -168,20 +163,3 @@ def calm_of(scenario: Scenario) -> Scenario:
     if scenario.generate is not None:
         changes["generate"] = {"strict": None}
     return load_scenario(scenario, **changes)
-
-
-def best_constant_weights(population: Population) -> np.ndarray:
-    """Search the best constant setting knob by knob from the standard one; weights [K, 1 + F]."""
-    problem = population.problem
-    weights, knobs = constant_weights(problem.knobs.action()), range(len(problem.knobs.controlled))
-    for _ in range(_ROUNDS):
-        before = weights.copy()
-        for knob in knobs:
-            weights = best_level(population, weights, knob)
-        if np.array_equal(before, weights):
-            break
-    return weights
-
-
-def _tuning_seeds(search: SearchConfig) -> range:
-    return range(TUNING_SEED, TUNING_SEED + search.episodes)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
+from thermoe_env.configs import config_path, load_settings
+from thermoe_env.errors import ScenarioError
 from thermoe_env.mdp.fields import ranges_of
 from thermoe_env.problem.problem import Problem
 
@@ -70,8 +72,62 @@ FEATURES: tuple[Feature, ...] = (
             lambda o, p: 1.0 - o["promised_tpot_ahead_s"] / _longest_tpot_s(p)),
     Feature("price", "price", "price of energy over the usual one, less 1", lambda o, p: o["price"] - 1.0),
 )  # fmt: skip
+_BIAS = "bias"
 N_WEIGHTS = 1 + len(FEATURES)
 """Of a knob: its bias, then a weight per feature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig:
+    """Weights as a person reads them: per knob its bias and the weight of each feature that has one."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    weights: dict[str, dict[str, float]]
+
+    def table(self, problem: Problem) -> np.ndarray:
+        """The weights of a problem's knobs, [K, 1 + F].
+
+        Raises:
+            ValueError: They are for other knobs, or name no feature.
+        """
+        names = (_BIAS, *(feature.name for feature in FEATURES))
+        unknown = sorted({name for own in self.weights.values() for name in own} - set(names))
+        if unknown or set(self.weights) != set(problem.knobs.controlled):
+            raise ValueError(
+                f"weights must be for the knobs {problem.knobs.controlled} and of {names}, got those of "
+                f"{tuple(self.weights)}{f' with {unknown}' if unknown else ''}: search them anew "
+                "(python -m agents.tuning.linear)"
+            )
+        rows = [[self.weights[knob].get(name, 0.0) for name in names] for knob in problem.knobs.controlled]
+        return np.array(rows)
+
+    @classmethod
+    def of(cls, problem: Problem, weights: np.ndarray) -> LinearConfig:
+        """The same of a table, to three digits behind the point."""
+        names = (_BIAS, *(feature.name for feature in FEATURES))
+        rounded = {
+            knob: {name: round(float(w), 3) for name, w in zip(names, row, strict=True) if round(w, 3)}
+            for knob, row in zip(problem.knobs.controlled, weights, strict=True)
+        }
+        return cls(weights=rounded)
+
+
+def load_linear(problem: Problem) -> LinearRule:
+    """The shipped rule of a scenario: configs/agents/linear-NAME.yaml.
+
+    Raises:
+        ValueError: There is none, or it is for other knobs.
+    """
+    name = problem.scenario.name
+    try:
+        config_path("agents", f"linear-{name}", ".yaml")
+    except ScenarioError as error:
+        raise ValueError(
+            f"policy 'linear' has no weights for the scenario {name!r}: search them "
+            f"(python -m agents.tuning.linear --scenario {name})"
+        ) from error
+    return LinearRule(problem, load_settings(LinearConfig, "agents", f"linear-{name}").table(problem))
 
 
 def features_of(problem: Problem, observation: np.ndarray) -> np.ndarray:

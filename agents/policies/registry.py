@@ -58,6 +58,12 @@ def _oracle(problem: Problem) -> Policy:
     return Oracle(problem, load_settings(PlanConfig, "agents", "oracle"))
 
 
+def _linear(problem: Problem) -> Policy:
+    from agents.policies.linear import load_linear
+
+    return load_linear(problem)
+
+
 def _throttle(name: str) -> Callable[[Problem], Policy]:
     def make(problem: Problem) -> Policy:
 
@@ -70,6 +76,7 @@ POLICIES: dict[str, Callable[[Problem], Policy]] = {
     "static": _static,
     "best_constant": _best_constant,
     "rule_based": _rule_based,
+    "linear": _linear,
     "random": _random,
     **{f"gate-{rule}": _gated(rule) for rule in GATES},
     **{name: _throttle(name) for name in THROTTLES},
@@ -77,7 +84,8 @@ POLICIES: dict[str, Callable[[Problem], Policy]] = {
     "mpc": _mpc,
     "oracle": _oracle,
 }
-"""Policies by name: the standard MoE service, the best fixed setting, the staged rules, chance, gates that
+"""Policies by name: the standard MoE service, the best fixed setting, the staged rules, a score per knob (of
+scenarios for which one was searched), chance, gates that
 decide when a base policy adapts, PID control of several knobs and of single ones, the best next interval,
 plans on forecasts and on the true future."""
 

@@ -13,9 +13,14 @@ from typing import ClassVar
 import numpy as np
 from cmaes import CMA
 
-from agents.policies.linear import LinearRule, Signal, features_of
+from agents.policies.linear import LinearRule, Signal, constant_weights, features_of
 from thermoe_env.problem.problem import Problem
 from thermoe_env.twin.core import TwinBatch
+
+TUNING_SEED = 910_000
+"""First of the episodes that searches see; evaluation refuses them."""
+_ROUNDS = 4
+"""Most rounds of the search for a constant, knob by knob."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,11 @@ class SearchConfig:
             )
         if not (self.sigma > 0.0 and self.tolerance >= 0.0):
             raise ValueError(f"sigma must be above 0 and tolerance at least 0, got {self}")
+
+    @property
+    def seeds(self) -> range:
+        """Of the tuning episodes."""
+        return range(TUNING_SEED, TUNING_SEED + self.episodes)
 
 
 @dataclass(frozen=True)
@@ -122,8 +132,7 @@ def tune(
     free = np.ones(start.shape, bool) if free is None else free
     begun = population.steps
     search = CMA(mean=start[free], sigma=config.sigma, seed=seed, population_size=config.population)
-    best, value, last_gain, generation = start, -np.inf, 0, 0
-    counted = -np.inf
+    best, value, counted, last_gain, generation = start, -np.inf, -np.inf, 0, 0
     for generation in range(1, config.generations + 1):
         asked = [search.ask() for _ in range(config.population)]
         candidates = np.tile(start, (config.population + 1, 1, 1))
@@ -132,7 +141,7 @@ def tune(
         search.tell([(x, -y) for x, y in zip(asked, values, strict=False)])
         if values.max() > value:
             best, value = candidates[values.argmax()].copy(), float(values.max())
-        if value > counted + config.tolerance * abs(counted):
+        if generation == 1 or value > counted + config.tolerance * abs(counted):
             counted, last_gain = value, generation
         if generation - last_gain >= config.patience or search.should_stop():
             break
@@ -145,3 +154,16 @@ def best_level(population: Population, weights: np.ndarray, knob: int) -> np.nda
     held = np.tile(weights, (levels, 1, 1))
     held[:, knob], held[:, knob, 0] = 0.0, np.arange(levels)
     return held[population.returns(held).mean(axis=1).argmax()]
+
+
+def best_constant_weights(population: Population) -> np.ndarray:
+    """Search the best constant setting knob by knob from the standard one; weights [K, 1 + F]."""
+    problem = population.problem
+    weights, knobs = constant_weights(problem.knobs.action()), range(len(problem.knobs.controlled))
+    for _ in range(_ROUNDS):
+        before = weights.copy()
+        for knob in knobs:
+            weights = best_level(population, weights, knob)
+        if np.array_equal(before, weights):
+            break
+    return weights

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from agents.policies.linear import FEATURES, N_WEIGHTS, LinearRule, constant_weights, features_of
+from agents.play.rollout import play_twin
+from agents.policies.linear import (
+    FEATURES,
+    N_WEIGHTS,
+    LinearConfig,
+    LinearRule,
+    constant_weights,
+    features_of,
+)
+from agents.policies.registry import make_policy
 from thermoe_env.mdp.fields import FIELD_NAMES, ranges_of
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
@@ -94,3 +103,36 @@ def test_a_constant_is_a_rule_without_weights(problem, seen):
 def test_weights_that_fit_no_knobs_are_refused(problem, weights):
     with pytest.raises(ValueError, match=r"weights must be finite, \[knobs, 1 \+ features\] = \(5, 12\)"):
         LinearRule(problem, weights)
+
+
+def test_weights_are_written_for_a_reader_and_read_back(problem):
+    weights = np.round(some_weights(problem), 3)
+    weights[1, 3:] = 0.0
+    config = LinearConfig.of(problem, weights)
+    assert config.weights["pace"]["bias"] == weights[4, 0] and len(config.weights["batch_size"]) == 3
+    np.testing.assert_array_equal(config.table(problem), weights)
+
+
+@pytest.mark.parametrize(
+    "change", [{"pace": {"warmth": 1.0}}, {"sm_clock": {"bias": 1.0}}], ids=["feature", "knob"]
+)
+def test_weights_for_something_else_are_refused(problem, change):
+    config = LinearConfig.of(problem, constant_weights(problem.knobs.action()))
+    with pytest.raises(ValueError, match=r"weights must be for the knobs .* search them anew"):
+        LinearConfig(weights=config.weights | change).table(problem)
+
+
+def test_a_scenario_without_a_rule_says_how_to_get_one():
+    with pytest.raises(ValueError, match=r"no weights for the scenario 'restless': search them .*--scenario"):
+        make_policy("linear", Problem.of(load_scenario("restless")))
+
+
+@pytest.mark.parametrize("name", ["premium", "rack", "hot-aisle"])
+def test_the_shipped_rules_beat_the_standard_service(name):
+    """On two episodes; docs/results/value_of_control says by how much."""
+    problem = Problem.of(load_scenario(name))
+    earned = {
+        policy: play_twin(problem, make_policy(policy, problem), (1, 2)).reward.sum(axis=0)
+        for policy in ("linear", "static")
+    }
+    assert np.all(earned["linear"] > earned["static"] + 20.0)
