@@ -11,7 +11,8 @@ from moe.ttt.adapter import METHODS, Adapter
 from moe.ttt.bank import bank, features
 from moe.ttt.eva import eva
 from moe.ttt.groups import GROUPS, Group, collect_params
-from moe.ttt.guards import Guard, GuardCounters, GuardSettings
+from moe.ttt.guard_settings import GuardCounters, GuardSettings
+from moe.ttt.guards import Guard
 from moe.ttt.methods import (
     batch_statistics,
     dynamic_evaluation,

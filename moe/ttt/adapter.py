@@ -11,7 +11,8 @@ from moe.model.config import TTT_METHODS, Method
 from moe.model.transformer import MoEModel
 from moe.ttt.bank import bank
 from moe.ttt.groups import Group
-from moe.ttt.guards import Guard, GuardCounters, GuardSettings
+from moe.ttt.guard_settings import GuardCounters, GuardSettings
+from moe.ttt.guards import Guard
 from moe.ttt.neo import PLAIN, neo
 from moe.ttt.settings import (
     Bank,

@@ -11,19 +11,20 @@ That a batch holds few classes does not show in its answers alone. Under a shift
 classes, whatever comes, and the batch's own statistics spread any batch over all of them. Two signs tell them
 apart. Normalised by its own statistics the model gets surer of a shifted batch, and less sure of a batch of
 few classes. And a shift of the inputs moves the statistics of the first norm more than those of the last, few
-classes the other way round. A batch is left out where few classes are named and both signs speak for few. A
-batch of one class may move the first norm a little more than the last, but then the doubt is great.
-Batches left out are kept, and when several in a row make up for each other's classes, the model learns from a
-mixture of them.
+classes hardly or the other way round. Both are read off the model before adaptation: against the state of
+another shift they say nothing of classes. A batch is left out where few classes are named and both signs
+speak for few, the one the louder the less the other does. Batches left out are kept, and when several in a
+row make up for each other's classes, the model learns from a mixture of them.
 
-Two things are not seen. A model that gets worse while its answers stay spread and in doubt takes labels to
-tell: at a learning rate of 20 the shipped model falls from 92% to 27% in forty steps, within the default
-limits. Where the requests are known to be balanced, a low `concentration_limit` sees it. And the answers that
-are judged are those before the step, so that a collapse shows one batch later.
+Three things are not seen. Few classes under a strong shift look like the shift. A model that gets worse while
+its answers stay spread and in doubt takes labels to tell: at a learning rate of 20 the shipped model falls
+from 92% to 27% in forty steps, within the default limits. Where the requests are known to be balanced, a low
+`concentration_limit` sees it. And the answers that are judged are those before the step, so that a collapse
+shows one batch later.
 
 The host waits twice per guarded step beyond the method's own waits: for five numbers of the batch, packed in
 one tensor, before the step, and for one flag after it. On a model with batch norms, a batch whose answers
-name few classes costs one more forward pass and wait, and so does a mixture of them.
+name few classes costs two more forward passes and a wait, and so does a mixture of them.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from moe.model.layers import BatchNorm
 from moe.model.transformer import MoEModel
 from moe.ttt.bank import recognises
 from moe.ttt.groups import batch_norms
+from moe.ttt.guard_settings import GuardCounters, GuardSettings
 from moe.ttt.neo import uncentred
 from moe.ttt.service import AdaptationDiverged
 from moe.ttt.settings import Bank, Settings, recentres
@@ -51,94 +53,6 @@ DEVIATION_OF_MEAN_ABSOLUTE = math.sqrt(math.pi / 2)
 """Standard deviation of a normal variable over its mean absolute deviation."""
 
 _JUDGED = ("input_mean", "input_spread", "entropy")  # what makes a batch an outlier
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuardSettings:
-    """Limits of a guard.
-
-    Attributes:
-        concentration_limit: Share of the most frequent class in a moving average of the answers, above which
-            they have collapsed; more than a correlated stream gives.
-        entropy_limit: Mean entropy over log C, a moving average, below which they have.
-        average_decay: Of both moving averages.
-        outlier_z: Robust z-score from which a batch is an outlier.
-        warm_up: Batches that set the baselines before a batch is judged.
-        shift_after: Outliers in a row that are taken for a change of the inputs rather than for poison;
-            the last of them becomes the new baseline.
-        spread_limit: Effective number of classes among a batch's answers, over the most there can be (classes
-            or answers), below which a batch is looked at closer.
-        doubt_margin: Mean entropy over log C that the batch's own statistics must add for it to be left out.
-        great_doubt: The same from which the last norm need move 0.4 times as far as the first.
-        gather: Batches left out for holding few classes that are kept; a batch drawn evenly from them is
-            learned from if it holds many.
-        probation: Steps that a snapshot must be followed by before it counts as good; at least as many as
-            the averages take to tell a collapse, or a collapsed state would count as good.
-    """
-
-    concentration_limit: float = 0.9
-    entropy_limit: float = 0.01
-    average_decay: float = 0.8
-    outlier_z: float = 6.0
-    warm_up: int = 8
-    shift_after: int = 2
-    spread_limit: float = 0.55
-    doubt_margin: float = 0.05
-    great_doubt: float = 0.3
-    gather: int = 8
-    probation: int = 24
-
-    def __post_init__(self) -> None:
-        """Refuse limits that mean nothing."""
-        for name in (
-            "concentration_limit", "entropy_limit", "average_decay", "spread_limit", "doubt_margin",
-            "great_doubt",
-        ):  # fmt: skip
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must be within 0 < {name} < 1, got {getattr(self, name)}")
-        if self.great_doubt < self.doubt_margin:
-            raise ValueError(
-                f"great_doubt must be at least doubt_margin ({self.doubt_margin}), got {self.great_doubt}"
-            )
-        for name in ("warm_up", "shift_after", "gather", "probation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.outlier_z < math.inf:
-            raise ValueError(f"outlier_z must be positive and finite, got {self.outlier_z}")
-        if self.probation < self.steps_to_tell:
-            raise ValueError(
-                f"probation must be at least the {self.steps_to_tell} steps that these limits and this "
-                f"average_decay take to tell a collapse, got {self.probation}"
-            )
-
-    @property
-    def steps_to_tell(self) -> int:
-        """Batches until a complete collapse is told, whatever the averages were before."""
-        smallest = min(1 - self.concentration_limit, self.entropy_limit)
-        return math.floor(math.log(smallest) / math.log(self.average_decay)) + 1
-
-
-@dataclass(frozen=True)
-class GuardCounters:
-    """What a guard has seen.
-
-    Attributes:
-        steps: Steps taken and kept.
-        empty: Steps that selected nothing.
-        poisoned: Batches left out as outliers.
-        concentrated: Batches left out for holding few classes.
-        collapsed: Collapses of the answers.
-        non_finite: Answers, losses or parameters that were not finite.
-        rollbacks: Returns to a snapshot; one for each of the two above.
-    """
-
-    steps: int = 0
-    empty: int = 0
-    poisoned: int = 0
-    concentrated: int = 0
-    collapsed: int = 0
-    non_finite: int = 0
-    rollbacks: int = 0
 
 
 @dataclass
@@ -294,12 +208,12 @@ class Guard:
             return False
         if self._model.config.norm != "batch":
             return isinstance(method_settings, Settings) and recentres(method_settings)
-        output, moved = look(self._model, inputs, top_k, routing_bias)
-        first, last = _moves(self._model, moved)
-        adapted_entropy, first_move, last_move = torch.stack([output.entropy.mean(), first, last]).tolist()
-        doubt = adapted_entropy - batch.numbers["entropy"]
-        enough = first_move * (0.4 if doubt > self.settings.great_doubt else 1.0)
-        return doubt > self.settings.doubt_margin and last_move > enough
+        with torch.no_grad(), self._state.unadapted(self._model):
+            plain = self._model(inputs, top_k, routing_bias)
+            own, moved = look(self._model, inputs, top_k, routing_bias)
+            moves = _moves(self._model, moved)
+        doubt, first, last = torch.stack([(own.entropy - plain.entropy).mean(), *moves]).tolist()
+        return doubt > self.settings.doubt_margin and last > (1 - 2 * doubt) * first
 
     def _gather(
         self,

@@ -8,6 +8,8 @@ norm's offset where `neo` moves it, the optimizer's state, moving averages, and 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +116,17 @@ class AdaptationState:
     def reset(self, model: MoEModel) -> None:
         """Undo all adaptation: parameters, statistics, optimizer and averages as `start` left them."""
         self.restore(model, self.source)
+
+    @contextmanager
+    def unadapted(self, model: MoEModel) -> Iterator[None]:
+        """Let the model answer within the context as it did at the start; all is afterwards as it was."""
+        adapted = [*self.parameters, *self.moved(model)]
+        now = [tensor.detach().clone() for tensor in adapted]
+        _copy(adapted, [*self.source.parameters, *self.source.statistics])
+        try:
+            yield
+        finally:
+            _copy(adapted, now)
 
     def average(self, name: str, value: Tensor, decay: float) -> Tensor:
         """Fold a value into a moving average, which starts at its first value, and return it."""

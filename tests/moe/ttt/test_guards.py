@@ -319,11 +319,23 @@ def test_few_classes_are_told_from_a_shift_under_which_the_model_names_few(pool,
     assert learn(model, guard, shifted) is not None
 
 
-@pytest.mark.parametrize("kind", ["defocus", "elastic"])
+@pytest.mark.parametrize(
+    ("before", "kind"), [("shot_noise", "pixelate"), ("impulse_noise", "rotation"), ("blur", "gamma")]
+)
+def test_a_shift_that_follows_another_is_not_taken_for_few_classes(pool, before, kind):
+    """Against the statistics of another shift both signs speak for few classes."""
+    model, guard, _ = guarded_shipped(ttt.GuardSettings(warm_up=99))  # no outliers
+    noise = torch.Generator().manual_seed(0)
+    batches = corrupt(pool.inputs[0][:384], before, 5, noise).split(64)
+    for batch in (*batches, corrupt(pool.inputs[0][384:448], kind, 5, noise)):
+        assert learn(model, guard, batch) is not None
+
+
+@pytest.mark.parametrize("kind", ["clean", "elastic"])
 def test_one_class_is_left_out_where_it_moves_the_first_norm_most(pool, kind):
-    """Sandals, under a shift that the bank knows: their first features are unlike those of all classes."""
-    model = load_model("vision", "tiny", "cpu")
-    shifted = corrupt(pool.inputs[0][:1500], kind, 5, torch.Generator().manual_seed(0))
+    """Sandals among images that the bank knows: their first features are unlike those of all classes."""
+    model, images = load_model("vision", "tiny", "cpu"), pool.inputs[0][:1500]
+    shifted = images if kind == "clean" else corrupt(images, kind, 5, torch.Generator().manual_seed(0))
     adapter = ttt.Adapter(model, ttt.Bank(), guard=ttt.GuardSettings(warm_up=99))  # no outliers
 
     def taken(inputs: Tensor) -> int:
