@@ -13,7 +13,9 @@ import dataclasses
 import json
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,11 +25,10 @@ from agents.evaluation.command import held_out_seeds
 from agents.policies.linear import Signal
 from agents.tuning.evolution import SearchConfig
 from moe.errors import one_line_errors
-from studies.tasks import StudyError, load_results, run_tasks
+from studies.tasks import StudyError, Task, load_results, run_tasks
 from studies.value_of_control_report import worth_of, write_report
-from studies.value_of_control_search import SIGHTED, Again, Baselines, First, Variant
+from studies.value_of_control_search import FIRST, SIGHTED, Baselines, Search, Variant
 from thermoe_env.configs import load_settings
-from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 
 
@@ -118,24 +119,16 @@ def main(arguments: Arguments) -> dict[str, Any]:
         scenario = load_scenario(name, **study.overrides)
         energy = arguments.price * scenario.reward.energy
         scenario = load_scenario(scenario, reward={"energy": energy})
-        knobs = Problem.of(scenario).knobs.controlled
         label = Path(name).stem if arguments.price == 1.0 else f"{Path(name).stem}-price{arguments.price:g}"
         common: dict[str, Any] = {"label": label, "scenario": scenario, "seeds": seeds}
-        base = Baselines(**common)
-        firsts = [First(**common, search=study.first, restart=r) for r in range(study.restarts)]
-        _run([base, *firsts], folder, arguments)
-        results = load_results([base, *firsts], folder)
-        best = max((results[task.name] for task in firsts), key=lambda result: result["value"])
-        held, blind = [Variant("held", k) for k in knobs], [Variant("blind", s) for s in study.blind]
-        variants = [SIGHTED, *held, *blind]
-        agains = [
-            Again(**common, search=study.again, restart=r, variant=variant, start=_frozen(best["weights"]))
-            for variant in variants
-            for r in range(study.restarts)
-        ]
-        _run(agains, folder, arguments)
-        results |= load_results(agains, folder)
-        found[label] = worth_of(scenario, results[base.name], best, [results[a.name] for a in agains])
+        (baselines,) = _results([Baselines(**common, search=study.first)], folder, arguments)
+        first = partial(Search, **common, search=study.first)
+        firsts = _results(_searches(first, [FIRST], study.restarts, baselines), folder, arguments)
+        best = max(firsts, key=lambda result: result["value"])
+        held, blind = [Variant("held", k) for k in scenario.knobs], [Variant("blind", s) for s in study.blind]
+        again = partial(Search, **common, search=study.again)
+        tasks = _searches(again, [SIGHTED, *held, *blind], study.restarts, best)
+        found[label] = worth_of(scenario, baselines, firsts, _results(tasks, folder, arguments))
     command = shlex.join(["python", "-m", "studies.value_of_control", *sys.argv[1:]])
     document = write_report(found, arguments.out, command)
     if arguments.json:
@@ -143,13 +136,23 @@ def main(arguments: Arguments) -> dict[str, Any]:
     return document
 
 
-def _run(tasks: list[Any], folder: Path, arguments: Arguments) -> None:
+def _searches(
+    make: Callable[..., Search], variants: Sequence[Variant], restarts: int, start: dict[str, Any]
+) -> list[Search]:
+    """Searches of every variant from what a result found."""
+    weights = tuple(map(tuple, start["weights"]))
+    return [
+        make(restart=restart, variant=variant, start=weights)
+        for variant in variants
+        for restart in range(restarts)
+    ]
+
+
+def _results(tasks: Sequence[Task], folder: Path, arguments: Arguments) -> list[dict[str, Any]]:
+    """Make the results that are missing, and read all, in the tasks' order."""
     if not arguments.report_only:
         run_tasks(tasks, folder, arguments.ray)
-
-
-def _frozen(weights: list[list[float]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(row) for row in weights)
+    return list(load_results(tasks, folder).values())
 
 
 if __name__ == "__main__":

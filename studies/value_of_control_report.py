@@ -49,15 +49,18 @@ class Worth:
 
 
 def worth_of(
-    scenario: Scenario, static: dict[str, Any], first: dict[str, Any], agains: Sequence[dict[str, Any]]
+    scenario: Scenario,
+    baselines: dict[str, Any],
+    firsts: Sequence[dict[str, Any]],
+    agains: Sequence[dict[str, Any]],
 ) -> Worth:
     """Reduce the results of one scenario.
 
     Args:
         scenario: What was played.
-        static: Result of `Baselines`.
-        first: Of the best `First`.
-        agains: Of every `Again`, restarts of a variant beside each other.
+        baselines: Result of `Baselines`.
+        firsts: Of the searches from the best constant.
+        agains: Of those from the best rule, restarts of a variant beside each other.
     """
     by_variant: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in agains:
@@ -65,27 +68,16 @@ def worth_of(
     sighted = by_variant.pop(("sighted", ""))
     own = _returns(sighted)  # [R, M]
     gross = float(np.mean([result["gross"] for result in sighted]))
-    constant = np.array([first["constant_judged"]["returns"]] * len(own))
     best = max(sighted, key=lambda result: result["value"])
-    judged = {
-        "best_constant": first["constant_judged"]["episodes"],
-        "best_rule": best["episodes"],
-    }
-    names = scenario.knobs
+    policies = {"static": baselines["static"], "best_constant": baselines["constant"], "best_rule": best}
+    levels = [row[0] for row in baselines["weights"]]
     worth = Worth(
-        constant=_loss(own, constant, gross),
-        knobs=dict(zip(names, first["constant"], strict=True)),
-        returns={
-            "static": float(np.mean(static["returns"])),
-            "best_constant": float(constant.mean()),
-            "best_rule": float(np.mean(best["returns"])),
-        },
+        constant=_loss(own, np.broadcast_to(baselines["constant"]["returns"], own.shape), gross),
+        knobs=dict(zip(scenario.knobs, levels, strict=True)),
+        returns={name: float(np.mean(judged["returns"])) for name, judged in policies.items()},
         gross=gross,
-        feasible={
-            "static": _broken({"static": static["calm"]}, static["calm"], scenario)["static"],
-            **_broken(judged, static["episodes"], scenario),
-        },
-        steps=first["steps"] + sum(result["steps"] for result in agains),
+        feasible=_broken(policies, scenario) | _broken({"static": baselines["calm"]}, scenario),
+        steps=sum(result["steps"] for result in (baselines, *firsts, *agains)),
     )
     for (kind, name), results in by_variant.items():
         losses = worth.held if kind == "held" else worth.blind
@@ -162,15 +154,11 @@ def _returns(results: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.array([result["returns"] for result in results])
 
 
-def _broken(
-    judged: Mapping[str, list[dict[str, Any]]], static: list[dict[str, Any]], scenario: Scenario
-) -> dict[str, str]:
-    """By policy why it does not count, or nothing."""
-    tables = [pd.DataFrame(episodes).assign(policy=name) for name, episodes in judged.items()]
-    if "static" not in judged:
-        tables.append(pd.DataFrame(static).assign(policy="static"))
+def _broken(policies: Mapping[str, dict[str, Any]], scenario: Scenario) -> dict[str, str]:
+    """By policy why it does not count beside `static`, or nothing."""
+    tables = [pd.DataFrame(judged["episodes"]).assign(policy=name) for name, judged in policies.items()]
     table = summarize(pd.concat(tables), scenario.feasible).set_index("policy")
-    return {name: str(table.loc[name, "infeasible"]) for name in judged}
+    return {name: str(table.loc[name, "infeasible"]) for name in policies}
 
 
 def _text(loss: Loss) -> str:

@@ -20,14 +20,15 @@ from thermoe_env.problem.scenario import Scenario, load_scenario
 
 @dataclass(frozen=True)
 class Variant:
-    """What a rule does without: a knob, held at one level, or a signal, not seen."""
+    """What is searched: the rule itself, first or again, or one that does without a knob or a signal."""
 
-    kind: Literal["held", "blind", "sighted"]
+    kind: Literal["rule", "sighted", "held", "blind"]
+    """`sighted` is `rule` again, from its best; `held` has a knob at one level, `blind` misses a signal."""
     name: str = ""
+    """Of the knob or the signal."""
 
 
-SIGHTED = Variant("sighted")
-"""Nothing: the rule itself, searched once more."""
+FIRST, SIGHTED = Variant("rule"), Variant("sighted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,57 +69,34 @@ class _Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Baselines(_Task):
-    """The standard service as the scenario is, and in calm: no events, no warm air."""
-
-    @property
-    def what(self) -> str:
-        """Name within the scenario."""
-        return "static"
-
-    def run(self) -> dict[str, Any]:
-        """Play it."""
-        problem, calm = Problem.of(self.scenario), Problem.of(calm_of(self.scenario))
-        static = ConstantPolicy(problem.knobs.action())
-        return {
-            "settings": self.settings(),
-            **self.judged(problem, static),
-            "calm": self.judged(calm, static)["episodes"],
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class First(_Task):
-    """The best constant setting, and a rule that is searched from there."""
+    """What never changes: the standard service, in calm too (no events, no warm air); the best constant."""
 
     search: SearchConfig
-    restart: int
+    """Whose episodes the constant is searched on."""
 
     @property
     def what(self) -> str:
         """Name within the scenario."""
-        return f"rule-{self.restart}"
+        return "baselines"
 
     def run(self) -> dict[str, Any]:
-        """Search, and judge both."""
-        problem = Problem.of(self.scenario)
-        population = Population(problem, self.search.seeds)
+        """Search, and judge all three."""
+        problem, calm = Problem.of(self.scenario), Problem.of(calm_of(self.scenario))
+        population, static = Population(problem, self.search.seeds), ConstantPolicy(problem.knobs.action())
         constant = best_constant_weights(population)
-        found = tune(population, constant, self.search, self.restart)
         return {
             "settings": self.settings(),
-            "weights": found.weights.tolist(),
-            "value": found.value,
-            "generations": found.generations,
+            "static": self.judged(problem, static),
+            "calm": self.judged(calm, static),
+            "weights": constant.tolist(),
             "steps": population.steps,
-            "constant": constant[:, 0].tolist(),
-            "constant_judged": self.judged(problem, LinearRule(problem, constant)),
-            **self.judged(problem, LinearRule(problem, found.weights)),
+            "constant": self.judged(problem, LinearRule(problem, constant)),
         }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Again(_Task):
-    """A rule that is searched again without a knob, without a signal, or with both."""
+class Search(_Task):
+    """A search for a rule."""
 
     search: SearchConfig
     restart: int

@@ -31,7 +31,6 @@ _ANNOUNCED_FIELDS = (
 """What says how each of `ANNOUNCED` stands, the hardest value ahead, and when it changes."""
 _SAME = 1e-3
 """Two values are the same that differ by less of themselves: observations are of single precision."""
-"""Budgets that differ by less are the same, rounded."""
 
 
 @dataclass(frozen=True, kw_only=True)

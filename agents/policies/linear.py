@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from thermoe_env.mdp.fields import ranges_of
 from thermoe_env.problem.problem import Problem
 
 Signal = Literal["queue", "power", "heat", "answers", "promise", "price"]
-SIGNALS: tuple[Signal, ...] = get_args(Signal)
 Observed = dict[str, np.ndarray]
 """Fields of the observation in physical units, [n] each."""
 
@@ -32,10 +31,6 @@ class Feature:
     signal: Signal
     meaning: str
     of: Callable[[Observed, Problem], np.ndarray]
-
-
-def _power_w(problem: Problem) -> float:
-    return problem.reference_power_w
 
 
 def _longest_tpot_s(problem: Problem) -> float:
@@ -57,11 +52,13 @@ FEATURES: tuple[Feature, ...] = (
     Feature("backlog", "queue", "deferrable requests that wait, over a third of their deadline",
             lambda o, p: 3.0 * o["queue_deferrable_s"] / p.scenario.service.deadline_s[1]),
     Feature("margin", "power", "budget less power, over 0.3 of the standard service's power at full load",
-            lambda o, p: (o["budget_w"] - o["power_w"]) / (0.3 * _power_w(p))),
+            lambda o, p: (o["budget_w"] - o["power_w"]) / (0.3 * p.reference_power_w)),
     Feature("cap", "power", "what the budget lacks of that power, over half of it, at least 0",
-            lambda o, p: np.maximum(0.0, (_power_w(p) - o["budget_w"]) / (0.5 * _power_w(p)))),
+            lambda o, p: np.maximum(
+                0.0, (p.reference_power_w - o["budget_w"]) / (0.5 * p.reference_power_w)
+            )),
     Feature("cap_ahead", "power", "what the announced budget lacks of the present one, over the same",
-            lambda o, p: (o["budget_w"] - o["budget_ahead_w"]) / (0.5 * _power_w(p))),
+            lambda o, p: (o["budget_w"] - o["budget_ahead_w"]) / (0.5 * p.reference_power_w)),
     Feature("heat", "heat", "1 at the temperature limit, 0 five degrees below",
             lambda o, p: 1.0 - o["margin_c"] / 5.0),
     Feature("changed", "answers", "1 when confidence or entropy has just changed, 0 after six seconds",
@@ -72,9 +69,8 @@ FEATURES: tuple[Feature, ...] = (
             lambda o, p: 1.0 - o["promised_tpot_ahead_s"] / _longest_tpot_s(p)),
     Feature("price", "price", "price of energy over the usual one, less 1", lambda o, p: o["price"] - 1.0),
 )  # fmt: skip
-_BIAS = "bias"
-N_WEIGHTS = 1 + len(FEATURES)
-"""Of a knob: its bias, then a weight per feature."""
+WEIGHTS = ("bias", *(feature.name for feature in FEATURES))
+"""Of a knob, by name: its bias, then one per feature."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,23 +87,21 @@ class LinearConfig:
         Raises:
             ValueError: They are for other knobs, or name no feature.
         """
-        names = (_BIAS, *(feature.name for feature in FEATURES))
-        unknown = sorted({name for own in self.weights.values() for name in own} - set(names))
+        unknown = sorted({name for own in self.weights.values() for name in own} - set(WEIGHTS))
         if unknown or set(self.weights) != set(problem.knobs.controlled):
             raise ValueError(
-                f"weights must be for the knobs {problem.knobs.controlled} and of {names}, got those of "
+                f"weights must be for the knobs {problem.knobs.controlled} and of {WEIGHTS}, got those of "
                 f"{tuple(self.weights)}{f' with {unknown}' if unknown else ''}: search them anew "
                 "(python -m agents.tuning.linear)"
             )
-        rows = [[self.weights[knob].get(name, 0.0) for name in names] for knob in problem.knobs.controlled]
+        rows = [[self.weights[knob].get(name, 0.0) for name in WEIGHTS] for knob in problem.knobs.controlled]
         return np.array(rows)
 
     @classmethod
     def of(cls, problem: Problem, weights: np.ndarray) -> LinearConfig:
         """The same of a table, to three digits behind the point."""
-        names = (_BIAS, *(feature.name for feature in FEATURES))
         rounded = {
-            knob: {name: round(float(w), 3) for name, w in zip(names, row, strict=True) if round(w, 3)}
+            knob: {name: round(float(w), 3) for name, w in zip(WEIGHTS, row, strict=True) if round(w, 3)}
             for knob, row in zip(problem.knobs.controlled, weights, strict=True)
         }
         return cls(weights=rounded)
@@ -139,7 +133,7 @@ def features_of(problem: Problem, observation: np.ndarray) -> np.ndarray:
 
 def constant_weights(action: np.ndarray) -> np.ndarray:
     """Return the weights, [K, 1 + F], of the rule that always takes an action, [K]."""
-    weights = np.zeros((len(action), N_WEIGHTS))
+    weights = np.zeros((len(action), len(WEIGHTS)))
     weights[:, 0] = action
     return weights
 
@@ -161,7 +155,7 @@ class LinearRule:
             ValueError: Weights of another shape, or that are no numbers.
         """
         weights = np.asarray(weights, np.float64)
-        shape = len(problem.knobs.controlled), N_WEIGHTS
+        shape = len(problem.knobs.controlled), len(WEIGHTS)
         if weights.ndim not in (2, 3) or weights.shape[-2:] != shape or not np.isfinite(weights).all():
             raise ValueError(
                 f"weights must be finite, [knobs, 1 + features] = {shape} or one such table per environment, "

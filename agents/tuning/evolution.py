@@ -14,11 +14,10 @@ import numpy as np
 from cmaes import CMA
 
 from agents.policies.linear import LinearRule, Signal, constant_weights, features_of
+from agents.tuning.rules import TUNING_SEEDS
 from thermoe_env.problem.problem import Problem
 from thermoe_env.twin.core import TwinBatch
 
-TUNING_SEED = 910_000
-"""First of the episodes that searches see; evaluation refuses them."""
 _ROUNDS = 4
 """Most rounds of the search for a constant, knob by knob."""
 
@@ -51,7 +50,7 @@ class SearchConfig:
     @property
     def seeds(self) -> range:
         """Of the tuning episodes."""
-        return range(TUNING_SEED, TUNING_SEED + self.episodes)
+        return range(TUNING_SEEDS[0], TUNING_SEEDS[0] + self.episodes)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from agents.play.rollout import play_twin
 from agents.policies.linear import (
     FEATURES,
-    N_WEIGHTS,
+    WEIGHTS,
     LinearConfig,
     LinearRule,
     constant_weights,
@@ -40,7 +40,7 @@ def seen(problem: Problem) -> np.ndarray:
 
 def some_weights(problem: Problem, *shape: int) -> np.ndarray:
     source = np.random.default_rng(1)
-    return source.normal(1.0, 2.0, (*shape, len(problem.knobs.controlled), N_WEIGHTS))
+    return source.normal(1.0, 2.0, (*shape, len(problem.knobs.controlled), len(WEIGHTS)))
 
 
 def test_levels_are_rounded_scores(problem, seen):
@@ -99,7 +99,7 @@ def test_a_constant_is_a_rule_without_weights(problem, seen):
     np.testing.assert_array_equal(levels, np.tile(action, (len(seen), 1)))
 
 
-@pytest.mark.parametrize("weights", [np.zeros((2, 3)), np.full((5, N_WEIGHTS), np.nan)])
+@pytest.mark.parametrize("weights", [np.zeros((2, 3)), np.full((5, len(WEIGHTS)), np.nan)])
 def test_weights_that_fit_no_knobs_are_refused(problem, weights):
     with pytest.raises(ValueError, match=r"weights must be finite, \[knobs, 1 \+ features\] = \(5, 12\)"):
         LinearRule(problem, weights)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from agents.play.rollout import play_twin
-from agents.policies.linear import N_WEIGHTS, LinearConfig, LinearRule, constant_weights
+from agents.policies.linear import WEIGHTS, LinearConfig, LinearRule, constant_weights
 from agents.tuning import linear as command
 from agents.tuning.evolution import Population, SearchConfig, best_level, tune
 from thermoe_env.configs import load_settings
@@ -39,7 +39,7 @@ class Valley:
 
 def test_a_population_plays_what_each_rule_plays_alone(problem):
     source = np.random.default_rng(0)
-    weights = source.normal(1.0, 1.0, (4, len(problem.knobs.controlled), N_WEIGHTS))
+    weights = source.normal(1.0, 1.0, (4, len(problem.knobs.controlled), len(WEIGHTS)))
     population = Population(problem, SEEDS)
     found = population.returns(weights)
     for own, row in zip(weights, found, strict=True):
@@ -50,7 +50,7 @@ def test_a_population_plays_what_each_rule_plays_alone(problem):
 
 
 def test_the_search_finds_the_valley_s_floor_and_leaves_what_is_held():
-    target = np.random.default_rng(1).normal(size=(2, N_WEIGHTS))
+    target = np.random.default_rng(1).normal(size=(2, len(WEIGHTS)))
     free = np.ones(target.shape, bool)
     free[1] = False
     config = SearchConfig(population=16, episodes=1, generations=400, patience=100, tolerance=0.0)
@@ -71,9 +71,9 @@ def test_a_search_ends_when_it_has_not_gained_for_long_and_no_sooner():
             self.steps += len(weights)
             return np.full((len(weights), 1), min(self.steps // len(weights), 30) - 50.0)
 
-    population: Any = Plateau(np.zeros((1, N_WEIGHTS)))
+    population: Any = Plateau(np.zeros((1, len(WEIGHTS))))
     config = SearchConfig(population=8, episodes=1, generations=300, patience=10)
-    assert tune(population, np.zeros((1, N_WEIGHTS)), config, 0).generations == 40
+    assert tune(population, np.zeros((1, len(WEIGHTS))), config, 0).generations == 40
 
 
 def test_what_is_found_is_no_worse_than_where_it_began_and_worth_what_is_said(problem):
