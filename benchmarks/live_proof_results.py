@@ -125,7 +125,7 @@ class Proof:
             examples={name: of_seed[name] for name in named if name in of_seed},
             agents=tuple(name for name in named if name not in POLICIES),
             origin=episodes[0].recording.origin,
-            limit_c=live.scenario.limits.temperature_c,
+            limit_c=float(live.scenario.limits.temperature_c),
         )
 
     @property

@@ -110,7 +110,7 @@ def write_report(results: Sequence[Played], folder: Path, notes: Sequence[str], 
         result.name: {
             "title": result.title,
             "base": result.base,
-            "limit_c": result.problem.scenario.limits.temperature_c,
+            "limit_c": result.problem.limit_c,
             "policies": plain(result.table),
             "steps": plain(result.steps),
         }
@@ -139,7 +139,7 @@ def _scope(first: Played) -> str:
 
 
 def _heading(result: Played) -> str:
-    limit = f"virtual limit {result.problem.scenario.limits.temperature_c:g} °C"
+    limit = f"virtual limit {result.problem.limit_c:g} °C"
     return f"{result.name}: {result.title}; other knobs of {result.base}, {limit}"
 
 
@@ -154,7 +154,7 @@ def _figures(results: Sequence[Played], folder: Path) -> list[tuple[str, Path]]:
         episodes = {name: played[name] for name in AROUND_SHIFT if name in played}
         changes = find_changes(episodes)
         if changes:
-            limit_c = result.problem.scenario.limits.temperature_c
+            limit_c = result.problem.limit_c
             where = f"{origin}; {result.title}"
             path = folder / f"shift-{result.name}.png"
             save_figure(lambda e=episodes, c=changes, t=limit_c, w=where: around_shift(e, c, t, w), path)

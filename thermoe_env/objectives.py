@@ -20,16 +20,16 @@ from thermoe_env.mdp.interval import COST_NAMES
 from thermoe_env.mdp.reward import REWARD_TERMS
 
 _LOW = np.array([0.0 if name == "good" else -np.inf for name in REWARD_TERMS])
-_HIGH = np.array([np.inf if name in ("good", "quality") else 0.0 for name in REWARD_TERMS])
+_HIGH = np.array([0.0 if name == "energy" else np.inf for name in REWARD_TERMS])
 
 
 class ThermalMoEMultiObjectiveEnv(ThermalMoEEnv):
     """`ThermalMoEEnv` whose reward is the vector of its terms: `mo_gymnasium.make("ThermalMoETwinMO-v0")`.
 
-    The vector, float64 [6] in `REWARD_TERMS` order, has the scenario's prices in it, so its sum is the scalar
+    The vector, float64 [5] in `REWARD_TERMS` order, has the scenario's prices in it, so its sum is the scalar
     reward bit for bit, and weights of 1 are the scenario's own. All terms are to be maximised: the first is
-    what good answers earn, the others are charges of at most 0, but that the quality account gives back what
-    better answers make up for.
+    what good answers earn, the second the price of energy, the others what debts grow by; they give back what
+    is made up for.
     """
 
     reward_space = spaces.Box(_LOW, _HIGH, dtype=np.float64)

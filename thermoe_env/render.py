@@ -261,7 +261,7 @@ class Dashboard:
             tile.set_text(value)
 
     def _device(self) -> None:
-        limit, budget = self._problem.scenario.limits.temperature_c, self._problem.scenario.power_budget
+        limit, budget = self._problem.limit_c, self._problem.scenario.power_budget
         die = ("temp_c", _RED, "hottest die")
         temperature = self._plot((52, 96, 372, 110), "Temperature, °C", [die], (limit - 30.0, limit + 4.0))
         line = temperature.axhline(limit, color=_INK, ls="--", lw=1.0, label=f"virtual limit {limit:g}")

@@ -58,7 +58,7 @@ class World:
         scenario, offset_c = self.problem.scenario, self.problem.inlet_offset_c
         fall_c = np.zeros_like(offset_c) if self.telemetry.simulated else offset_c
         second = (np.arange(scenario.steps + 1) * scenario.interval_s).astype(np.int64)
-        return (scenario.limits.temperature_c - fall_c[second]).tolist()
+        return (self.problem.limit_c - fall_c[second]).tolist()
 
     def close(self) -> None:
         """Close both halves; safe to call twice."""

@@ -162,7 +162,7 @@ class Results:
         scope = (
             f"{origin(*world_of(episodes))}; scenario {scenario.name}; "
             f"{seeds.nunique()} seeds from {seeds.min()}; {scenario.episode_s} s each{replayed}; "
-            f"virtual temperature limit {scenario.limits.temperature_c:g} °C"
+            f"virtual temperature limit {self.problem.limit_c:.3g} °C"
         )
         notes = [*unit_notes(summary), *self.notes]
         title = f"{', '.join(episodes.policy.unique())}: {scenario.name}"

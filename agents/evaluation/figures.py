@@ -163,7 +163,7 @@ def power_temperature(problem: Problem, examples: dict[str, Recording], where: s
     """Power under its budget and temperature under its limit, a row per policy."""
     figure = Figure(figsize=(10.0, 1.0 + 1.7 * len(examples)), layout="constrained")
     grid = figure.subplots(len(examples), 2, sharex=True, sharey="col", squeeze=False)
-    colour, limit = colours(list(examples)), problem.scenario.limits.temperature_c
+    colour, limit = colours(list(examples)), problem.limit_c
     for (left, right), (name, recording) in zip(grid, examples.items(), strict=True):
         time_s, budget = _time_s(recording), recording.budget_w[:, 0]
         for axes in (left, right):
@@ -313,7 +313,7 @@ def energy_quality(summary: pd.DataFrame, problem: Problem, where: str) -> Figur
     right.set_title("quality (correct over answered)")
     static = summary[summary.policy == "static"]
     if len(static):
-        floor = float(static.quality.iloc[0]) - problem.scenario.feasible.quality_margin
+        floor = float(static.quality.iloc[0]) * problem.scenario.feasible.quality_share
         right.axvline(floor, color="black", ls="--", lw=0.9)
         right.annotate("floor", (floor, 0), (3, 8), textcoords="offset points", fontsize=8)
     figure.suptitle(f"Energy and quality, {where}")

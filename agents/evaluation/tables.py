@@ -15,9 +15,10 @@ from agents.play.metrics import KPIS
 _TEXTS = ("policy", "run", "world", "device")
 _FLAGS = ("whole", "shut_down")
 _COLUMNS = (*_TEXTS, "seed", "time_s", *KPIS, *_FLAGS)
+_LATE = "late_fraction", "late_interactive", "late_deferrable"
 _LEAST_C, _MOST_C = -60.0, 300.0
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("quality", "late_fraction", "waiting_fraction"), (0.0, 1.0)),
+    **dict.fromkeys(("quality", *_LATE, "waiting_fraction"), (0.0, 1.0)),
     **dict.fromkeys(("expert_entropy", "ttt_time_share"), (0.0, 1.0)),
     **dict.fromkeys(("peak_c", "mean_c"), (_LEAST_C, _MOST_C)),
     "return": (-np.inf, np.inf),
@@ -25,7 +26,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 """What an indicator lies between; the others are not negative."""
 _ABOVE_0 = ("time_s", "j_per_good", "energy_j", "mean_power_w")
 _MAY_LACK = (
-    "quality", "latency_p50_s", "latency_p95_s", "latency_p99_s", "late_fraction", "waiting_fraction",
+    "quality", "latency_p50_s", "latency_p95_s", "latency_p99_s", *_LATE, "waiting_fraction",
     "expert_entropy", "ttt_time_share",
 )  # fmt: skip
 """NaN where nothing was answered, arrived or computed."""

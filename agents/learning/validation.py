@@ -119,7 +119,7 @@ class Validation:
             remedy = (
                 "compare reward/late with the other reward/... terms in TensorBoard, reward weights and "
                 "learning_rate with the shipped ones"
-                if static_late <= self._problem.scenario.feasible.late_fraction
+                if static_late <= self._problem.scenario.feasible.late_share
                 else "the scenario asks for more than can be served, lower its traffic"
             )
             _LOG.warning(

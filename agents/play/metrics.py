@@ -13,7 +13,7 @@ from scipy import stats
 from agents.play.rollout import Recording
 from agents.play.statistics import CONFIDENCE, bootstrap_interval, mean, pair, per_unit, unit_name
 from moe.service.queueing import latency_quantile
-from moe.workload import KNOB_NAMES, STAT_COLUMNS
+from moe.workload import KNOB_NAMES, REQUEST_CLASSES, STAT_COLUMNS
 from thermoe_env.device.telemetry import READING_NAMES
 from thermoe_env.mdp.interval import COST_NAMES
 from thermoe_env.mdp.reward import REWARD_TERMS
@@ -30,6 +30,8 @@ KPIS: dict[str, str] = {
     "latency_p95_s": "95th percentile, s",
     "latency_p99_s": "99th percentile, s",
     "late_fraction": "late or expired over answered or expired",
+    "late_interactive": "the same of interactive requests",
+    "late_deferrable": "the same of deferrable requests",
     "waiting_fraction": "requests still waiting at the end over those that arrived",
     "peak_c": "highest die temperature, degC",
     "mean_c": "mean die temperature, degC",
@@ -63,6 +65,7 @@ def episode_metrics(recording: Recording, run: str = "") -> pd.DataFrame:
     histogram = recording.histogram.sum(0)  # [n, bins]
     quantiles = {q: np.array([latency_quantile(row, q) for row in histogram]) for q in (0.5, 0.95, 0.99)}
     with np.errstate(divide="ignore", invalid="ignore"):
+        late = (work["late"] + work["expired"]) / (work["answered"] + work["expired"])  # [n, classes]
         values = {
             "j_per_good": gpu["energy_j"] / work["good"],
             "energy_j": gpu["energy_j"],
@@ -73,6 +76,7 @@ def episode_metrics(recording: Recording, run: str = "") -> pd.DataFrame:
             "latency_p95_s": quantiles[0.95],
             "latency_p99_s": quantiles[0.99],
             "late_fraction": cost["missed"] / (answered + expired),
+            **{f"late_{c}": late[..., k] for k, c in enumerate(REQUEST_CLASSES)},
             "waiting_fraction": 1.0 - (answered + expired) / arrived,
             "peak_c": recording.gpu["temp_c"].max(0),
             "mean_c": gpu["temp_c"] / recording.length,
@@ -194,14 +198,17 @@ def _broken(own: pd.DataFrame, base: pd.DataFrame, limits: Feasibility, baseline
     reasons = []
     if own.shut_down.any():
         reasons.append(f"device shut down in {int(own.shut_down.sum())} episode(s)")
-    quality, floor = paired.quality.mean(), paired_base.quality.mean() - limits.quality_margin
+    quality, floor = paired.quality.mean(), paired_base.quality.mean() * limits.quality_share
     if not quality >= floor:
         reasons.append(f"quality {quality:.3f} < {floor:.3f}")
-    late, above = own.late_fraction.mean(), own.above_limit_s.mean()
-    if not late <= limits.late_fraction:
-        reasons.append(f"late {late:.2%} > {limits.late_fraction:.2%}")
-    if not above <= limits.above_limit_s:
-        reasons.append(f"{above:.1f} s above limit > {limits.above_limit_s:g} s")
+    for name in REQUEST_CLASSES:
+        late = own[f"late_{name}"].to_numpy(float)
+        late = late[~np.isnan(late)]  # where somebody asked
+        if late.size and late.mean() > limits.late_share:
+            reasons.append(f"{name} late {late.mean():.2%} > {limits.late_share:.2%}")
+    hot = own.above_limit_s.sum() / own.time_s.sum()
+    if not hot <= limits.hot_share:
+        reasons.append(f"above limit {hot:.2%} of the time > {limits.hot_share:.2%}")
     return reasons
 
 

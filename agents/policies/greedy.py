@@ -217,16 +217,14 @@ class Greedy:
     def _seen(self, o: dict[str, np.ndarray]) -> np.ndarray:
         """Observed values as `_SEEN_DTYPE` [n]."""
         problem, config = self._problem, self._config
-        limits = problem.scenario.limits
         seen = np.zeros(len(o["load"]), _SEEN_DTYPE)
         begun = o["duty"] > 0.0  # else the node drains
-        served = begun & (o["stage"] < limits.deferrable_below - 0.5)
         rate = o["load_fast"] * config.load_margin * problem.capacity_rps
         seen["duty"] = np.where(begun, o["duty"], 1.0)
         seen["rate_0"] = np.where(begun, rate * o["interactive_share"], 0.0)
-        seen["rate_1"] = np.where(served, rate * (1.0 - o["interactive_share"]), 0.0)
+        seen["rate_1"] = np.where(begun, rate * (1.0 - o["interactive_share"]), 0.0)
         seen["queue_0"] = np.where(begun, o["queue_interactive_s"] * problem.capacity_rps, 0.0)
-        seen["queue_1"] = np.where(served, o["queue_deferrable_s"] * problem.capacity_rps, 0.0)
+        seen["queue_1"] = np.where(begun, o["queue_deferrable_s"] * problem.capacity_rps, 0.0)
         seen["oldest_0"], seen["oldest_1"] = o["oldest_interactive_s"], o["oldest_deferrable_s"]
         seen["clock"], seen["power_w"] = o["sm_clock_share"], o["power_w"]
         seen["budget_w"] = o["budget_w"] - config.budget_margin_w

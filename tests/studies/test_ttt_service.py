@@ -36,7 +36,6 @@ from studies.ttt_service_results import (
     ratio_interval,
 )
 from thermoe_env.env import ThermalMoEEnv
-from thermoe_env.mdp.fields import ranges_of
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 from thermoe_env.seeding import episode_seed
@@ -64,8 +63,7 @@ def replayed_j(recording: Recording, problem: Problem) -> np.ndarray:
     assert problem.profile.ttt_energy_j is not None
     free_steps = replace(problem.profile, ttt_energy_j=np.zeros_like(problem.profile.ttt_energy_j))
     batch = TwinBatch(problem, len(recording.seeds))
-    first = ranges_of(problem).decode(batch.reset(recording.seeds))["stage"]
-    stage = np.concatenate([first[None], recording.field("stage")[:-1]]).round()
+    batch.reset(recording.seeds)
     result = np.zeros(recording.reward.shape)
     for i, seed in enumerate(recording.seeds):
         clock = [1.0]
@@ -78,8 +76,7 @@ def replayed_j(recording: Recording, problem: Problem) -> np.ndarray:
         for t in range(len(recording.reward)):
             clock[0] = float(recording.work["sm_clock"][t, i])
             knobs = problem.knobs.knobs(recording.index[t, i])
-            open_classes = 1 + int(stage[t, i] < problem.scenario.limits.deferrable_below)
-            whole, without = (half.run(knobs, recording.interval_s, open_classes) for half in halves)
+            whole, without = (half.run(knobs, recording.interval_s, 2) for half in halves)
             for name in WORK_DTYPE.names or ():
                 np.testing.assert_array_equal(getattr(whole, name), recording.work[name][t, i])
             assert whole.slot_energy_j is not None and without.slot_energy_j is not None

@@ -79,6 +79,7 @@ def test_every_observed_field_is_written(problem: Problem) -> None:
         "ttt_refused_share",
         "duty",
         "release_s",
+        "overload_share",
     }
 
 

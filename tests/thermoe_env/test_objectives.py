@@ -45,8 +45,8 @@ def test_mo_gymnasium_makes_it_and_its_wrappers_take_it(problem: Problem) -> Non
     mo: Any = pytest.importorskip("mo_gymnasium")
     arguments: dict[str, Any] = {"scenario": problem.scenario, "overrides": HOT}
     vector = mo.make("ThermalMoETwinMO-v0", **arguments)
-    assert vector.unwrapped.reward_space.shape == (len(REWARD_TERMS),) and vector.unwrapped.reward_dim == 6
-    weights = np.array([1.0, 0.5, 2.0, 0.0, 3.0, 0.25])
+    assert vector.unwrapped.reward_space.shape == (len(REWARD_TERMS),) and vector.unwrapped.reward_dim == 5
+    weights = np.array([1.0, 0.5, 2.0, 0.0, 3.0])
     recorded = mo.wrappers.MORecordEpisodeStatistics(vector, gamma=0.9)
     env = mo.wrappers.LinearReward(recorded, weight=weights)
     plain = gymnasium.make("ThermalMoETwin-v0", **arguments)

@@ -110,7 +110,7 @@ def test_a_hotter_device_is_drawn_higher_and_the_limit_stays(problem: Problem) -
         red, *others = dashboard.frame()[96:206, 60:380].astype(float).T
         redness = np.maximum(0.0, red - np.max(others, 0)).sum(0)  # [rows]
         rows[temp_c] = np.average(np.arange(110), weights=redness)
-    low, high = problem.scenario.limits.temperature_c - 30.0, problem.scenario.limits.temperature_c + 4.0
+    low, high = problem.limit_c - 30.0, problem.limit_c + 4.0
     assert rows[45.0] - rows[60.0] == pytest.approx(110 * 15.0 / (high - low), abs=1.0)
 
 

@@ -88,7 +88,7 @@ def account_rows(kind: Any) -> tuple[Any, Any]:
 @inlined
 def _coming(rules, track):
     """Of the coming interval: (stage, classes that may be begun, duty, what holds, see `held_by`)."""
-    return int(track.stage), open_classes(rules, track), track.duty, held_by(rules, track)
+    return int(track.stage), open_classes(track), track.duty, held_by(rules, track)
 
 
 @cache

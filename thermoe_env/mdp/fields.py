@@ -139,6 +139,13 @@ FIELDS: tuple[Field, ...] = (
         _RELEASE_S,
         "time until the power brake or the alarm's drain ends, 0 where neither holds; a slowdown has none",
     ),
+    Field(
+        "overload_share",
+        "1",
+        0.0,
+        1.0,
+        "joules above the budget, less those below it, over what the brake bears; 0 without a brake",
+    ),
     Field("energy_share", "1", 0.0, 1.5, "energy used so far over the standard service's at full load"),
     Field("sm_clock_share", "1", 0.0, 1.0, "SM clock of the slowest device over its maximum"),
     Field("power_capped_s", "s", 0.0, 1.0, "time the power cap held the clock down"),

@@ -13,7 +13,7 @@ from moe.compiled import inlined, inner
 from moe.memory import as_record
 from moe.service.budget import share_of
 from moe.service.gates import CHANGE_TEST, any_changed
-from moe.workload import KNOB_NAMES
+from moe.workload import KNOB_NAMES, REQUEST_CLASSES
 from thermoe_env.device.physics import approach, decay
 from thermoe_env.mdp.fields import FIELD_NAMES
 from thermoe_env.mdp.limits import STATE as LIMIT_STATE
@@ -24,7 +24,7 @@ from thermoe_env.mdp.limits import (
     pass_drain,
     show_limits,
 )
-from thermoe_env.mdp.reward import Prices, reward_terms
+from thermoe_env.mdp.reward import Prices, owe, reward_terms
 from thermoe_env.mdp.signals import next_stage
 from thermoe_env.problem.problem import Problem
 
@@ -37,13 +37,13 @@ TRACK_DTYPE = np.dtype(
         for name in (
             "step", "stage", "temp_c", "power_slow_w", "energy_j", "load_fast", "load_slow",
             "late_share_slow", "confidence", "confidence_slow", "confidence_sum", "answered_sum",
-            "ttt_effort",
-            "quality_debt", "since_change_s", "adapted_since_change_s", *LIMIT_STATE,
+            "ttt_effort", "heat_debt_s", "quality_debt", "since_change_s", "adapted_since_change_s",
+            *LIMIT_STATE,
         )
     ]
-    + [("change_test", np.float64, (2, CHANGE_TEST))]
+    + [("late_debt", np.float64, (len(REQUEST_CLASSES),)), ("change_test", np.float64, (2, CHANGE_TEST))]
 )  # fmt: skip
-"""What the environment remembers between intervals."""
+"""What the environment remembers between intervals; debts below 0 are what was done beyond a promise."""
 
 
 CHANGE_THRESHOLD, CHANGE_TOLERANCE = 0.006, 0.0025
@@ -61,9 +61,14 @@ class Rules(NamedTuple):
     """Of a device whose inlet is modelled; `begin` and `settle` are told the one in force."""
     stage_begin_c: np.ndarray  # [3]
     hysteresis_c: float
-    deferrable_below: int
     load_per_request: float
     """One over the requests of the standard service in one interval."""
+    energy_per_request_j: float
+    """Of the standard service at full load."""
+    late_share: float
+    """Of the finished requests of a class that may be late or expired."""
+    hot_share: float
+    """Of the time that may be above the limit."""
     share_per_j: float
     """One over its energy in an episode at full load."""
     interval_s: float
@@ -78,7 +83,7 @@ class Rules(NamedTuple):
     level_share: np.ndarray  # [knobs], one over the highest level
     first_budget_share: float
     """What adaptation may spend at the start, over a full bank."""
-    brake_grace_s: float
+    brake_bears_s: float
     """This and what follows are `thermoe_env.mdp.limits.Acts`."""
     brake_duty: float
     brake_hold_s: float
@@ -98,8 +103,9 @@ def rules_of(problem: Problem) -> np.ndarray:
     """`Rules` of a problem, as an array of one record."""
     s = problem.scenario
     rules = Rules(
-        s.limits.temperature_c, np.array(s.limits.stage_margins_c), s.limits.hysteresis_c,
-        s.limits.deferrable_below, 1.0 / (problem.capacity_rps * s.interval_s),
+        problem.limit_c, np.array(s.limits.stage_margins_c), s.limits.hysteresis_c,
+        1.0 / (problem.capacity_rps * s.interval_s), problem.reference_power_w / problem.capacity_rps,
+        s.feasible.late_share, s.feasible.hot_share,
         1.0 / (problem.reference_power_w * s.interval_s * s.steps), s.interval_s, s.steps,
         round(s.power_budget.notice_s / s.interval_s), problem.twin.max_clock_mhz,
         decay(s.interval_s, 5.0), decay(s.interval_s, 20.0), decay(s.interval_s, 30.0),
@@ -151,7 +157,7 @@ def begin(rules, limit_c, track, gpu, announced, raw):
     margin = limit_c - gpu.temp_c
     track.stage = next_stage(int(track.stage), margin, rules.stage_begin_c, rules.hysteresis_c)
     heed_temperature(rules, track, margin)
-    show_limits(track, raw)
+    show_limits(rules, track, announced[0, int(track.step)], raw)
     raw.temp_c, raw.mem_temp_c, raw.margin_c = gpu.temp_c, gpu.mem_temp_c, margin
     raw.temp_mean_c, raw.temp_spread_c = gpu.temp_mean_c, gpu.temp_spread_c
     raw.stage = track.stage
@@ -169,7 +175,7 @@ def settle(rules, prices, quality_floor, limit_c, track, work, gpu, announced, a
     Args:
         rules: `Rules`.
         prices: `Prices`.
-        quality_floor: float [S], least quality per input shift.
+        quality_floor: float [S], least quality per input shift, on the mean of an episode.
         limit_c: temperature limit in force.
         track: record of `TRACK_DTYPE`, updated.
         work: record of `WORK_DTYPE`, what was done.
@@ -177,7 +183,7 @@ def settle(rules, prices, quality_floor, limit_c, track, work, gpu, announced, a
         announced: float [3, steps + notice + 1], `ANNOUNCED`.
         adapts: whether the knobs ask for adaptation.
         raw: record of `RAW_DTYPE`, filled but for what `fill_levels` has.
-        terms: float [6], filled.
+        terms: float [5], filled.
         cost: float [3], filled.
 
     Returns:
@@ -189,14 +195,21 @@ def settle(rules, prices, quality_floor, limit_c, track, work, gpu, announced, a
     answered, expired = work.answered[0] + work.answered[1], work.expired[0] + work.expired[1]
     missed = work.late[0] + work.late[1] + expired
     over_c = gpu.temp_c - limit_c
-    # The floor binds on the mean over the episode: answers above it earn slack for later ones.
-    debt_before = max(0.0, track.quality_debt)
-    track.quality_debt += answered * quality_floor[int(work.shift_id)] - work.correct
-    shortfall = max(0.0, track.quality_debt) - debt_before
-    reward = reward_terms(
-        prices, work.good, price * gpu.energy_j, missed, gpu.power_w, budget_now, over_c, shortfall, terms
-    )
-    cost[0] = dt if over_c > 0.0 else 0.0
+    late = 0.0
+    for c in range(work.late.shape[0]):
+        missed_here = work.late[c] + work.expired[c]
+        finished = work.answered[c] + work.expired[c]
+        track.late_debt[c], more = owe(track.late_debt[c], missed_here - rules.late_share * finished)
+        late += more
+    hot_s = dt if over_c > 0.0 else 0.0
+    track.heat_debt_s, heat_s = owe(track.heat_debt_s, hot_s - rules.hot_share * dt)
+    wrong = answered * quality_floor[int(work.shift_id)] - work.correct
+    track.quality_debt, quality = owe(track.quality_debt, wrong)
+    energy_j = price * gpu.energy_j
+    if step + 1 == rules.steps:  # what is left to do costs what the standard service takes for it
+        energy_j += (work.waiting[0] + work.waiting[1]) * rules.energy_per_request_j
+    reward = reward_terms(prices, work.good, energy_j, late, heat_s, quality, terms)
+    cost[0] = hot_s
     cost[1] = missed
     cost[2] = max(0.0, gpu.power_w - budget_now) * dt
 
@@ -232,7 +245,7 @@ def settle(rules, prices, quality_floor, limit_c, track, work, gpu, announced, a
     heed_power(rules, track, gpu.power_w, budget_now)
     pass_drain(rules, track)
     heed_temperature(rules, track, margin)
-    show_limits(track, raw)
+    show_limits(rules, track, budget_now, raw)
 
     raw.temp_c, raw.mem_temp_c, raw.margin_c, raw.stage = gpu.temp_c, gpu.mem_temp_c, margin, track.stage
     raw.temp_mean_c, raw.temp_spread_c = gpu.temp_mean_c, gpu.temp_spread_c

@@ -21,14 +21,19 @@ CAUSES_OF = tuple(
 )
 """Text of each set of bits, "" of none."""
 
-STATE = ("duty", "over_budget_s", "brake_left_s", "at_limit", "drain_left_s")
+STATE = ("duty", "over_budget_j", "brake_left_s", "at_limit", "drain_left_s")
 """What is remembered between intervals. `at_limit`, 0.0 or 1.0: the limit was reached and is not left yet."""
+
+
+OVERLOAD = 0.2
+"""Above the budget, as a share of it, that a brake bears for its grace."""
 
 
 class Acts(NamedTuple):
     """What follows where limits are not kept; one that the scenario leaves out does nothing."""
 
-    brake_grace_s: float
+    brake_bears_s: float
+    """Joules above the budget that the brake bears, over the budget."""
     brake_duty: float
     brake_hold_s: float
     slowdown_duty: float
@@ -42,7 +47,7 @@ class Acts(NamedTuple):
         brake, limits = scenario.power_budget.brake, scenario.limits
         never = math.inf, 1.0, 0.0
         return cls(
-            *(never if brake is None else (brake.grace_s, brake.duty, brake.hold_s)),
+            *(never if brake is None else (OVERLOAD * brake.grace_s, brake.duty, brake.hold_s)),
             *((1.0, 0.0) if limits.slowdown is None else (limits.slowdown.duty, limits.slowdown.recover_c)),
             0.0 if limits.alarm is None else limits.alarm.drain_s,
         )
@@ -50,15 +55,17 @@ class Acts(NamedTuple):
 
 @inlined
 def heed_power(rules, track, power_w, budget_w):
-    """Move the brake by an interval of mean power `power_w` under `budget_w`."""
+    """Move the brake by an interval of mean power `power_w` under `budget_w`.
+
+    It goes by joules, as a breaker of inverse time: much is borne for less long than little, and what lies
+    below the budget makes up for what lay above.
+    """
     if track.brake_left_s > 0.0:
         track.brake_left_s = max(0.0, track.brake_left_s - rules.interval_s)
-    elif power_w > budget_w:
-        track.over_budget_s += rules.interval_s
-        if track.over_budget_s > rules.brake_grace_s:
-            track.brake_left_s, track.over_budget_s = rules.brake_hold_s, 0.0
-    else:
-        track.over_budget_s = 0.0
+        return
+    track.over_budget_j = max(0.0, track.over_budget_j + (power_w - budget_w) * rules.interval_s)
+    if track.over_budget_j > rules.brake_bears_s * budget_w:
+        track.brake_left_s, track.over_budget_j = rules.brake_hold_s, 0.0
 
 
 @inlined
@@ -81,18 +88,22 @@ def pass_drain(rules, track):
 
 
 @inlined
-def show_limits(track, raw):
-    """Fill what is observed: the duty of the coming interval, and how long what has a time still holds."""
+def show_limits(rules, track, budget_w, raw):
+    """Fill what is observed.
+
+    The duty of the coming interval, how long what has a time still holds, and how much of what the brake
+    bears is used up.
+    """
     raw.duty = 0.0 if track.drain_left_s > 0.0 else track.duty
     raw.release_s = max(track.brake_left_s, track.drain_left_s)
+    used_j = track.over_budget_j
+    raw.overload_share = used_j / (rules.brake_bears_s * budget_w) if used_j > 0.0 else 0.0
 
 
 @inlined
-def open_classes(rules, track):
+def open_classes(track):
     """How many classes of requests may be begun in the coming interval."""
-    if track.drain_left_s > 0.0:
-        return 0
-    return 2 if track.stage < rules.deferrable_below else 1
+    return 0 if track.drain_left_s > 0.0 else 2
 
 
 @inlined

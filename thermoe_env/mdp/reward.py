@@ -1,18 +1,19 @@
-"""The reward: goodput less energy, lateness, excess power, heat and missing quality.
+"""The reward: good answers, less the price of energy, less the growth of three debts.
 
-Every term is in units of the standard service at full load for one interval: a good answer is worth
-the energy the standard service spends on one (`reference_good` answers cost `reference_j`), so a policy
-as frugal as the standard service earns about nothing, and a more frugal one earns what it saves.
+Units are the standard service's at full load: in an interval it earns 1 with `reference_good` good answers
+and spends `weights.energy` on `reference_j`. A debt is what an episode so far broke of a promise beyond what
+the promise allows: requests late, seconds above the temperature limit, answers that quality falls short by.
+It grows, and what is done well later pays it back; over an episode growth adds up to what is owed at its end.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from moe.compiled import jit
+from moe.compiled import inlined, jit
 from thermoe_env.problem.scenario import RewardWeights
 
-REWARD_TERMS = ("good", "energy", "late", "over_budget", "heat", "quality")
+REWARD_TERMS = ("good", "energy", "late", "heat", "quality")
 
 
 class Prices(NamedTuple):
@@ -21,15 +22,13 @@ class Prices(NamedTuple):
     good: float
     """Per right answer in time."""
     energy: float
-    """Per joule."""
+    """Per joule at the usual price."""
     late: float
-    """Per request answered late or expired."""
-    over_budget: float
-    """Per watt of mean power over the budget, for an interval."""
+    """Per request owed."""
     heat: float
-    """Of an interval above the limit, and as much again per degree."""
+    """Per second owed."""
     quality: float
-    """Per answer by which quality falls short."""
+    """Per answer owed."""
 
     @classmethod
     def of(
@@ -44,31 +43,34 @@ class Prices(NamedTuple):
             interval_s: length of an interval.
         """
         return cls(
-            weights.good / reference_good, weights.energy / reference_j, weights.late / reference_good,
-            weights.over_budget * interval_s / reference_j, weights.heat * interval_s,
-            weights.quality / reference_good,
+            1.0 / reference_good, weights.energy / reference_j, weights.late / reference_good,
+            weights.heat / interval_s, weights.quality / reference_good,
         )  # fmt: skip
 
 
+@inlined
+def owe(debt, more):
+    """Return a debt, below 0 what was done beyond a promise, and by how much what is owed has grown."""
+    after = debt + more
+    return after, max(0.0, after) - max(0.0, debt)
+
+
 @jit
-def reward_terms(prices, good, energy_j, missed, power_w, budget_w, over_c, shortfall, terms):
+def reward_terms(prices, good, energy_j, late, heat_s, quality, terms):
     """Fill `terms` (in `REWARD_TERMS` order) and return their sum.
 
     Args:
         prices: `Prices`.
         good: right answers in time.
         energy_j: energy of the interval, times its price over the usual one.
-        missed: requests answered late or expired.
-        power_w: mean power.
-        budget_w: its budget in this interval.
-        over_c: degrees above the virtual limit, negative below.
-        shortfall: growth of the answers by which quality falls short of its floor over the episode.
-        terms: float [6].
+        late: growth of what is owed for requests late or expired.
+        heat_s: growth of what is owed for seconds above the temperature limit.
+        quality: growth of what is owed for answers that are not right.
+        terms: float [5].
     """
     terms[0] = prices.good * good
     terms[1] = -prices.energy * energy_j
-    terms[2] = -prices.late * missed
-    terms[3] = -prices.over_budget * max(0.0, power_w - budget_w)
-    terms[4] = -prices.heat * (1.0 + over_c) if over_c > 0.0 else 0.0
-    terms[5] = -prices.quality * shortfall
-    return terms[0] + terms[1] + terms[2] + terms[3] + terms[4] + terms[5]
+    terms[2] = -prices.late * late
+    terms[3] = -prices.heat * heat_s
+    terms[4] = -prices.quality * quality
+    return terms[0] + terms[1] + terms[2] + terms[3] + terms[4]

@@ -19,13 +19,14 @@ def inlet_offsets_c(scenario: Scenario) -> np.ndarray:
     return np.zeros(seconds) if scenario.inlet is None else scenario.inlet.offsets_c(seconds)
 
 
-def check_limits(scenario: Scenario, twin: TwinParams, inlet_c: np.ndarray) -> None:
+def check_limits(scenario: Scenario, twin: TwinParams, inlet_c: np.ndarray, limit_c: float) -> None:
     """Refuse a limit that acts and that idle devices do not keep: nothing would ever lift it.
 
     Args:
         scenario: the control problem.
         twin: the calibration.
         inlet_c: float [seconds], offset of the inlet.
+        limit_c: the temperature limit.
 
     Raises:
         ScenarioError: names the limit and what lies above it.
@@ -41,9 +42,9 @@ def check_limits(scenario: Scenario, twin: TwinParams, inlet_c: np.ndarray) -> N
         return
     hottest_c = twin.inlet_c + max(d.inlet_offset_c for d in scenario.devices) + float(inlet_c.max())
     recover_c = 0.0 if limits.slowdown is None else limits.slowdown.recover_c
-    if limits.temperature_c - recover_c <= hottest_c:
+    if limit_c - recover_c <= hottest_c:
         raise ScenarioError(
-            f"limits.temperature_c {limits.temperature_c:g} less slowdown.recover_c {recover_c:g} must lie "
+            f"limits.temperature_c {limit_c:g} less slowdown.recover_c {recover_c:g} must lie "
             f"above the inlet, which comes to {hottest_c:g} degC by inlet_offset_c and inlet (by_c, trace): "
             "raise the limit, or leave out what acts on it (slowdown.duty, alarm.drain_s, inlet)"
         )

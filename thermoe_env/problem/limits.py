@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 from pydantic.dataclasses import dataclass
 
 from moe.ranges import STRICT, Celsius, Degrees, Number, Seconds, Throttle, Watts, Whole
 from thermoe_env.problem.announced import Events
+
+RiseShare = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?%$")]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -20,7 +22,8 @@ class PowerBrake:
     """Power above the budget for too long holds the device down for a while, as a power brake signal does."""
 
     grace_s: Annotated[Number, Field(ge=0.0, le=1e6)] = 2.0
-    """Intervals in a row above the budget that are forgiven; one more engages the brake."""
+    """How long a fifth above the budget is borne; more is borne for less, as by a breaker of inverse time,
+    and what lies below the budget makes up for what lay above."""
     duty: Throttle = 0.5
     """Share of the time for which the device may run while it holds."""
     hold_s: Seconds = 10.0
@@ -69,16 +72,22 @@ class PowerBudget(Events):
 class ThermalLimits:
     """The virtual temperature limit and the stages below it (hardware limits lie far above)."""
 
-    temperature_c: Celsius
+    temperature_c: Celsius | RiseShare
+    """Or, as 90%, this share of the card's own rise from idle to full load of the standard service, above
+    where it idles: the same on any card."""
     stage_margins_c: tuple[Degrees, Degrees, Degrees] = (6.0, 3.0, 1.0)
     """Margins below the limit at which ELEVATED, HOT and CRITICAL begin."""
     hysteresis_c: Degrees = 1.5
     """A stage is left once the margin has grown this far beyond its beginning."""
-    deferrable_below: Annotated[Whole, Field(ge=0, le=4)] = 3
-    """Deferrable requests are served in stages below this one (3 is CRITICAL)."""
     slowdown: Slowdown | None = None
     alarm: Alarm | None = None
     """What reaching the limit brings about, one of the two or neither; None: a price."""
+
+    def on_a_card(self, idle_c: float, rise_c: float) -> float:
+        """The limit, degC, on a card that idles at `idle_c` and rises from there by `rise_c` at full load."""
+        if isinstance(self.temperature_c, str):
+            return round(idle_c + float(self.temperature_c[:-1]) / 100.0 * rise_c, 2)
+        return self.temperature_c
 
     def __post_init__(self) -> None:
         if self.slowdown is not None and self.alarm is not None:

@@ -104,7 +104,6 @@ class Problem:
         twin = load_twin(config_path("twin", scenario.twin, ".yaml"))
         offsets_c = inlet_offsets_c(scenario)
         _check_spread(scenario, twin, offsets_c)
-        check_limits(scenario, twin, offsets_c)
         if work is not named:
             if scenario.task == "generate":  # the standard service runs a model as it was trained
                 own_k = int(work.expert_count[work.own_k])
@@ -122,6 +121,9 @@ class Problem:
             )
         steps = measured if isinstance(measured, TokenProfile) else None
         problem = cls(scenario, work, power, twin, knobs, placement, steps)
+        check_limits(scenario, twin, offsets_c, problem.limit_c)
+        limits = replace(scenario.limits, temperature_c=problem.limit_c)  # a number, whatever room is next
+        problem = replace(problem, scenario=replace(scenario, limits=limits))
         traffic_of(scenario.traffic, scenario.episode_s + 1, problem.capacity_rps)  # or too many requests
         _ = problem.device_share  # or work that cannot be shared
         return problem
@@ -147,6 +149,13 @@ class Problem:
         static = self.scenario.static
         batch = static.batch_size * self.batch_scale
         return self.power_profile.active_power_w(batch, static.expert_count, static.routing_bias)
+
+    @cached_property
+    def limit_c(self) -> float:
+        """The virtual temperature limit, of the hottest die."""
+        twin, share = self.twin, 1.0 / len(self.scenario.devices)
+        rise_c = twin.resistance_c_per_w * share * self.serving_power_w
+        return self.scenario.limits.on_a_card(twin.inlet_c + twin.idle_rise_c, rise_c)
 
     @cached_property
     def batch_scale(self) -> float:
@@ -203,14 +212,19 @@ class Problem:
 
     @cached_property
     def quality_floor(self) -> np.ndarray:
-        """[S] least quality per input shift: the standard service, not adapted, less the margin."""
+        """[S] least quality per input shift: that of the standard service, not adapted, times a share."""
+        return self.scenario.feasible.quality_share * self._standard_quality
+
+    @cached_property
+    def _standard_quality(self) -> np.ndarray:
+        """[S] of the standard service, not adapted, per input shift."""
         static = self.scenario.static
         k = level_index("expert_count", static.expert_count, self.profile.expert_count)
         column = [
             np.interp(static.routing_bias, self.profile.routing_bias, row)
             for row in self.profile.accuracy[:, 0, k]
         ]
-        return np.array(column) - self.scenario.feasible.quality_margin
+        return np.array(column)
 
     @cached_property
     def reference_good_rps(self) -> float:
@@ -219,8 +233,7 @@ class Problem:
         Raises:
             ProfileError: it has nothing right, so nothing has a price.
         """
-        floor = self.quality_floor[list(self.scenario.traffic.shifts)].mean()
-        accuracy = float(floor + self.scenario.feasible.quality_margin)
+        accuracy = float(self._standard_quality[list(self.scenario.traffic.shifts)].mean())
         if not accuracy > 1e-9:
             raise ProfileError(
                 f"the model that was profiled on {self.profile.device} answers nothing right under the "

@@ -59,27 +59,28 @@ class ServiceConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RewardWeights:
-    """Prices, relative to the energy a good answer costs the standard service (`reward.py`)."""
+    """What counts beside a good answer, which earns 1 (`thermoe_env.mdp.reward`)."""
 
-    good: Weight = 1.0
-    energy: Weight = 1.0
-    late: Weight = 1.0
-    over_budget: Weight = 1.0
-    heat: Weight = 1.0
-    """Per second above the limit, and again per degree and second."""
-    quality: Weight = 4.0
-    """Per answer below the quality floor."""
+    energy: Weight = 0.35
+    """What the standard service spends at full load and the usual price, of what it earns."""
+    late: Weight = 5.0
+    """Per request owed."""
+    heat: Weight = 5.0
+    """Per interval owed, of what the standard service earns in one at full load."""
+    quality: Weight = 20.0
+    """Per answer owed."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Feasibility:
-    """When a policy counts at all."""
+    """The promises: when a policy counts at all, and from where on it is in debt."""
 
-    quality_margin: Share = 0.01
-    """Quality may fall this far below the standard service on the same requests."""
-    late_fraction: Share = 0.01
-    above_limit_s: Annotated[Number, Field(ge=0.0, le=1e6)] = 3.0
-    """Seconds of an episode above the temperature limit."""
+    quality_share: Share = 0.99
+    """Least quality, of the standard service's on the same requests."""
+    late_share: Share = 0.01
+    """Most requests late or expired, of those finished, in each class."""
+    hot_share: Share = 0.01
+    """Most time above the temperature limit."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -74,12 +74,12 @@ def _ask_ahead(batch, i):
 @inlined
 def choose(batch, i):
     """Set the knobs and clocks of the coming interval in environment `i`; returns its number."""
-    serving, account, track = batch.serving, batch.account, batch.account.track[i]
+    serving, track = batch.serving, batch.account.track[i]
     knobs = serving.knobs[i]
     fill_values(batch.level_table, numbers(serving.levels[i]), numbers(knobs))
     knobs.pace = min(knobs.pace, track.duty)
     fill_clocks(batch.heating.devices[i], knobs.sm_clock, serving.clocks[i])
-    return int(track.step), open_classes(account.rules[0], track)
+    return int(track.step), open_classes(track)
 
 
 @inlined

@@ -19,6 +19,7 @@ from moe.profiles import save_profile
 from moe.workload import LATENCY_EDGES_S, WORK_DTYPE
 from tests.thermoe_env.conftest import make_profile
 from thermoe_env.mdp.fields import FIELDS
+from thermoe_env.mdp.reward import REWARD_TERMS
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Feasibility, load_scenario
 from thermoe_env.twin.heat import GPU_DTYPE
@@ -51,8 +52,8 @@ def make_recording() -> Recording:
         length=np.array([2, 1]), shut_down=np.array([False, True]),
         observation=np.zeros((2, 2, len(FIELDS)), np.float32), ranges=np.zeros((2, 0)),
         index=np.zeros((2, 2, 6), np.int64), budget_w=np.zeros((2, 2)), work=work, gpu=gpu,
-        reward=np.array([[1.0, -3.0], [2.5, 0.0]]), terms=np.zeros((2, 2, 6)), cost=cost, histogram=histogram,
-        tokens_per_expert=tokens,
+        reward=np.array([[1.0, -3.0], [2.5, 0.0]]), terms=np.zeros((2, 2, len(REWARD_TERMS))), cost=cost,
+        histogram=histogram, tokens_per_expert=tokens,
     )  # fmt: skip
 
 
@@ -65,6 +66,8 @@ def test_episode_metrics_by_hand() -> None:
         "quality": 112 / 140,
         "goodput_rps": 50,
         "late_fraction": 28 / 160,
+        "late_interactive": 16 / 90,
+        "late_deferrable": 12 / 70,
         "waiting_fraction": 40 / 200,
         "peak_c": 63,
         "mean_c": 56.5,
@@ -109,7 +112,7 @@ def test_metrics_equal_sums_over_the_steps_table(tmp_path_factory: pytest.TempPa
             "quality": total.correct / answered,
             "late_fraction": (late + expired) / (answered + expired),
             "over_budget_j": np.maximum(steps.power_w - steps.budget_w, 0.0).groupby(steps.seed).sum(),
-            "above_limit_s": (steps.temp_c > problem.scenario.limits.temperature_c).groupby(steps.seed).sum(),
+            "above_limit_s": (steps.temp_c > problem.limit_c).groupby(steps.seed).sum(),
             "peak_c": steps.groupby("seed").temp_c.max(),
             "mean_c": steps.groupby("seed").temp_c.mean(),
             "return": total.reward,
@@ -141,22 +144,24 @@ def make_episodes(**policies: dict[str, object]) -> Frame:
             seed=range(6),
             whole=True,
             shut_down=False,
-            late_fraction=0.0,
+            late_interactive=0.0,
+            late_deferrable=0.0,
             above_limit_s=0.0,
+            time_s=300.0,
         )
         frames.append(frame.assign(**changed))
     return pd.concat(frames, ignore_index=True)
 
 
 def test_summary_ranks_the_feasible_and_says_why_others_are_not() -> None:
-    limits = Feasibility(quality_margin=0.01, late_fraction=0.02, above_limit_s=3.0)
+    limits = Feasibility(quality_share=0.99, late_share=0.02, hot_share=0.01)
     energy = np.array([1.0, 2.0, 4.0, 1.0, 3.0, 5.0])
     summary: Frame = summarize(
         make_episodes(
             static={"j_per_good": energy},
-            poor={"j_per_good": 0.1 * energy, "quality": 0.489},
-            fair={"j_per_good": 0.5 * energy, "quality": 0.4901},
-            late={"j_per_good": 0.2 * energy, "late_fraction": [0.0, 0.0, 0.0, 0.0, 0.0, 0.13]},
+            poor={"j_per_good": 0.1 * energy, "quality": 0.4949},
+            fair={"j_per_good": 0.5 * energy, "quality": 0.4951},
+            late={"j_per_good": 0.2 * energy, "late_deferrable": [0.0, 0.0, 0.0, 0.0, 0.0, 0.13]},
             hot={"j_per_good": 0.2 * energy, "above_limit_s": 3.5},
             dead={"j_per_good": 0.2 * energy, "shut_down": [True, *[False] * 5]},
         ),

@@ -17,7 +17,7 @@ from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 from thermoe_env.twin.score import KNOBS_READ
 
-WEIGHTS = {"good": 1.5, "energy": 0.7, "late": 2.0, "over_budget": 3.0, "heat": 0.5, "quality": 4.0}
+WEIGHTS = {"energy": 0.7, "late": 2.0, "heat": 0.5, "quality": 4.0}
 LIMIT_C, NOTICE_S, EPISODE_S = 42.0, 6, 90
 HARD = {
     "knobs": list(KNOBS_READ),
@@ -40,6 +40,11 @@ def averaged(values: pd.Series, time_constant_s: float, interval_s: float) -> pd
 
 def after(start: float, values: pd.Series) -> pd.Series:
     return pd.Series([start, *values])
+
+
+def owed(growth: Any) -> np.ndarray:
+    """By how much what is owed grows in each interval, where a debt grows by this."""
+    return np.diff(np.maximum(0.0, np.cumsum(growth)), prepend=0.0)
 
 
 def per_class(work: dict[str, Any]) -> dict[str, float]:
@@ -165,22 +170,24 @@ def test_reward_and_costs_are_what_the_scenario_says_of_the_facts(hard: Problem)
     missed = w.filter(regex="^(late|expired)_").sum(axis=1)
     over_c, over_j = w.gpu_temp_c - LIMIT_C, np.maximum(0.0, w.gpu_power_w - w.budget_now_w) * dt
     floor = hard.quality_floor[w.shift_id.astype(int)]
-    account = ((w.answered_interactive + w.answered_deferrable) * floor - w.correct).cumsum()
-    short = after(0.0, account).clip(lower=0.0).diff()[1:]
+    late = [
+        w[f"late_{c}"] + w[f"expired_{c}"] - 0.01 * (w[f"answered_{c}"] + w[f"expired_{c}"])
+        for c in REQUEST_CLASSES
+    ]
+    left = np.where(w.index == w.index[-1], w.waiting_interactive + w.waiting_deferrable, 0.0)
     expected = {
         "good": w.good / unit_good,
-        "energy": -w.price_now * w.gpu_energy_j / unit_j,
-        "late": -missed / unit_good,
-        "over_budget": -over_j / unit_j,
-        "heat": -dt * np.where(over_c > 0.0, 1.0 + over_c, 0.0),
-        "quality": -np.asarray(short) / unit_good,
+        "energy": -w.price_now * w.gpu_energy_j / unit_j - left / (hard.capacity_rps * dt),
+        "late": -sum(owed(of_class) for of_class in late) / unit_good,
+        "heat": -owed(dt * ((over_c > 0.0) - 0.01)) / dt,
+        "quality": -owed((w.answered_interactive + w.answered_deferrable) * floor - w.correct) / unit_good,
     }
     for name, values in expected.items():
         np.testing.assert_allclose(
-            w[f"term_{name}"], WEIGHTS[name] * values, rtol=1e-9, atol=1e-9, err_msg=name
+            w[f"term_{name}"], WEIGHTS.get(name, 1.0) * values, rtol=1e-9, atol=1e-9, err_msg=name
         )
         assert np.ptp(values) > 0.0, name
-    assert w.term_quality.max() > 0.0, "answers above the floor pay back what was charged"
+    assert left.any() and w.term_quality.max() > 0.0, "answers above the floor pay back what was charged"
     np.testing.assert_allclose(w.reward, w.filter(like="term_").sum(axis=1), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(w.cost_above_limit_s, dt * (over_c > 0.0))
     np.testing.assert_allclose(w.cost_missed, missed)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
 from thermoe_env.device import physics
-from thermoe_env.mdp.reward import REWARD_TERMS, Prices, reward_terms
+from thermoe_env.mdp.reward import REWARD_TERMS, Prices, owe, reward_terms
 from thermoe_env.mdp.signals import (
     ANNOUNCED,
     announced_terms,
@@ -21,7 +21,7 @@ from thermoe_env.mdp.signals import (
 from thermoe_env.problem.limits import PowerBudget
 from thermoe_env.problem.scenario import RewardWeights, load_scenario
 
-PRICES = Prices.of(RewardWeights(quality=4.0), 600.0, 50_000.0, 1.0)
+PRICES = Prices.of(RewardWeights(), 600.0, 50_000.0, 1.0)
 BEGIN = np.array([6.0, 3.0, 1.0])
 positive = st.floats(0.0, 1e5)
 
@@ -31,30 +31,18 @@ def total(**change: float) -> float:
     plain = {
         "good": 30_000.0,
         "energy_j": 400.0,
-        "missed": 10.0,
-        "power_w": 400.0,
-        "budget_w": 700.0,
-        "over_c": -5.0,
-        "shortfall": 0.0,
+        "late": 10.0,
+        "heat_s": 0.5,
+        "quality": 0.0,
     }
     arguments = [*{**plain, **change}.values(), np.zeros(len(REWARD_TERMS))]
     return reward_terms(PRICES, *arguments)
 
 
-@given(
-    good=positive,
-    energy_j=positive,
-    missed=positive,
-    power_w=positive,
-    budget_w=positive,
-    over_c=st.floats(-50, 50),
-    shortfall=positive,
-)
-def test_reward_is_the_sum_of_its_terms_and_each_has_its_sign(
-    good, energy_j, missed, power_w, budget_w, over_c, shortfall
-) -> None:
+@given(good=positive, energy_j=positive, late=positive, heat_s=st.floats(0, 1), quality=positive)
+def test_reward_is_the_sum_of_its_terms_and_each_has_its_sign(good, energy_j, late, heat_s, quality) -> None:
     terms = np.zeros(len(REWARD_TERMS))
-    reward = reward_terms(PRICES, good, energy_j, missed, power_w, budget_w, over_c, shortfall, terms)
+    reward = reward_terms(PRICES, good, energy_j, late, heat_s, quality, terms)
     assert reward == pytest.approx(terms.sum(), rel=1e-12, abs=1e-12)
     assert terms[0] >= 0.0 and np.all(terms[1:] <= 0.0)
 
@@ -62,14 +50,22 @@ def test_reward_is_the_sum_of_its_terms_and_each_has_its_sign(
 @given(more=st.floats(1.0, 1e4))
 def test_reward_falls_with_every_ill_and_rises_with_good_answers(more: float) -> None:
     assert total(good=30_000.0 + more) > total()
-    for ill in ("energy_j", "missed", "shortfall"):
+    for ill in ("energy_j", "late", "heat_s", "quality"):
         assert total(**{ill: 400.0 + more}) < total(**{ill: 400.0})
-    assert total(power_w=700.0 + more) < total(power_w=700.0)
-    assert total(over_c=more) < total(over_c=0.0)
 
 
-def test_the_standard_service_at_full_load_earns_nothing() -> None:
-    assert total(good=50_000.0, energy_j=600.0, missed=0.0) == pytest.approx(0.0)
+def test_the_standard_service_at_full_load_spends_a_third_of_what_it_earns() -> None:
+    assert total(good=50_000.0, energy_j=600.0, late=0.0, heat_s=0.0) == pytest.approx(1.0 - 0.35)
+
+
+@given(st.lists(st.floats(-50.0, 50.0), min_size=1, max_size=40))
+def test_what_a_debt_grows_by_adds_up_to_what_is_owed(growths: list[float]) -> None:
+    debt, charged = 0.0, 0.0
+    for growth in growths:
+        debt, more = owe(debt, growth)
+        charged += more
+    assert debt == pytest.approx(sum(growths))
+    assert charged == pytest.approx(max(0.0, debt))
 
 
 @given(st.lists(st.floats(-5.0, 20.0), min_size=1, max_size=60))
