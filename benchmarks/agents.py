@@ -39,7 +39,7 @@ class Options:
     algos: tuple[str, ...] = tuple(ALGORITHMS)
     scale: float = 1.0
     """Share of each algorithm's own number of steps that is trained, in whole rounds."""
-    scenario: str = "default"
+    scenario: str = "vision"
     seed: int = 0
     """Of every training."""
     episodes: int = 32

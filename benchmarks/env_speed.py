@@ -63,7 +63,7 @@ class Options:
 
 def main(options: Options) -> dict[str, Any]:
     """Measure everything; returns what `--json` prints."""
-    scenario = load_scenario("default")
+    scenario = load_scenario("vision")
     problem = Problem.of(scenario)
     threads = [n for n in options.threads if n <= numba.get_num_threads()]
     return {

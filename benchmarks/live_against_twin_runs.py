@@ -30,7 +30,7 @@ from thermoe_env.twin.workload import TwinWorkload
 from thermoe_env.worlds import runner_of
 
 Service = Literal["tokens", "vision"]
-SCENARIOS: dict[Service, str] = {"tokens": "tokens", "vision": "default"}
+SCENARIOS: dict[Service, str] = {"tokens": "default", "vision": "vision"}
 LOADS = (0.15, 0.45, 0.75)
 SETTINGS: dict[Service, dict[str, dict[str, Any]]] = {
     "tokens": {"standard": {}, "frugal": {"expert_count": 4, "routing_bias": 1.0}},

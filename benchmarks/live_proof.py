@@ -139,7 +139,7 @@ def _refuse_another(live: LiveEpisodes, config: LiveProof) -> None:
 
 def _scenario(config: LiveProof) -> Scenario:
     seconds = DEFAULT_SECONDS if config.seconds is None else config.seconds
-    return load_scenario(config.scenario or "default", randomize=NO_SPREAD, episode_s=seconds)
+    return load_scenario(config.scenario or "vision", randomize=NO_SPREAD, episode_s=seconds)
 
 
 def order(labels: Sequence[str], seed: int, order_seed: int) -> list[str]:

@@ -51,7 +51,7 @@ class LiveRun:
 
     out: Path | None = None
     """Folder for everything; runs/live-<time> where none is given."""
-    scenario: str = "default"
+    scenario: str = "vision"
     seed: int = 2000
     """Seed of the requests, the same for every policy."""
     seconds: int = 120

@@ -209,7 +209,7 @@ def _scenario(config: SimToLive, live: LiveEpisodes | None) -> Scenario:
     if live is not None:
         return dataclasses.replace(live.scenario, **_names(config))
     name, seconds = (
-        config.scenario or "default",
+        config.scenario or "vision",
         DEFAULT_SECONDS if config.seconds is None else config.seconds,
     )
     return load_scenario(name, randomize=NO_SPREAD, episode_s=seconds, **_names(config))

@@ -94,7 +94,7 @@ class Play:
     policy: str | Trained
     """Name in `agents.policies.registry.POLICIES`, or an agent."""
     seeds: tuple[int, ...]
-    scenario: str = "default"
+    scenario: str = "vision"
     overrides: dict[str, Any] = field(default_factory=dict)
     """Scenario keys to replace."""
     levels: dict[str, float] = field(default_factory=dict)
@@ -159,7 +159,7 @@ class Variant:
 
     title: str
     policies: tuple[str, ...] = ()
-    scenario: str = "default"
+    scenario: str = "vision"
     overrides: dict[str, Any] = field(default_factory=dict)
     """Scenario keys to replace."""
     agent: bool = False

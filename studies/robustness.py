@@ -68,7 +68,7 @@ class Arguments:
 
     policy: tuple[str, ...] = ("best_constant", "rule_based")
     """Names, run folders or model zips; `static` is always played too."""
-    scenario: str = "default"
+    scenario: str = "vision"
     """Name in configs/scenarios or path of a YAML file: what the policies were tuned or trained on."""
     conditions: tuple[str, ...] = ()
     """Conditions of the settings to play; none given: all."""

@@ -65,7 +65,7 @@ class Arguments:
 
     world: Literal["twin", "live", "live-cpu"] = "twin"
     """`live` plays in real time on this machine's GPU, `live-cpu` on its CPU with a simulated device."""
-    scenario: str = "default"
+    scenario: str = "vision"
     """Name in configs/scenarios or path of a YAML file."""
     variants: tuple[str, ...] = ()
     """Variants of the settings to play; none given: all."""

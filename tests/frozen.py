@@ -97,7 +97,7 @@ def short_training(algo: str) -> dict[str, Any]:
     """Digest of the trained policy's parameters, and the return of its episodes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        scenario = yaml.safe_load((configs_dir() / "scenarios" / "default.yaml").read_text())
+        scenario = yaml.safe_load((configs_dir() / "scenarios" / "vision.yaml").read_text())
         (path / "short.yaml").write_text(yaml.safe_dump({**scenario, "episode_s": EPISODE_S}))
         config = load_train_config(
             algo, scenario=str(path / "short.yaml"), n_envs=4, total_timesteps=4 * EPISODE_S * ROUNDS,

@@ -104,7 +104,7 @@ def test_what_does_not_exist_is_refused_in_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("THERMALMOE_CACHE", str(tmp_path))
-    (tmp_path / "short.yaml").write_text("{name: short, base: default, episode_s: 10}")
+    (tmp_path / "short.yaml").write_text("{name: short, base: vision, episode_s: 10}")
     (tmp_path / "file").touch()
     module, *options = command.split()
     monkeypatch.setattr(sys, "argv", [module, *options])

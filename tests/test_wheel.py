@@ -107,7 +107,7 @@ def test_installed_wheel_plays_what_the_checkout_plays(installed: Path, tmp_path
 
 
 def test_the_wheel_alone_trains_and_evaluates(installed: Path, tmp_path: Path) -> None:
-    short = "{name: short, base: default, episode_s: 20, knobs: [batch_size, expert_count]}"
+    short = "{name: short, base: vision, episode_s: 20, knobs: [batch_size, expert_count]}"
     (tmp_path / "short.yaml").write_text(short)
     commands = installed / "bin"
     tiny = "--algo ppo --scenario short.yaml -n 80 --n-envs 2 --eval-freq 40 --log-folder mine".split()

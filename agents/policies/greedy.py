@@ -19,19 +19,20 @@ from moe.service.batching import NEVER_S, trigger_period
 from thermoe_env.device.physics import capped_power_w, clock_power_factor, idle_reference_w
 from thermoe_env.mdp.fields import ranges_of
 from thermoe_env.mdp.interval import prices_of
+from thermoe_env.mdp.limits import OVERLOAD
 from thermoe_env.mdp.reward import REWARD_TERMS, reward_terms
 from thermoe_env.problem.problem import Problem
 from thermoe_env.twin.score import batch_cost, terms_of
 
 _FIXED_POINT_STEPS = 12
 _SEEN = (
-    "rate_0", "rate_1", "queue_0", "queue_1", "oldest_0", "oldest_1", "clock", "power_w", "budget_w",
-    "price", "over_c", "shift", "duty",
+    "rate_0", "rate_1", "queue_0", "queue_1", "oldest_0", "oldest_1", "clock", "power_w", "price",
+    "over_c", "shift", "duty",
 )  # fmt: skip
 _SEEN_DTYPE = np.dtype([(name, np.float64) for name in _SEEN])
 """What a prediction goes by: arrivals per second, waiting requests and the oldest's age per class; clock
-fraction that throttling leaves, power now, budget to keep, price of energy, degrees above the limit to keep,
-input shift, and the duty that limits leave where requests are begun."""
+fraction that throttling leaves, power now, price of energy, degrees above the limit to keep, input shift, and
+the duty that limits leave where requests are begun."""
 _DEVICE = ("idle_w", "low_clock_w", "low_clock", "cap_w", "r_die_c_per_w", "interval_s")
 _DEVICE_DTYPE = np.dtype([(name, np.float64) for name in _DEVICE])
 """All devices together: idle power at full and at the low clock, that clock's fraction, power cap."""
@@ -96,7 +97,10 @@ def _predict(cost, knobs, accuracy, floor, seen, device, terms, prices, reward):
         device: record of `_DEVICE_DTYPE`.
         terms: `Terms` of service.
         prices: `Prices`.
-        reward: float [6], filled with the reward's terms.
+        reward: float [5], filled with the reward's terms.
+
+    Returns:
+        (the reward, were nothing left of what promises allow; mean power in W)
     """
     batch_size, ttt_steps = int(knobs.batch_size), int(knobs.ttt_steps)
     clock = min(seen.clock, knobs.sm_clock)
@@ -138,13 +142,13 @@ def _predict(cost, knobs, accuracy, floor, seen, device, terms, prices, reward):
     over_c = seen.over_c + device.r_die_c_per_w * (power_w - seen.power_w)  # the die follows at once
     return reward_terms(
         prices, accuracy * (served - late), seen.price * power_w * device.interval_s, late + waiting_late,
-        power_w, seen.budget_w, over_c, served * max(0.0, floor - accuracy), reward,
-    )  # fmt: skip
+        device.interval_s if over_c > 0.0 else 0.0, served * max(0.0, floor - accuracy), reward,
+    ), power_w  # fmt: skip
 
 
 @jit
-def _predict_all(tables, state, knobs, index, floor, seen, device, terms, prices, reward):
-    """Fill `reward` [n, actions].
+def _predict_all(tables, state, knobs, index, floor, seen, device, terms, prices, reward, power_w):
+    """Fill `reward` and `power_w`, [n, actions] each.
 
     Args: as in `_predict`; `knobs` and `index` are records of the actions [actions], `seen` [n]; `state` [S]
     is the model's under each shift.
@@ -154,7 +158,7 @@ def _predict_all(tables, state, knobs, index, floor, seen, device, terms, prices
         shift = int(seen[i].shift)
         for a in range(index.shape[0]):
             experts, bias = index[a].expert_count, index[a].routing_bias
-            reward[i, a] = _predict(
+            reward[i, a], power_w[i, a] = _predict(
                 tables.cost[experts, bias], knobs[a],
                 tables.answer_pure[shift, state[shift], experts, bias, 0], floor[shift], seen[i], device[0],
                 terms[0], prices[0], terms_row,
@@ -195,13 +199,21 @@ class Greedy:
 
     def predicted(self, observation: np.ndarray) -> np.ndarray:
         """Reward of the next interval under each of `actions`, float [n, actions]."""
-        seen = self._seen(self._ranges.decode(observation))
-        reward = np.empty((len(seen), len(self._index)))
-        problem = self._problem
+        observed = self._ranges.decode(observation)
+        seen, problem = self._seen(observed), self._problem
+        reward, power_w = np.empty((2, len(seen), len(self._index)))
         _predict_all(
             self._tables, self._state, self._values, self._index, problem.quality_floor, seen,
-            self._device, self._terms, self._prices, reward,
+            self._device, self._terms, self._prices, reward, power_w,
         )  # fmt: skip
+        brake = problem.scenario.power_budget.brake
+        if brake is not None:  # what its hold takes from a service that earns what its load is worth
+            load = observed["load_fast"][:, None]
+            budget_w = observed["budget_w"][:, None] - self._config.budget_margin_w
+            bears_j = OVERLOAD * brake.grace_s * budget_w
+            over_j = (power_w - budget_w) * problem.scenario.interval_s
+            engages = over_j > bears_j * (1.0 - observed["overload_share"][:, None])
+            reward -= engages * (observed["duty"][:, None] == 1.0) * (1.0 - brake.duty) * brake.hold_s * load
         return reward
 
     def predict(
@@ -227,7 +239,6 @@ class Greedy:
         seen["queue_1"] = np.where(begun, o["queue_deferrable_s"] * problem.capacity_rps, 0.0)
         seen["oldest_0"], seen["oldest_1"] = o["oldest_interactive_s"], o["oldest_deferrable_s"]
         seen["clock"], seen["power_w"] = o["sm_clock_share"], o["power_w"]
-        seen["budget_w"] = o["budget_w"] - config.budget_margin_w
         seen["price"] = o["price"]
         seen["over_c"] = config.heat_margin_c - o["margin_c"]
         seen["shift"] = self._likeliest_shift(o)

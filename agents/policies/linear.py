@@ -59,6 +59,8 @@ FEATURES: tuple[Feature, ...] = (
             )),
     Feature("cap_ahead", "power", "what the announced budget lacks of the present one, over the same",
             lambda o, p: (o["budget_w"] - o["budget_ahead_w"]) / (0.5 * p.reference_power_w)),
+    Feature("overload", "power", "share of what the power brake bears that is used up",
+            lambda o, p: o["overload_share"]),
     Feature("heat", "heat", "1 at the temperature limit, 0 five degrees below",
             lambda o, p: 1.0 - o["margin_c"] / 5.0),
     Feature("changed", "answers", "1 when confidence or entropy has just changed, 0 after six seconds",

@@ -40,7 +40,7 @@ def short_scenario(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Path of the default scenario with short episodes and a profile made up for tests."""
     folder = tmp_path_factory.mktemp("scenario")
     save_profile(make_profile(), folder / "profile.json")
-    raw = yaml.safe_load(config_path("scenarios", "default", ".yaml").read_text())
+    raw = yaml.safe_load(config_path("scenarios", "vision", ".yaml").read_text())
     raw |= {"profile": str(folder / "profile.json"), "episode_s": STEPS}
     (folder / "short.yaml").write_text(yaml.safe_dump(raw))
     return str(folder / "short.yaml")
@@ -59,7 +59,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Path of a scenario of 20 s with two knobs."""
     folder = tmp_path_factory.mktemp("scenario")
     save_profile(make_profile(), folder / "profile.json")
-    raw = yaml.safe_load(config_path("scenarios", "default", ".yaml").read_text())
+    raw = yaml.safe_load(config_path("scenarios", "vision", ".yaml").read_text())
     raw |= {"profile": str(folder / "profile.json"), "episode_s": 20, "knobs": ["batch_size", "expert_count"]}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
     return str(folder / "tiny.yaml")

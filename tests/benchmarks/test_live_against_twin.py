@@ -20,7 +20,7 @@ from thermoe_env.problem.scenario import load_scenario
 def test_a_twin_that_is_the_recording_is_off_by_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scenario = load_scenario("tokens")
+    scenario = load_scenario("default")
     profile = tmp_path / "profile.json"
     save_token_profile(load_token_profile(config_path("profiles", "h200-generate", ".json")), profile)
     twin = twin_of("tokens", scenario, profile, 10, 0.0)
@@ -57,7 +57,7 @@ def document_inside(document: dict[str, Any]) -> int:
 def test_single_answers_are_compared_by_their_latencies(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scenario, profile = load_scenario("default"), tmp_path / "profile.json"
+    scenario, profile = load_scenario("vision"), tmp_path / "profile.json"
     shutil.copy(config_path("profiles", "h100-vision", ".json"), profile)
     twin = twin_of("vision", scenario, profile, 10, 0.0)
     some = [RUNS[1], RUNS[-1]]
@@ -75,7 +75,7 @@ def test_single_answers_are_compared_by_their_latencies(
         assert 0.0 < run["live"]["latency_p50_s"] <= run["live"]["latency_p95_s"]
 
 
-@pytest.mark.parametrize(("service", "name"), [("tokens", "tokens"), ("vision", "default")])
+@pytest.mark.parametrize(("service", "name"), [("tokens", "default"), ("vision", "vision")])
 def test_knobs_change_every_second_and_are_those_of_the_seed(service: Service, name: str) -> None:
     run, problem = RUNS[-1], Problem.of(load_scenario(name))
     knobs = [run.knobs(service, second, problem) for second in range(30)]
@@ -92,4 +92,4 @@ def test_a_recording_of_this_machine_is_kept_and_compared(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="give --seconds 10"):
         (tmp_path / "again").mkdir()
         (tmp_path / "again" / "recorded.json").write_text(json.dumps(kept))
-        record("tokens", load_scenario("tokens"), tmp_path / "again", 20, 1.0, None)
+        record("tokens", load_scenario("default"), tmp_path / "again", 20, 1.0, None)

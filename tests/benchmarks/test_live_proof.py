@@ -35,7 +35,7 @@ MACHINE = {"device": "a stand-in", "card": "first", "driver": "-", "weights_sha2
 def scenario(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("scenario")
     save_profile(make_profile(), folder / "profile.json")
-    raw = yaml.safe_load(config_path("scenarios", "default", ".yaml").read_text())
+    raw = yaml.safe_load(config_path("scenarios", "vision", ".yaml").read_text())
     (folder / "short.yaml").write_text(yaml.safe_dump(raw | {"profile": str(folder / "profile.json")}))
     return str(folder / "short.yaml")
 

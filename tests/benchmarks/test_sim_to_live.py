@@ -56,7 +56,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> str:
     die_c = twin["inlet_c"] + _rise_c(twin)
     twin |= {"inlet_drift_c": 0.0, "inlet_c": twin["inlet_c"] + round(die_c) - die_c}
     (folder / "twin.yaml").write_text(yaml.safe_dump(twin))
-    raw = yaml.safe_load(config_path("scenarios", "default", ".yaml").read_text())
+    raw = yaml.safe_load(config_path("scenarios", "vision", ".yaml").read_text())
     raw |= {"profile": str(folder / "profile.json"), "twin": str(folder / "twin.yaml")}
     (folder / "short.yaml").write_text(yaml.safe_dump(raw))
     return str(folder / "short.yaml")

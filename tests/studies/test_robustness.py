@@ -53,7 +53,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as a training run on the default scenario leaves it."""
     folder = tmp_path_factory.mktemp("runs") / "trained"
     folder.mkdir()
-    problem = Problem.of(load_scenario("default", episode_s=20))
+    problem = Problem.of(load_scenario("vision", episode_s=20))
     env = TwinVecEnv(problem, 2)
     model = PPO("MlpPolicy", env, n_steps=8, batch_size=16, policy_kwargs={"net_arch": [8]}, device="cpu")
     model.save(folder / "best_model.zip")
@@ -84,10 +84,10 @@ def test_cells_are_what_evaluate_finds(
     width = {"resistance": 0.2, "time_constant": 0.4, "leakage": 0.8, "energy": 0.12, "inlet_c": 4.0}
     changes = {"wide": {"randomize": width, "traffic": {"dwell_s": 5.0}}}
     for name in CONDITIONS:
-        base = "language" if name == "language" else "default"
+        base = "language" if name == "language" else "vision"
         raw = yaml.safe_load(config_path("scenarios", base, ".yaml").read_text())
         for section, values in changes.get(name, {}).items():
-            raw[section] |= values
+            raw[section] = raw.get(section, {}) | values
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw))
         policies = ("rule_based",) if name == "language" else ("rule_based", str(run_folder))
         other = evaluate(
@@ -193,9 +193,9 @@ def test_what_cannot_be_played_is_refused_first(config: str, run_folder: Path, t
 
 def test_shipped_conditions_are_scenarios() -> None:
     conditions = robustness.load_settings(Study, "studies", "robustness").conditions
-    scenarios = {name: condition.apply("default", None) for name, condition in conditions.items()}
-    plain = load_scenario("default")
-    assert scenarios["default"] == plain == Condition(title="").apply("default", None)
+    scenarios = {name: condition.apply("vision", None) for name, condition in conditions.items()}
+    plain = load_scenario("vision")
+    assert scenarios["default"] == plain == Condition(title="").apply("vision", None)
     for name, factor in (("spread-2", 2.0), ("spread-4", 4.0)):
         for field in ("resistance", "time_constant", "leakage", "energy", "inlet_c"):
             width = getattr(scenarios[name].randomize, field)

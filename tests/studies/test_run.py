@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    return Problem.of(load_scenario("default", episode_s=20))
+    return Problem.of(load_scenario("vision", episode_s=20))
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
@@ -163,7 +163,7 @@ def test_the_twin_is_given_the_wanted_loads() -> None:
     plays = {play.name: play for play in study.tasks(options)}
     traffic = plays["default-static-load-0.8"].loaded.traffic
     assert (traffic.kind, traffic.low_load, traffic.high_load) == ("poisson", 0.8, 0.8)
-    assert traffic.shifts == load_scenario("default").traffic.shifts != TrafficConfig().shifts
+    assert traffic.shifts == load_scenario("vision").traffic.shifts != TrafficConfig().shifts
     limits = plays["two-devices-static-limit-52"].loaded.limits
     assert limits.temperature_c == 52.0
     assert limits.stage_margins_c == load_scenario("two-devices").limits.stage_margins_c
@@ -172,7 +172,7 @@ def test_the_twin_is_given_the_wanted_loads() -> None:
 def test_knobs_are_swept_around_what_the_base_sets(tmp_path: Path) -> None:
     study = run.load_settings(rq5.Study, "studies", "rq5")
     plays = {play.name: play for play in study.tasks(Options(seeds=(1, 2, 3), duration_s=20))}
-    static = load_scenario("default").static
+    static = load_scenario("vision").static
     levels = plays["default-static-pace-0.4"].levels
     assert levels == {
         "routing_bias": 0.0, "batch_size": static.batch_size, "expert_count": static.expert_count,
@@ -210,7 +210,7 @@ def test_a_repeat_of_the_routing_study_is_a_task(monkeypatch: pytest.MonkeyPatch
 
 def test_an_agent_is_carried_to_the_worker_by_its_files(tmp_path: Path, problem: Problem) -> None:
     folder = tmp_path / "ppo"
-    config = load_train_config("ppo")
+    config = load_train_config("ppo", scenario="vision")
     own = replace(config.settings, n_minibatches=1, n_epochs=1)  # type: ignore[type-var]
     short = replace(config, settings=own, total_timesteps=600, n_envs=2, eval_freq=600, eval_episodes=2)
     train(short, folder, progress=False)

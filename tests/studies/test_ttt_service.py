@@ -47,7 +47,7 @@ SEEDS = [3, 11, 2**40]
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    return Problem.of(load_scenario("default", episode_s=60))
+    return Problem.of(load_scenario("vision", episode_s=60))
 
 
 def play(problem: Problem, rule: str, base: str = "rule_based") -> Recording:
@@ -316,7 +316,7 @@ def test_live_episodes_are_kept_and_continued(
     assert not steps
     pd.testing.assert_frame_equal(same.rows, result.rows)
     assert "measured work, simulated device" in (tmp_path / "out" / "report.md").read_text()
-    twin = Problem.of(load_scenario("default", episode_s=12))
+    twin = Problem.of(load_scenario("vision", episode_s=12))
     for label, policy in policies_of(twin, "rule_based", None).items():
         expected = episode_rows(play_twin(twin, policy, [3000, 3001], label), twin)
         own = result.rows.loc[result.rows.policy == label, :]

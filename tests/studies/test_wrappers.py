@@ -20,7 +20,7 @@ COLUMNS = [FIELD_NAMES.index(name) for name in FIELDS]
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    return Problem.of(load_scenario("default", episode_s=20))
+    return Problem.of(load_scenario("vision", episode_s=20))
 
 
 class Eye:

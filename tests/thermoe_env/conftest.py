@@ -86,7 +86,7 @@ def profile_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def problem(profile_path: Path) -> Problem:
     """The default scenario on the made-up profile."""
-    return Problem.of(load_scenario("default", profile=str(profile_path)))
+    return Problem.of(load_scenario("vision", profile=str(profile_path)))
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ class Episode(NamedTuple):
 
 def play(overrides: dict[str, Any], seed: int = 0) -> Episode:
     """Play the default scenario with overrides and random actions."""
-    env = gymnasium.make("ThermalMoETwin-v0", overrides=overrides)
+    env = gymnasium.make("ThermalMoETwin-v0", scenario="vision", overrides=overrides)
     env.action_space.seed(seed)
     plain = env.unwrapped
     assert isinstance(plain, ThermalMoEEnv)

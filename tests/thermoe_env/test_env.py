@@ -215,12 +215,12 @@ def test_an_overheated_device_ends_the_episode(problem: Problem) -> None:
 def test_bad_scenarios_are_refused(profile_path, overrides, message) -> None:
     base = {"profile": str(profile_path)}
     with pytest.raises(ScenarioError, match=f"(?s){message}"):
-        Problem.of(load_scenario("default", **{**base, **overrides}))
+        Problem.of(load_scenario("vision", **{**base, **overrides}))
 
 
 def test_an_unmeasured_level_is_refused(profile_path) -> None:
     with pytest.raises(ValueError, match="expert_count"):
-        Problem.of(load_scenario("default", profile=str(profile_path), static={"expert_count": 3}))
+        Problem.of(load_scenario("vision", profile=str(profile_path), static={"expert_count": 3}))
 
 
 def test_unknown_world_and_mode_name_the_known_ones(problem: Problem) -> None:

@@ -103,7 +103,7 @@ def test_only_the_live_world_serves_a_checkpoint_and_only_with_its_profile(
     with pytest.raises(ProfileError, match=rf"the model language-tiny, {folder} is the checkpoint mixtral"):
         build_world(scenario, "live", Checkpoint(str(folder), shipped))
     with pytest.raises(ScenarioError, match="is of task 'language', not 'vision'"):
-        build_world(load_scenario("default"), "live", both)
+        build_world(load_scenario("vision"), "live", both)
 
 
 def test_power_is_that_of_the_checkpoints_own_profile_where_it_has_energies(measured: Profile) -> None:

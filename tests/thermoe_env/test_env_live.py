@@ -26,7 +26,11 @@ CAPTURED = {"captured": True}  # the provenance of a profile
 )
 def test_checkers_accept_the_live_id_on_a_cpu(mode: str) -> None:
     env = gymnasium.make(
-        "ThermalMoELive-v0", action_mode=mode, overrides={"interval_s": 0.5}, disable_env_checker=True
+        "ThermalMoELive-v0",
+        scenario="vision",
+        action_mode=mode,
+        overrides={"interval_s": 0.5},
+        disable_env_checker=True,
     )
     gym_check(env.unwrapped, skip_render_check=True)  # it would build two worlds more; see test_render.py
     sb3_check(env.unwrapped)
@@ -39,13 +43,13 @@ def test_checkers_accept_the_live_id_on_a_cpu(mode: str) -> None:
 def test_the_scenario_s_adaptation_reaches_the_live_service() -> None:
     """A budget that pays for nothing, charged with the power profile's energies where there is no meter."""
     adaptation = {"method": "batch_statistics", "guard": False}
-    env = ThermalMoEEnv(world="live", overrides={"interval_s": 0.5, "adaptation": adaptation})
+    env = ThermalMoEEnv("vision", world="live", overrides={"interval_s": 0.5, "adaptation": adaptation})
     runner = env._world.workload
     runner = getattr(runner, "_workload", runner).runner  # pyright: ignore[reportAttributeAccessIssue]
     assert runner.adapter.settings == ttt.BatchStatistics() and runner.adapter.guard is None
     env.close()
     poor = {"budget": {"fraction": 1e-9}}
-    env = ThermalMoEEnv(world="live", overrides={"interval_s": 0.5, "adaptation": poor})
+    env = ThermalMoEEnv("vision", world="live", overrides={"interval_s": 0.5, "adaptation": poor})
     env.reset(seed=1)
     *_, info = env.step(env.problem.knobs.action(ttt_steps=2, batch_size=64))
     env.close()
@@ -62,7 +66,7 @@ def test_limits_act_on_a_live_service() -> None:
     }  # fmt: skip
     full = {"kind": "poisson", "low_load": 2.0, "high_load": 2.0}
     overrides = {"interval_s": 0.5, "traffic": full, "power_budget": tight, "episode_s": 12}
-    env = ThermalMoEEnv(world="live", overrides=overrides)
+    env = ThermalMoEEnv("vision", world="live", overrides=overrides)
     env.reset(seed=1)
     held, busy_s, over = [], [], False
     while not over:
@@ -84,7 +88,7 @@ def test_a_live_service_drains_at_its_limit() -> None:
     limits = {"temperature_c": 40.0, "alarm": {"drain_s": 2.0}}
     full = {"kind": "poisson", "low_load": 2.0, "high_load": 2.0}
     overrides = {"interval_s": 0.5, "traffic": full, "limits": limits, "episode_s": 12}
-    env = ThermalMoEEnv(world="live", overrides=overrides)
+    env = ThermalMoEEnv("vision", world="live", overrides=overrides)
     if env.world != "live-cpu":
         env.close()
         pytest.skip("a card's temperature is its own")

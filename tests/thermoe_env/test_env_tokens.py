@@ -24,7 +24,7 @@ from thermoe_env.problem.tokens import request_profile
 
 def test_the_reference_load_is_what_steps_of_the_standard_service_answer() -> None:
     """Prompts and output tokens of a second at full load take a second, by the measured steps themselves."""
-    problem = Problem.of(load_scenario("tokens"))
+    problem = Problem.of(load_scenario("default"))
     lengths = token_lengths(problem.scenario.generate.lengths, 1024)  # type: ignore[union-attr]
     cells = load_token_profile(config_path("profiles", "h200-generate", ".json")).cost.cells
     step = {(c.decode_rows, c.prefill_rows, c.context): c for c in cells if (c.top_k, c.readable) == (8, 64)}
@@ -40,7 +40,7 @@ def test_the_reference_load_is_what_steps_of_the_standard_service_answer() -> No
 
 
 def test_quality_and_energy_of_requests_fall_with_experts_and_bias() -> None:
-    profile = Problem.of(load_scenario("tokens")).profile
+    profile = Problem.of(load_scenario("default")).profile
     assert profile.shifts == ("prose", "python", "c", "logs", "tables")
     assert (np.diff(profile.accuracy[:3, 0, :, 0], axis=1) > 0).all()  # more experts per token, better
     assert profile.energy_j is not None
@@ -57,7 +57,7 @@ def test_a_profile_without_the_cells_is_refused() -> None:
 
 
 def test_the_twin_plays_the_same_scenario() -> None:
-    env = gym.make("ThermalMoETwin-v0", scenario="tokens", overrides={"episode_s": 30})
+    env = gym.make("ThermalMoETwin-v0", scenario="default", overrides={"episode_s": 30})
     env.reset(seed=0)
     tokens, answered, over = 0.0, 0.0, False
     while not over:
@@ -82,14 +82,14 @@ def test_the_twin_plays_the_same_scenario() -> None:
 )
 def test_a_scenario_that_cannot_be_is_refused(overrides: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Problem.of(load_scenario("tokens", **overrides))
+        Problem.of(load_scenario("default", **overrides))
 
 
 def test_lengths_without_tokens_are_refused(tmp_path: Path) -> None:
     trace = tmp_path / "times.csv"
     trace.write_text("TIMESTAMP\n2026-01-01 00:00:00\n2026-01-01 00:00:01\n")
     with pytest.raises(ValueError, match="no columns of prompt and output tokens"):
-        Problem.of(load_scenario("tokens", generate={"lengths": str(trace)}))
+        Problem.of(load_scenario("default", generate={"lengths": str(trace)}))
 
 
 def test_weights_that_are_not_there_name_the_command(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_weights_that_are_not_there_name_the_command(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a card the live world serves base")
 def test_small_decodes_for_twenty_seconds_and_loses_nothing() -> None:
     """In real time; a slow machine serves fewer tokens, and conserves them as well."""
-    env = gym.make("ThermalMoELive-v0", scenario="tokens", overrides={"episode_s": 20})
+    env = gym.make("ThermalMoELive-v0", scenario="default", overrides={"episode_s": 20})
     assert env.unwrapped.world == "live-cpu"  # type: ignore[attr-defined]
     env.reset(seed=1)
     env.action_space.seed(1)

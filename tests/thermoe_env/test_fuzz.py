@@ -63,7 +63,7 @@ def keys_of(kind: Any, at: Key = ()) -> Iterator[Key]:
             yield from keys_of(inner, at)
 
 
-DEFAULTS = asdict(load_scenario("default", episode_s=20))
+DEFAULTS = asdict(load_scenario("vision", episode_s=20))
 DEFAULTS["adaptation"]["budget"] = asdict(StepBudgetConfig())
 DEFAULTS["generate"] = asdict(
     GenerateConfig(lengths="azure-conv-2023", strict=StrictHours(tpot_s=(0.001, 0.002)))

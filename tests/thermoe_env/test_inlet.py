@@ -42,7 +42,7 @@ def test_profiles_are_what_their_kinds_say(problem: Problem, tmp_path: Path) -> 
 def test_a_trace_lies_beside_its_scenario(tmp_path: Path) -> None:
     (tmp_path / "aisle.csv").write_text("t_s,offset_c\n0,2.5\n")
     file = tmp_path / "warm.yaml"
-    file.write_text("name: warm\nbase: default\ninlet: {kind: trace, trace: aisle.csv}\n")
+    file.write_text("name: warm\nbase: vision\ninlet: {kind: trace, trace: aisle.csv}\n")
     scenario = load_scenario(file)
     assert scenario.inlet is not None and scenario.inlet.trace == str(tmp_path / "aisle.csv")
     np.testing.assert_array_equal(Problem.of(scenario).inlet_offset_c, 2.5)

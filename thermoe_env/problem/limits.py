@@ -73,8 +73,8 @@ class ThermalLimits:
     """The virtual temperature limit and the stages below it (hardware limits lie far above)."""
 
     temperature_c: Celsius | RiseShare
-    """Or, as 90%, this share of the card's own rise from idle to full load of the standard service, above
-    where it idles: the same on any card."""
+    """Or, as 90%, this share of the card's own rise from idle to full load of the standard service (before
+    fans answer it), above where it idles: the same on any card."""
     stage_margins_c: tuple[Degrees, Degrees, Degrees] = (6.0, 3.0, 1.0)
     """Margins below the limit at which ELEVATED, HOT and CRITICAL begin."""
     hysteresis_c: Degrees = 1.5

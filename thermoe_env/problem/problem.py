@@ -153,8 +153,8 @@ class Problem:
     @cached_property
     def limit_c(self) -> float:
         """The virtual temperature limit, of the hottest die."""
-        twin, share = self.twin, 1.0 / len(self.scenario.devices)
-        rise_c = twin.resistance_c_per_w * share * self.serving_power_w
+        twin, each_w = self.twin, self.serving_power_w / len(self.scenario.devices)
+        rise_c = (twin.resistance_c_per_w - twin.r_fan_c_per_w) * each_w  # before fans answer it
         return self.scenario.limits.on_a_card(twin.inlet_c + twin.idle_rise_c, rise_c)
 
     @cached_property

@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of an evaluation; in it long.html, with names too long for a phone and no feasible policy."""
     folder = tmp_path_factory.mktemp("report")
     save_profile(make_profile(), folder / "profile.json")
-    raw = yaml.safe_load(config_path("scenarios", "default", ".yaml").read_text())
+    raw = yaml.safe_load(config_path("scenarios", "vision", ".yaml").read_text())
     raw |= {"profile": str(folder / "profile.json"), "episode_s": 20, "knobs": ["batch_size", "expert_count"]}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
     out = folder / "out"

@@ -34,7 +34,7 @@ def episodes_of(policy: str, runs: int = 1, **changed: Any) -> Frame:
     frame = frame.assign(
         policy=policy, run=np.repeat([f"seed-{i}" if runs > 1 else "" for i in range(runs)], seeds),
         seed=np.tile(np.arange(seeds), runs), whole=True, shut_down=False,
-        late_fraction=0.0, above_limit_s=0.0,
+        late_fraction=0.0, late_interactive=0.0, late_deferrable=0.0, above_limit_s=0.0, time_s=300.0,
         j_per_good=np.tile(ENERGY, runs),
     )  # fmt: skip
     return frame.assign(**changed)
@@ -49,7 +49,7 @@ def episodes() -> Frame:
         episodes_of("static", ttt_time_share=0.0, quality=[0.5] * 5 + [np.nan]),
         episodes_of("rule", j_per_good=ENERGY * [0.9, 0.9, 0.9, 1.2, 1.0, 0.9]),
         episodes_of("100% a_b", 3, j_per_good=three, **{"return": signed}),
-        episodes_of("sac", 2, j_per_good=np.tile(0.8 * ENERGY, 2), late_fraction=0.5),
+        episodes_of("sac", 2, j_per_good=np.tile(0.8 * ENERGY, 2), late_fraction=0.5, late_interactive=0.5),
     ], ignore_index=True)  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def test_tables_for_a_paper(episodes: Frame, tmp_path: Path) -> None:
     assert len(table) == 2 + len(results) and {len(row) for row in table} == {11}
     by = {row[0].strip(): [cell.strip() for cell in row] for row in table}
     assert by["sac"][1:4] == ["2 training seeds", "21.33 [-]", "0.800 [-]"] and by["sac"][-1].startswith(
-        "late"
+        "interactive late"
     )
     assert by["static"][3] == by["static"][9] == "-" and by["rule"][-1] == "yes"
     assert "simulated (twin), A_B." in lines

@@ -40,7 +40,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(config_path("traces/requests", "azure-conv-2023", ".csv"), folder / "trace.csv")
     (folder / "aisle.csv").write_text("t_s,offset_c\n0,0.5\n100,1.5\n")
     said = {
-        "name": "mine", "base": "default", "profile": "profile.json", "twin": "twin.yaml", "episode_s": STEPS,
+        "name": "mine", "base": "vision", "profile": "profile.json", "twin": "twin.yaml", "episode_s": STEPS,
         "traffic": {"kind": "trace", "trace": "trace.csv"},
         "inlet": {"kind": "trace", "trace": "aisle.csv"},
     }  # fmt: skip
@@ -82,7 +82,7 @@ CHANGES = {
     "the profile": ("profile.json", "{", "{ "),
     "the trace": ("trace.csv", "18:44:00", "18:44:01"),
     "the inlet": ("aisle.csv", "0,0.5", "0,0.6"),
-    "the scenario": ("run/scenario.yaml", "heat: 1.0", "heat: 2.0"),
+    "the scenario": ("run/scenario.yaml", "heat: 5.0", "heat: 2.0"),
 }
 """What is said to have changed: file, old and new text."""
 

@@ -29,7 +29,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def problem(profile: str) -> Problem:
-    return Problem.of(load_scenario("default", profile=profile, episode_s=STEPS))
+    return Problem.of(load_scenario("vision", profile=profile, episode_s=STEPS))
 
 
 def play(env: TwinVecEnv, seed: int, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -80,7 +80,7 @@ def test_equals_single_environments(problem: Problem, mode: str) -> None:
 
 
 def test_equals_single_environment_over_the_default_episode(profile: str) -> None:
-    problem = Problem.of(load_scenario("default", profile=profile))
+    problem = Problem.of(load_scenario("vision", profile=profile))
     vec, single = TwinVecEnv(problem, 2, seed=11), ThermalMoEEnv(problem.scenario, "twin")
     vec.reset()
     single.reset(seed=12)

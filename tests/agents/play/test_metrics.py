@@ -97,7 +97,7 @@ def test_no_answer_has_no_quality_and_infinite_cost() -> None:
 def test_metrics_equal_sums_over_the_steps_table(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("profile") / "made-up.json"
     save_profile(make_profile(), path)
-    problem = Problem.of(load_scenario("default", profile=str(path), episode_s=20))
+    problem = Problem.of(load_scenario("vision", profile=str(path), episode_s=20))
     recording = play_twin(problem, RandomPolicy(problem.knobs.nvec), [4, 5, 6], "random")
     steps: Frame = steps_table(recording, problem)
     assert len(steps) == 60 and steps.seed.tolist() == [4] * 20 + [5] * 20 + [6] * 20

@@ -35,7 +35,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def scenario(profile: str) -> Scenario:
-    return load_scenario("default", profile=profile, episode_s=STEPS)
+    return load_scenario("vision", profile=profile, episode_s=STEPS)
 
 
 def assert_same(one: Recording, other: Recording) -> None:
@@ -166,7 +166,7 @@ def test_other_action_mode_is_refused(scenario: Scenario) -> None:
 
 
 def test_episodes_of_tokens_are_recorded_with_the_latencies_of_whole_answers() -> None:
-    problem = Problem.of(load_scenario("tokens", episode_s=12))
+    problem = Problem.of(load_scenario("default", episode_s=12))
     recording = play_twin(problem, RandomPolicy(problem.knobs.nvec), [1, 2])
     answered = recording.work["answered"].sum(axis=(0, -1))
     counted = recording.histogram.sum(axis=(0, -1))

@@ -8,7 +8,7 @@ from thermoe_env.mdp.fields import FIELDS, RAW_DTYPE, encode_row, ranges_of
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 
-RANGES = ranges_of(Problem.of(load_scenario("default")))
+RANGES = ranges_of(Problem.of(load_scenario("vision")))
 
 
 def observation(**values: float) -> np.ndarray:

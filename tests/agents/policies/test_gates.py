@@ -44,7 +44,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     path = tmp_path_factory.mktemp("profile") / "made-up.json"
     save_profile(make_profile(), path)
     # Stages other than NOMINAL come with any load.
-    scenario = load_scenario("default", profile=str(path), episode_s=40, limits={"temperature_c": 50.0})
+    scenario = load_scenario("vision", profile=str(path), episode_s=40, limits={"temperature_c": 50.0})
     return Problem.of(scenario)
 
 

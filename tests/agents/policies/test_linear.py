@@ -101,7 +101,7 @@ def test_a_constant_is_a_rule_without_weights(problem, seen):
 
 @pytest.mark.parametrize("weights", [np.zeros((2, 3)), np.full((5, len(WEIGHTS)), np.nan)])
 def test_weights_that_fit_no_knobs_are_refused(problem, weights):
-    with pytest.raises(ValueError, match=r"weights must be finite, \[knobs, 1 \+ features\] = \(5, 12\)"):
+    with pytest.raises(ValueError, match=r"weights must be finite, \[knobs, 1 \+ features\] = \(5, 13\)"):
         LinearRule(problem, weights)
 
 

@@ -34,7 +34,7 @@ SHORT_MPC = MpcConfig(blocks=(1, 2, 4), rounds=3)
 def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     path = tmp_path_factory.mktemp("profile") / "made-up.json"
     save_profile(make_profile(), path)
-    return Problem.of(load_scenario("default", profile=str(path), episode_s=STEPS))
+    return Problem.of(load_scenario("vision", profile=str(path), episode_s=STEPS))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_belief_of_a_card_without_a_memory_sensor_does_not_go_by_the_field_tha
     ids=["slowdown", "alarm"],
 )
 def test_a_belief_knows_what_limits_hold_and_for_how_long(problem: Problem, acts: dict[str, Any]) -> None:
-    brake = {"grace_s": 1.0, "duty": 0.3, "hold_s": 4.0}
+    brake = {"grace_s": 4.0, "duty": 0.3, "hold_s": 4.0}
     overrides = {
         "limits": {"temperature_c": 54.0, **acts},
         "power_budget": {"event_w": [330.0, 390.0], "gap_s": [2.0, 5.0], "brake": brake},
@@ -134,9 +134,13 @@ def test_a_belief_knows_what_limits_hold_and_for_how_long(problem: Problem, acts
             for name in ("brake_left_s", "at_limit"):
                 assert own[name] == true[name], name
             assert own["duty"] == pytest.approx(true["duty"], abs=1e-6)
+        assert own["over_budget_j"] == pytest.approx(true["over_budget_j"], rel=1e-3)
         assert own["drain_left_s"] == true["drain_left_s"]
-        met |= {name for name in ("brake_left_s", "at_limit", "drain_left_s") if true[name] > 0.0}
-    assert met == {"brake_left_s", "at_limit"} | ({"drain_left_s"} if "alarm" in acts else set())
+        names = ("brake_left_s", "over_budget_j", "at_limit", "drain_left_s")
+        met |= {name for name in names if true[name] > 0.0}
+    assert met == {"brake_left_s", "over_budget_j", "at_limit"} | (
+        {"drain_left_s"} if "alarm" in acts else set()
+    )
 
 
 def test_a_belief_knows_the_queue_the_shift_and_the_adaptation(problem: Problem) -> None:

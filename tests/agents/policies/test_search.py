@@ -22,7 +22,7 @@ def problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Problem:
     """Two settings of a few seconds; the search is not the point here."""
     monkeypatch.setenv("THERMALMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(search, "constant_returns", lambda _, actions: -np.abs(actions - 1).sum(axis=1))
-    return Problem.of(load_scenario("default", episode_s=10, knobs=["expert_count"]), make_profile())
+    return Problem.of(load_scenario("vision", episode_s=10, knobs=["expert_count"]), make_profile())
 
 
 def test_what_was_found_is_kept(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def problem(tmp_path_factory: pytest.TempPathFactory) -> Problem:
     """All knobs controlled."""
     path = tmp_path_factory.mktemp("profile") / "made-up.json"
     save_profile(make_profile(), path)
-    return Problem.of(load_scenario("default", profile=str(path), knobs=KNOBS_READ))
+    return Problem.of(load_scenario("vision", profile=str(path), knobs=KNOBS_READ))
 
 
 def levels(policy: Any, sequence: list[np.ndarray]) -> np.ndarray:
@@ -129,7 +129,7 @@ def test_memory_is_one_controller_per_episode(
 
 def test_what_a_throttle_refuses(problem: Problem, tmp_path: Any) -> None:
     save_profile(make_profile(), tmp_path / "made-up.json")
-    default = Problem.of(load_scenario("default", profile=str(tmp_path / "made-up.json")))
+    default = Problem.of(load_scenario("vision", profile=str(tmp_path / "made-up.json")))
     with pytest.raises(ValueError, match=r"'clock_only' steers sm_clock.*add it to the scenario's `knobs`"):
         make_policy("clock_only", default)
     with pytest.raises(ValueError, match=r"cannot lower ttt_steps.*cheapest level already"):

@@ -25,7 +25,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Path of a scenario of 10 s."""
     folder = tmp_path_factory.mktemp("scenario")
     save_profile(make_profile(), folder / "profile.json")
-    raw = yaml.safe_load(config_path("scenarios", "default", ".yaml").read_text())
+    raw = yaml.safe_load(config_path("scenarios", "vision", ".yaml").read_text())
     raw |= {"profile": str(folder / "profile.json"), "episode_s": 10}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
     return str(folder / "tiny.yaml")

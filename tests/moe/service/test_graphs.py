@@ -333,7 +333,7 @@ def test_adaptation_moves_no_tensor_to_another_place(method, group):
     config = {"rotation": TURNING, "dynamic_evaluation": LANGUAGE}.get(method, VISION)
     model = spread_norms(make_model(config))
     settings = ttt.METHODS[method][0]()
-    adapter = ttt.Adapter(model, settings, group, ttt.GuardSettings(warm_up=1))
+    adapter = ttt.Adapter(model, settings, group, ttt.GuardSettings(warm_up=1, doubt_margin=0.9))
     before, values = addresses(model), copy.deepcopy(model.state_dict())
     kept = 0
     for seed in range(3):

@@ -54,7 +54,7 @@ def test_the_fields_are_what_the_definition_of_the_test_says_of_the_answers(
         "episode_s": 120,
         "traffic": traffic,
     }
-    env = ThermalMoEEnv("default", world="twin", overrides=overrides)
+    env = ThermalMoEEnv("vision", world="twin", overrides=overrides)
     knobs, ranges = env.problem.knobs, ranges_of(env.problem)
     ttt_steps = knobs.controlled.index("ttt_steps")
     rng = np.random.default_rng(5)

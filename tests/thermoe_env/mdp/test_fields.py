@@ -40,20 +40,18 @@ def test_decode_inverts_encode(problem: Problem) -> None:
 
 @pytest.mark.parametrize("name", POWERS)
 def test_powers_end_a_tenth_above_what_the_devices_may_draw_or_are_granted(name: str) -> None:
-    one, two = (Problem.of(load_scenario(scenario)) for scenario in ("default", "two-devices"))
+    one, two = (Problem.of(load_scenario(scenario)) for scenario in ("vision", "two-devices"))
     assert ends(one, name) == pytest.approx((0.0, 770.0))  # a cap of 700 W
     assert ends(two, name) == pytest.approx((0.0, 1540.0))
     small = replace(one, twin=replace(one.twin, power_cap_w=300.0, cap_onset_w=250.0))
     assert ends(small, name) == pytest.approx((0.0, 770.0))  # the budget is 700 W
-    granted = Problem.of(
-        load_scenario("default", power_budget={"normal_w": 500.0, "event_w": [230.0, 900.0]})
-    )
+    granted = Problem.of(load_scenario("vision", power_budget={"normal_w": 500.0, "event_w": [230.0, 900.0]}))
     assert ends(granted, name) == pytest.approx((0.0, 990.0))
 
 
 def test_temperatures_and_times_end_with_the_card_and_the_terms_of_service() -> None:
     problem = Problem.of(
-        load_scenario("default", service={"expire_after_s": [2.0, 70.0]}, power_budget={"notice_s": 40})
+        load_scenario("vision", service={"expire_after_s": [2.0, 70.0]}, power_budget={"notice_s": 40})
     )
     hot = replace(problem, twin=replace(problem.twin, inlet_c=45.0, shutdown_c=115.0))
     assert ends(hot, "temp_c") == ends(hot, "mem_temp_c") == (35.0, 115.0)

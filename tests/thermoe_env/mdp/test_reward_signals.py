@@ -115,7 +115,7 @@ def test_events_last_and_pause_as_long_as_the_scenario_says() -> None:
 def test_budget_price_and_promise_change_apart_from_each_other() -> None:
     when = {"event_s": [20.0, 50.0], "gap_s": [30.0, 90.0]}
     scenario = load_scenario(
-        "tokens", power_budget=when, price={"times": [2.0, 3.0], **when},
+        "default", power_budget=when, price={"times": [2.0, 3.0], **when},
         generate={"tpot_s": [0.02, 1.0], "strict": {"tpot_s": [0.001, 0.002], **when}},
     )  # fmt: skip
     terms, n = announced_terms(scenario), 5000
@@ -125,9 +125,9 @@ def test_budget_price_and_promise_change_apart_from_each_other() -> None:
     other = drawn != np.array([[700.0], [1.0], [0.02]])
     assert np.all(np.abs(np.corrcoef(other)[np.triu_indices(3, 1)]) < 0.2)
     np.testing.assert_allclose(other.mean(axis=1), 35 / 95, atol=0.08)
-    for row, (low, high) in enumerate(((230.0, 340.0), (2.0, 3.0), (0.001, 0.002))):
+    for row, (low, high) in enumerate(((300.0, 420.0), (2.0, 3.0), (0.001, 0.002))):
         assert np.all((drawn[row][other[row]] >= low) & (drawn[row][other[row]] <= high))
-    usual = announced_terms(load_scenario("default"))
+    usual = announced_terms(load_scenario("vision"))
     for row, value in ((1, 1.0), (2, 0.0)):
         fill_events(usual[row], np.uint64(7), np.uint64(row), drawn[row])
         assert np.all(drawn[row] == value)

@@ -61,8 +61,9 @@ def shared(held: tuple[int, ...], exchange: dict[str, float] | None = None, **ov
     """The shipped scenario of tokens on several devices."""
     return Problem.of(
         load_scenario(
-            "tokens",
+            "default",
             knobs=KNOBS,
+            power_budget={"brake": None},
             **{"devices": devices_of(held), "exchange": exchange, "randomize": AS_FITTED, **overrides},
         )
     )
@@ -181,7 +182,7 @@ def test_shares_are_those_of_the_experts_held_at_any_bias() -> None:
 
 
 def test_one_device_that_names_all_experts_is_the_shipped_scenario() -> None:
-    one, named = Problem.of(load_scenario("tokens", knobs=KNOBS, randomize=AS_FITTED)), shared((EXPERTS,))
+    one, named = Problem.of(load_scenario("default", knobs=KNOBS, randomize=AS_FITTED)), shared((EXPERTS,))
     fixed = [generate_service(problem).fixed for problem in (one, named)]
     for first, second in zip(*map(tree_leaves, fixed), strict=True):
         np.testing.assert_array_equal(first, second)
@@ -329,7 +330,7 @@ def test_telemetry_of_a_single_environment_has_the_batch_s_drift() -> None:
 )  # fmt: skip
 def test_what_several_devices_cannot_be_is_refused_by_name(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ScenarioError, match=f"(?s){message}"):
-        Problem.of(load_scenario("tokens", knobs=KNOBS, **overrides))
+        Problem.of(load_scenario("default", knobs=KNOBS, **overrides))
 
 
 def test_single_answers_have_no_exchange() -> None:

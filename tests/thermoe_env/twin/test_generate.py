@@ -35,7 +35,7 @@ STANDARD = Knobs(batch_size=128, expert_count=8)
 
 def scenario(load: float, seconds: int, **generate: Any) -> Scenario:
     return load_scenario(
-        "tokens", episode_s=seconds, generate=generate, randomize={"steps": 0.0},
+        "default", episode_s=seconds, generate=generate, randomize={"steps": 0.0},
         traffic={"kind": "poisson", "low_load": load, "high_load": load, "shifts": [0]},
     )  # fmt: skip
 
@@ -201,7 +201,7 @@ def test_tokens_are_those_of_the_answers() -> None:
 
 
 def test_one_server_is_one_of_a_batch() -> None:
-    problem = Problem.of(load_scenario("tokens", episode_s=20))
+    problem = Problem.of(load_scenario("default", episode_s=20))
     batch, alone = (
         TwinBatch(problem, 5, latencies=True),
         [TwinBatch(problem, 1, latencies=True) for _ in range(5)],
@@ -251,7 +251,7 @@ def test_pace_caps_the_busy_share_and_admission_the_deferrable_ones() -> None:
 
 def test_the_tables_are_the_fitted_form() -> None:
     """At nodes: a step of answers alone, and one that is filled up by prompts."""
-    problem = Problem.of(load_scenario("tokens", randomize={"steps": 0.0}))
+    problem = Problem.of(load_scenario("default", randomize={"steps": 0.0}))
     work: TokenWork = token_work(problem)
     context, cost = mean_context(work.lengths), work.cost
     rows = 64.0
@@ -269,7 +269,7 @@ def test_the_tables_are_the_fitted_form() -> None:
 
 def test_rows_that_read_all_experts_alike_leave_costs_finite() -> None:
     """Seen on a card: 256 and 512 rows of answers read every expert of every layer."""
-    scenario = load_scenario("tokens", randomize={"steps": 0.0})
+    scenario = load_scenario("default", randomize={"steps": 0.0})
     profile: Any = profile_of(scenario, scenario.profile)
     cells = tuple(
         dataclasses.replace(c, experts_read=64.0)
@@ -286,12 +286,14 @@ def test_rows_that_read_all_experts_alike_leave_costs_finite() -> None:
 
 def test_an_episode_has_one_draw_of_what_steps_cost() -> None:
     """Draws lie about the fit as widely as the measured steps do; each seed has its own."""
-    spread, fit = (token_work(Problem.of(load_scenario("tokens", randomize=r))) for r in ({}, {"steps": 0.0}))
+    spread, fit = (
+        token_work(Problem.of(load_scenario("default", randomize=r))) for r in ({}, {"steps": 0.0})
+    )
     assert len(spread.tables.pure) == 8 and len(fit.tables.pure) == 1
     drawn_s, fitted_s = (work.tables.pure[..., :2].sum(axis=-1) for work in (spread, fit))
     off, rms = drawn_s / fitted_s - 1.0, np.sqrt((fit.cost.time.residuals.fitted**2).mean())
     assert 0.5 * rms < off.std() < 2.0 * rms and abs(off.mean()) < rms
-    problem = Problem.of(load_scenario("tokens", episode_s=10))
+    problem = Problem.of(load_scenario("default", episode_s=10))
     model = TwinWorkload(problem, lambda: 1.0)
     seen = set()
     for seed in range(40):
@@ -304,7 +306,7 @@ def test_an_episode_has_one_draw_of_what_steps_cost() -> None:
 
 
 def test_rates_are_spread_until_they_miss_the_measured_steps_as_the_form_does() -> None:
-    fit = token_work(Problem.of(load_scenario("tokens"))).cost.time
+    fit = token_work(Problem.of(load_scenario("default"))).cost.time
     drawn = fit.draws(4000, 1.0, np.random.default_rng(0))
     assert drawn.min() >= 0.0 and np.allclose(fit.draws(3, 0.0, np.random.default_rng(0)), fit.rate)
     assert drawn.mean(axis=0) == pytest.approx(fit.rate, rel=0.2)
@@ -312,5 +314,5 @@ def test_rates_are_spread_until_they_miss_the_measured_steps_as_the_form_does() 
 
 def test_a_service_without_its_parts_is_refused() -> None:
     with pytest.raises(ValueError, match="levels"):
-        Problem.of(load_scenario("default", static={"admission": 0.5}))
-    assert generate_service(Problem.of(load_scenario("tokens"))).histograms == 3
+        Problem.of(load_scenario("vision", static={"admission": 0.5}))
+    assert generate_service(Problem.of(load_scenario("default"))).histograms == 3

@@ -40,7 +40,7 @@ def adaptation(rate: float = 0.3, lesson_s: float = LESSON_S) -> TokenAdaptation
 def problem(shift: int = 0, load: float = 0.4, budget: float | None = None, **made: Any) -> Problem:
     own = {} if budget is None else {"budget": {"fraction": budget, "window_s": 2.0, "bank_windows": 1}}
     scenario = load_scenario(
-        "tokens", episode_s=60, randomize={"steps": 0.0}, knobs=["batch_size", "ttt_steps"],
+        "default", episode_s=60, randomize={"steps": 0.0}, knobs=["batch_size", "ttt_steps"],
         adaptation={"method": "head", "group": "head", **own} if own else {},
         traffic={"kind": "poisson", "low_load": load, "high_load": load, "shifts": [shift]},
     )  # fmt: skip
@@ -121,12 +121,12 @@ def test_a_head_that_learned_another_domain_goes_back_at_its_first_lesson() -> N
 def test_devices_that_share_experts_do_not_adapt_and_the_guard_stays() -> None:
     with pytest.raises(ScenarioError, match="take ttt_steps out"):
         load_scenario(
-            "tokens", knobs=["ttt_steps"],
+            "default", knobs=["ttt_steps"],
             devices=[{"experts": list(range(32))}, {"experts": list(range(32, 64))}],
         )  # fmt: skip
     with pytest.raises(ScenarioError, match="cannot be off"):
-        load_scenario("tokens", adaptation={"method": "head", "group": "head", "guard": False})
+        load_scenario("default", adaptation={"method": "head", "group": "head", "guard": False})
     with pytest.raises(ScenarioError, match="both 'head' or neither"):
-        load_scenario("tokens", adaptation={"method": "head", "group": "norms"})
+        load_scenario("default", adaptation={"method": "head", "group": "norms"})
     with pytest.raises(ScenarioError, match="not for task"):
-        load_scenario("tokens", adaptation={"method": "tent", "group": "router"})
+        load_scenario("default", adaptation={"method": "tent", "group": "router"})
