@@ -1,4 +1,4 @@
-"""The whole way in minutes: train PPO in the twin, compare it with rules on the same requests, report.
+"""The whole way in minutes: train PPO in the twin, compare it with the best rule on equal requests, report.
 
 Run with `python -m agents.demo`; results in runs/demo-<time>.
 """
@@ -14,12 +14,16 @@ from agents.evaluation.command import EvaluateConfig, Results, evaluate
 from agents.files import new_run_folder
 from agents.play.metrics import summarize
 from moe.errors import one_line_errors
+from thermoe_env.configs import configs_dir
+from thermoe_env.problem.scenario import load_scenario
 
 
 def demo(
     scenario: str = "default", seeds: int = 100, total_timesteps: int | None = None, out: Path | None = None
 ) -> Results:
-    """Train PPO in the twin and evaluate it beside `static`, `best_constant` and `rule_based`.
+    """Train PPO in the twin and evaluate it beside `static`, `best_constant` and the best rule.
+
+    That is `linear` where the scenario has weights for it, else `rule_based`.
 
     Args:
         scenario: name in configs/scenarios or path of a YAML file.
@@ -38,13 +42,15 @@ def demo(
     print(f"1 of 2: training PPO in the twin, {config.total_timesteps} steps, into {folder / 'ppo'}")
     train(config, folder / "ppo")
     print(f"2 of 2: comparing policies on {seeds} episodes, into {folder / 'evaluation'}")
+    weights = configs_dir() / "agents" / f"linear-{load_scenario(scenario).name}.yaml"
+    rule = "linear" if weights.exists() else "rule_based"
     comparison = EvaluateConfig(
-        policy=("rule_based", str(folder / "ppo")), scenario=scenario, seeds=seeds, out=folder / "evaluation"
+        policy=(rule, str(folder / "ppo")), scenario=scenario, seeds=seeds, out=folder / "evaluation"
     )
     results = evaluate(comparison)
-    paired = summarize(results.episodes, results.problem.scenario.feasible, "rule_based").set_index("policy")
-    ratio, low, high = (paired.loc["ppo", f"j_per_good_vs_rule_based{end}"] for end in ("", "_low", "_high"))
-    print(f"energy per good answer, ppo over rule_based, paired by seed: {ratio:.3f} ({low:.3f}-{high:.3f})")
+    paired = summarize(results.episodes, results.problem.scenario.feasible, rule).set_index("policy")
+    ratio, low, high = (paired.loc["ppo", f"j_per_good_vs_{rule}{end}"] for end in ("", "_low", "_high"))
+    print(f"energy per good answer, ppo over {rule}, paired by seed: {ratio:.3f} ({low:.3f}-{high:.3f})")
     return results
 
 
