@@ -291,7 +291,7 @@ def test_what_cannot_be_compared_is_refused(scenario: str, tmp_path: Path, card:
     other = yaml.safe_load(Path(scenario).read_text())
     other["limits"]["temperature_c"] = 50.0
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
-    with pytest.raises(ValueError, match=r"limits: .*50\.0.* is wanted, .*67\.0.* was recorded"):
+    with pytest.raises(ValueError, match=r"limits: .*50\.0.* is wanted, .*70\.0.* was recorded"):
         run(config(tmp_path / "x", str(tmp_path / "other.yaml")), quiet())
     with pytest.raises(ValueError, match="episode_s: 30 is wanted, 20 was recorded"):
         run(config(tmp_path / "x", scenario, seconds=30), quiet())

@@ -47,7 +47,7 @@ SEEDS = [3, 11, 2**40]
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    return Problem.of(load_scenario("vision", episode_s=60))
+    return Problem.of(load_scenario("vision", episode_s=60, power_budget={"brake": None}))
 
 
 def play(problem: Problem, rule: str, base: str = "rule_based") -> Recording:
@@ -269,7 +269,7 @@ def test_the_study_in_the_twin(settings_file: str, tmp_path: Path, monkeypatch: 
     again = tmp_path / "again"
     monkeypatch.setattr(ttt_service_report, "_figures", lambda results, folder: [])  # they take longest
     ttt_service.main(replace(arguments, out=again), Console(quiet=True))
-    assert [variant["limit_c"] for variant in record["variants"].values()] == [67.0, 60.0]
+    assert [variant["limit_c"] for variant in record["variants"].values()] == [70.0, 60.0]
     for name in ("results.json", "episodes.csv"):
         assert (again / name).read_bytes() == (out / name).read_bytes()
 

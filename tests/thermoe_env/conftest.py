@@ -85,8 +85,8 @@ def profile_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def problem(profile_path: Path) -> Problem:
-    """The default scenario on the made-up profile."""
-    return Problem.of(load_scenario("vision", profile=str(profile_path)))
+    """The scenario vision on the made-up profile, without what acts."""
+    return Problem.of(load_scenario("vision", profile=str(profile_path), power_budget={"brake": None}))
 
 
 @pytest.fixture(scope="session")

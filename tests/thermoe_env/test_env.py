@@ -50,7 +50,7 @@ def test_overrides_that_are_none_are_refused(overrides: object, match: str, many
 
 def test_every_observed_field_is_written(problem: Problem) -> None:
     """Fields left at zero by mistake would show as constants over an episode of chance."""
-    env = ThermalMoEEnv(problem.scenario, world="twin")
+    env = ThermalMoEEnv(problem.scenario, world="twin", overrides={"limits": {"temperature_c": 62.0}})
     env.action_space.seed(0)
     rows = [env.reset(seed=0)[0]]
     for _ in range(problem.scenario.steps):

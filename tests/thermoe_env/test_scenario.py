@@ -26,7 +26,7 @@ DIFFERENCES = {
             asdict(DeviceConfig(inlet_offset_c=offset_c, experts=tuple(range(first, first + 8))))
             for offset_c, first in ((0.0, 0), (6.0, 8))
         ),
-        "limits": {"temperature_c": 60.0}, "power_budget": {"normal_w": 800.0, "event_w": (355.0, 465.0)},
+        "limits": {"temperature_c": 63.0}, "power_budget": {"normal_w": 1000.0, "event_w": (355.0, 465.0)},
     },
 }  # fmt: skip
 

@@ -74,9 +74,9 @@ def test_what_would_engage_the_brake_is_not_chosen(problem: Problem) -> None:
     chosen, engaged = [], []
     for of in (problem, braked):
         greedy = Greedy(of, GreedyConfig(heat_margin_c=0.0))
-        _, seen = steady(problem, 0.8, 180.0, 0, len(greedy.actions))
+        _, seen = steady(problem, 0.8, 160.0, 0, len(greedy.actions))
         chosen.append(greedy.predict(seen[:1])[0])
-        twins, _ = steady(braked, 0.8, 180.0, 0, 1)
+        twins, _ = steady(braked, 0.8, 160.0, 0, 1)
         for name, value in (("brake_left_s", 0.0), ("over_budget_j", 0.0), ("duty", 1.0)):
             twins.state.track[name] = value
         twins.step(braked.knobs.indices(chosen[-1], "multi_discrete"))
