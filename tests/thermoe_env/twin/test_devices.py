@@ -241,7 +241,8 @@ def test_a_profile_that_cannot_split_the_work_is_refused(tmp_path) -> None:
     free = replace(profile, model=profile.model | {"config": {"top_k": 4, "expert_widths": [0] * 8}})
     for name, made in (("unnamed", unnamed), ("free", free)):
         save_profile(made, tmp_path / name)
-    scenario = load_scenario("vision", devices=split(), profile=str(tmp_path / "unnamed"))
+    overrides = {"devices": split(), "profile": str(tmp_path / "unnamed"), "power_budget": {"brake": None}}
+    scenario = load_scenario("vision", **overrides)
     with pytest.raises(ScenarioError, match="expert_widths"):
         Problem.of(scenario)
     with pytest.raises(ScenarioError, match="width 0"):
