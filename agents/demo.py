@@ -13,8 +13,8 @@ import tyro
 from agents.evaluation.command import EvaluateConfig, Results, evaluate
 from agents.files import new_run_folder
 from agents.play.metrics import summarize
+from agents.policies.linear import weights_file
 from moe.errors import one_line_errors
-from thermoe_env.configs import configs_dir
 from thermoe_env.problem.scenario import load_scenario
 
 
@@ -42,8 +42,7 @@ def demo(
     print(f"1 of 2: training PPO in the twin, {config.total_timesteps} steps, into {folder / 'ppo'}")
     train(config, folder / "ppo")
     print(f"2 of 2: comparing policies on {seeds} episodes, into {folder / 'evaluation'}")
-    weights = configs_dir() / "agents" / f"linear-{load_scenario(scenario).name}.yaml"
-    rule = "linear" if weights.exists() else "rule_based"
+    rule = "linear" if weights_file(load_scenario(scenario).name).exists() else "rule_based"
     comparison = EvaluateConfig(
         policy=(rule, str(folder / "ppo")), scenario=scenario, seeds=seeds, out=folder / "evaluation"
     )

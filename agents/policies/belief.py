@@ -18,7 +18,6 @@ from moe.service.queueing import SLOT_S
 from moe.workload import KNOB_NAMES
 from thermoe_env.device.observer import Observer
 from thermoe_env.mdp.fields import FIELD_NAMES, ranges_of
-from thermoe_env.mdp.limits import OVERLOAD
 from thermoe_env.mdp.signals import announced_terms
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import Randomize
@@ -192,7 +191,7 @@ class Belief:
         brake = self._problem.scenario.power_budget.brake
         if brake is not None:
             budget_w = self.state.announced[0, 0, int(track["step"][0]) - 1]  # of the interval before
-            track["over_budget_j"] = o["overload_share"] * OVERLOAD * brake.grace_s * budget_w
+            track["over_budget_j"] = o["overload_share"] * brake.bears_s * budget_w
         track["duty"] = 1.0 if drained else o["duty"]
         margin_c = np.round(o["margin_c"], 3)  # an observation is of single precision
         left = margin_c >= (0.0 if slowdown is None else slowdown.recover_c)

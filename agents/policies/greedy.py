@@ -19,7 +19,6 @@ from moe.service.batching import NEVER_S, trigger_period
 from thermoe_env.device.physics import capped_power_w, clock_power_factor, idle_reference_w
 from thermoe_env.mdp.fields import ranges_of
 from thermoe_env.mdp.interval import prices_of
-from thermoe_env.mdp.limits import OVERLOAD
 from thermoe_env.mdp.reward import REWARD_TERMS, reward_terms
 from thermoe_env.problem.problem import Problem
 from thermoe_env.twin.score import batch_cost, terms_of
@@ -210,7 +209,7 @@ class Greedy:
         if brake is not None:  # what its hold takes from a service that earns what its load is worth
             load = observed["load_fast"][:, None]
             budget_w = observed["budget_w"][:, None] - self._config.budget_margin_w
-            bears_j = OVERLOAD * brake.grace_s * budget_w
+            bears_j = brake.bears_s * budget_w
             over_j = (power_w - budget_w) * problem.scenario.interval_s
             engages = over_j > bears_j * (1.0 - observed["overload_share"][:, None])
             reward -= engages * (observed["duty"][:, None] == 1.0) * (1.0 - brake.duty) * brake.hold_s * load

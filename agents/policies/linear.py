@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from thermoe_env.configs import config_path, load_settings
-from thermoe_env.errors import ScenarioError
+from thermoe_env.configs import configs_dir, load_settings
 from thermoe_env.mdp.fields import ranges_of
 from thermoe_env.problem.problem import Problem
 
@@ -109,21 +109,25 @@ class LinearConfig:
         return cls(weights=rounded)
 
 
+def weights_file(scenario: str) -> Path:
+    """Where the weights of a scenario of that name are shipped, if they are."""
+    return configs_dir() / "agents" / f"linear-{scenario}.yaml"
+
+
 def load_linear(problem: Problem) -> LinearRule:
-    """The shipped rule of a scenario: configs/agents/linear-NAME.yaml.
+    """The shipped rule of a scenario, of `weights_file`.
 
     Raises:
         ValueError: There is none, or it is for other knobs.
     """
     name = problem.scenario.name
-    try:
-        config_path("agents", f"linear-{name}", ".yaml")
-    except ScenarioError as error:
+    path = weights_file(name)
+    if not path.exists():
         raise ValueError(
             f"policy 'linear' has no weights for the scenario {name!r}: search them "
             f"(python -m agents.tuning.linear --scenario {name})"
-        ) from error
-    return LinearRule(problem, load_settings(LinearConfig, "agents", f"linear-{name}").table(problem))
+        )
+    return LinearRule(problem, load_settings(LinearConfig, "agents", str(path)).table(problem))
 
 
 def features_of(problem: Problem, observation: np.ndarray) -> np.ndarray:

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import tyro
 
-from agents.policies.linear import LinearConfig
+from agents.policies.linear import LinearConfig, weights_file
 from agents.tuning.evolution import Found, Population, SearchConfig, best_constant_weights, tune
 from agents.tuning.rules import write_settings
 from moe.errors import one_line_errors
 from moe.files import refuse_unwritable
-from thermoe_env.configs import configs_dir
 from thermoe_env.problem.problem import Problem
 from thermoe_env.problem.scenario import load_scenario
 
@@ -57,7 +56,7 @@ def search(problem: Problem, arguments: Arguments) -> tuple[Found, int]:
 def main(arguments: Arguments) -> None:
     """Search and write."""
     problem = Problem.of(load_scenario(arguments.scenario))
-    path = arguments.out or configs_dir() / "agents" / f"linear-{problem.scenario.name}.yaml"
+    path = arguments.out or weights_file(problem.scenario.name)
     refuse_unwritable(path)
     found, steps = search(problem, arguments)
     note = (

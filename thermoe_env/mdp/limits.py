@@ -25,10 +25,6 @@ STATE = ("duty", "over_budget_j", "brake_left_s", "at_limit", "drain_left_s")
 """What is remembered between intervals. `at_limit`, 0.0 or 1.0: the limit was reached and is not left yet."""
 
 
-OVERLOAD = 0.2
-"""Above the budget, as a share of it, that a brake bears for its grace."""
-
-
 class Acts(NamedTuple):
     """What follows where limits are not kept; one that the scenario leaves out does nothing."""
 
@@ -47,7 +43,7 @@ class Acts(NamedTuple):
         brake, limits = scenario.power_budget.brake, scenario.limits
         never = math.inf, 1.0, 0.0
         return cls(
-            *(never if brake is None else (OVERLOAD * brake.grace_s, brake.duty, brake.hold_s)),
+            *(never if brake is None else (brake.bears_s, brake.duty, brake.hold_s)),
             *((1.0, 0.0) if limits.slowdown is None else (limits.slowdown.duty, limits.slowdown.recover_c)),
             0.0 if limits.alarm is None else limits.alarm.drain_s,
         )

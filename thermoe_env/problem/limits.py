@@ -17,6 +17,10 @@ from thermoe_env.problem.announced import Events
 RiseShare = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?%$")]
 
 
+OVERLOAD = 0.2
+"""Above the budget, as a share of it, that a brake bears for its grace."""
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PowerBrake:
     """Power above the budget for too long holds the device down for a while, as a power brake signal does."""
@@ -28,6 +32,11 @@ class PowerBrake:
     """Share of the time for which the device may run while it holds."""
     hold_s: Seconds = 10.0
     """It holds for this long, rounded up to whole intervals, and is released whatever the power is then."""
+
+    @property
+    def bears_s(self) -> float:
+        """Joules above the budget that are borne, over the budget."""
+        return OVERLOAD * self.grace_s
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -218,13 +218,9 @@ class Problem:
     @cached_property
     def _standard_quality(self) -> np.ndarray:
         """[S] of the standard service, not adapted, per input shift."""
-        static = self.scenario.static
-        k = level_index("expert_count", static.expert_count, self.profile.expert_count)
-        column = [
-            np.interp(static.routing_bias, self.profile.routing_bias, row)
-            for row in self.profile.accuracy[:, 0, k]
-        ]
-        return np.array(column)
+        p, static = self.profile, self.scenario.static
+        rows = p.accuracy[:, 0, level_index("expert_count", static.expert_count, p.expert_count)]
+        return np.array([np.interp(static.routing_bias, p.routing_bias, row) for row in rows])
 
     @cached_property
     def reference_good_rps(self) -> float:
